@@ -1,0 +1,33 @@
+# make demo    the whole job on this machine: Japanese speech in, a distilled Whisper and its error rates out
+# make test    the tests
+# make lint    the style
+# make bench-labelling, bench-filtering, bench-distillation, ...    speed, against a plain baseline in the same run
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := test
+
+$(INSTALLED): requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m tests.sandbox.demo $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench-%: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_$* $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv demo
