@@ -1,0 +1,145 @@
+"""The whole job on this machine: Japanese speech in, a distilled Whisper and its error rates out.
+
+    make demo                        through a Hub on this machine
+    make demo DEMO_ARGS=--local      through local directories, without any Hub
+    make demo DEMO_ARGS="--teacher openai/whisper-small"
+
+Builds a small Japanese corpus and whisper-base, serves the corpus as ReazonSpeech's host does, starts a Hub, and runs
+kotoba_whisper_training_v1.0.sh in that world. What is there from an earlier run is used again.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.sandbox.base_teacher import whisper_base
+from tests.sandbox.corpus import build_corpus, cache_directory
+from tests.sandbox.hub import HubServer, User
+from tests.sandbox.mirror import MirrorServer
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "kotoba_whisper_training_v1.0.sh"
+CLIPS = {"000": 400, "fff": 60}  # to train on, and held out
+TOKEN, ORGANISATION = "hf_demo", "demo"
+
+# What differs from v1.0: the sizes, a filter that keeps enough of 400 clips, and no prompts from unrelated neighbours.
+SETTINGS = {
+    "TARGET": "tiny",
+    "DOWNLOADS": "tiny test",
+    "DATASET_NAME": "reazonspeech-whisper-base",
+    "MODEL_NAME": "kotoba-whisper-demo",
+    "POOL": "2",
+    "DATALOADER_WORKERS": "1",
+    "DTYPE": "float32",
+    "LABEL_BATCH": "16",
+    "CER_THRESHOLD": "10",
+    "TIMESTAMP_PROBABILITY": "0",
+    "CONDITION_ON_PREV_PROBABILITY": "0",
+    "EPOCHS": "8",
+    "TRAIN_BATCH": "8",
+    "GRADIENT_ACCUMULATION": "1",
+    "WARMUP_STEPS": "10",
+    "SAVE_STEPS": "100",
+    "LOGGING_STEPS": "10",
+    "REPORT_TO": "none",
+    "EVAL_DATASETS": str(ROOT / "reazonspeech_manual_dataloader.py"),
+    "EVAL_CONFIG": "test",
+    "EVAL_BATCH": "16",
+    "ACCELERATE_ARGS": "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no",
+}
+
+
+def environment(directory: Path, teacher: str, mirror: str, hub: str | None, token: str, organisation: str) -> dict:
+    """Environment of a run of the shell script whose every file and server is this sandbox's.
+
+    Args:
+        directory: where all that the run writes goes, the Hugging Face cache included.
+        teacher: path or Hub id.
+        mirror: base URL of the corpus.
+        hub: URL of the Hub, or None to hand over through local directories.
+        token, organisation: who pushes, and where to.
+    """
+    foreign = ("HF_", "HUGGING", "REAZONSPEECH_", "ACCELERATE_", "WANDB_")
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(foreign)},
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "HF_HOME": str(directory / "huggingface"),
+        "HF_ORG": organisation if hub else "",
+        **({"HF_ENDPOINT": hub, "HF_TOKEN": token} if hub else {}),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "REAZONSPEECH_BASE_URL": mirror,
+        "REAZONSPEECH_DATA_DIR": str(directory / "downloads"),
+        "TEACHER": teacher,
+        "WORK_DIR": str(directory),
+    }
+
+
+def kept_port(file: Path) -> int:
+    """The port of the last run, so that the clients' caches and the printed addresses stay valid; 0 at first."""
+    return int(file.read_text()) if file.is_file() else 0
+
+
+def start_hub(directory: Path) -> HubServer:
+    """A Hub that still has what earlier runs pushed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    port, tokens = directory / "port", {TOKEN: User(ORGANISATION)}
+    try:
+        hub = HubServer(directory, tokens=tokens, port=kept_port(port))
+    except OSError:  # somebody else has that port now
+        hub = HubServer(directory, tokens=tokens)
+    port.write_text(str(hub.server_address[1]))
+    return hub.start()
+
+
+def say(text: str) -> None:
+    print(f"\n==== {text}", flush=True)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--directory", type=Path, default=ROOT / "demo", help="where everything goes")
+    parser.add_argument("--local", action="store_true", help="hand over through local directories, without a Hub")
+    parser.add_argument("--teacher", help="Hub id or path of a Whisper (default: the sandbox's own whisper-base)")
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+    directory = args.directory.expanduser().absolute() / ("local" if args.local else "hub")
+    directory.mkdir(parents=True, exist_ok=True)
+
+    say(f"speak {sum(CLIPS.values())} Japanese sentences into a small ReazonSpeech")
+    corpus = build_corpus(cache_directory() / "corpus-demo", CLIPS)
+    print(corpus)
+    if args.teacher is None:
+        say("fetch and convert openai/whisper-base")
+        args.teacher = str(whisper_base(cache_directory() / "whisper-base"))
+        print(args.teacher)
+
+    with ExitStack() as world:
+        mirror = world.enter_context(MirrorServer(corpus))
+        hub = None
+        if not args.local:
+            hub = start_hub(directory / "hub-server")
+            world.callback(hub.stop)
+        settings = environment(directory, args.teacher, mirror.url, hub and hub.url, TOKEN, ORGANISATION)
+        # A value from the command line (EPOCHS=2 make demo) is worth more than the demo's own.
+        cache = {"TRAIN_ARGS": f"--cache_encoder_outputs {directory / 'encoder-outputs'}"}
+        settings |= {name: os.environ.get(name, value) for name, value in (SETTINGS | cache).items()}
+        status = subprocess.run(["bash", str(SCRIPT)], env=settings, cwd=directory).returncode
+        if status:
+            print(f"\nThe run stopped with exit status {status}; the same command continues it.", file=sys.stderr)
+            return status
+
+    say(f"done in {time.monotonic() - began:.0f} s")
+    print(f"datasets, student and evaluations: {directory}")
+    if hub:
+        repositories = sorted((directory / "hub-server" / "repos").glob(f"*/{ORGANISATION}/*.json"))
+        print(f"on the Hub ({hub.url}): " + ", ".join(f"{ORGANISATION}/{path.stem}" for path in repositories))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
