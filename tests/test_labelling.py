@@ -1,0 +1,701 @@
+"""run_pseudo_labelling.py: labels are the teacher's own, and nothing is lost."""
+
+import io
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import datasets
+import librosa
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
+
+import run_pseudo_labelling as script
+
+ROOT = Path(script.__file__).parent
+
+
+def arguments(teacher, dataset, output, *more) -> list[str]:
+    return [
+        *("--model_name_or_path", str(teacher), "--dataset_name", str(dataset), "--dataset_config_name", "tiny"),
+        *("--dataset_split_name", "train", "--text_column_name", "transcription", "--id_column_name", "name"),
+        *("--language", "ja", "--report_to", "none", "--output_dir", str(output), *map(str, more)),
+    ]
+
+
+def read(output: Path, config="tiny", split="train") -> list[dict]:
+    """Rows of a labelled dataset in order, as plain Python values."""
+    shards = sorted((output / config).glob(f"{split}-*.parquet"))
+    return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
+
+
+def labels(output: Path, **where) -> list:
+    return [row["whisper_transcript"] for row in read(output, **where)]
+
+
+def files(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (output / "tiny").iterdir()}
+
+
+def record(output: Path, config="tiny", split="train") -> dict:
+    return json.loads((output / f"labelling.{config}.{split}.json").read_text())
+
+
+def waveform(audio: bytes) -> np.ndarray:
+    samples, rate = soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
+    return librosa.resample(samples.mean(axis=1), orig_sr=rate, target_sr=16000)
+
+
+def encoded(samples: np.ndarray, rate: int = 16000, **form) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, **form)
+    return buffer.getvalue()
+
+
+def stock_labels(teacher: Path, audio: list[bytes], length=128, **generate) -> list[list[int]]:
+    """What `generate` of transformers gives for each clip alone, in the stored form."""
+    model = WhisperForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32).eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(teacher)
+    end = model.generation_config.eos_token_id
+    found = []
+    for clip in audio:
+        features = extractor(waveform(clip), sampling_rate=16000, return_tensors="pt").input_features
+        sequence = model.generate(features, force_unique_generate_call=True, **generate)[0].tolist()
+        text = sequence[: sequence.index(end)] if end in sequence else sequence
+        found.append([*text[: length - 1], end])
+    return found
+
+
+def dataset_of(rows: list[dict], root: Path) -> Path:
+    """A local dataset directory with these rows (`name`, `audio`: bytes, `transcription`)."""
+    audio = datasets.Audio(sampling_rate=16000, decode=False)
+    strings = {"name": datasets.Value("string"), "transcription": datasets.Value("string")}
+    rows = [{"transcription": "", **row, "audio": {"bytes": row["audio"], "path": None}} for row in rows]
+    schema = datasets.Features({**strings, "audio": audio}).arrow_schema
+    (root / "tiny").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema), root / "tiny" / "train-00000-of-00001.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_teacher, loaded, tmp_path_factory) -> Path:
+    """Twelve clips labelled in one go, in four shards."""
+    output = tmp_path_factory.mktemp("whole")
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE)) == 0
+    return output
+
+
+TWELVE = ("--max_samples", 12, "--shard_size", 3, "--per_device_eval_batch_size", 3)
+
+
+def in_process(flags: list[str], file_size: int | None = None) -> multiprocessing.Process:
+    """`main` in a process of its own, forked from one that has the libraries loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_pseudo_labelling"])
+    process = context.Process(target=run_main, args=(flags, file_size))
+    process.start()
+    return process
+
+
+def run_main(flags: list[str], file_size: int | None) -> None:
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    sys.exit(script.main(flags))
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("arrangement", ["tiny_teacher", "tiny_teacher_v2"])
+def test_a_label_is_what_the_stock_call_gives_for_the_clip_alone(
+    request, loaded, clips, tmp_path, arrangement, beams, timestamps
+):
+    teacher = request.getfixturevalue(arrangement)
+    flags = ("--generation_num_beams", beams, "--return_timestamps", timestamps, "--per_device_eval_batch_size", 4)
+    assert script.main(arguments(teacher, loaded, tmp_path, *flags, "--max_samples", 6)) == 0
+    rows = read(tmp_path)
+    assert [row["name"] for row in rows] == [clip["name"] for clip in clips[:6]]
+    audio = [clip["audio"] for clip in clips[:6]]
+    assert [row["audio"]["bytes"] for row in rows] == audio
+    expected = stock_labels(
+        teacher, audio, language="ja", task="transcribe", num_beams=beams, return_timestamps=timestamps
+    )
+    assert labels(tmp_path) == expected
+    tokenizer = WhisperTokenizerFast.from_pretrained(teacher)
+    prefix = ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>", *([] if timestamps else ["<|notimestamps|>"])]
+    for label in expected:
+        assert tokenizer.convert_ids_to_tokens(label)[: len(prefix)] == prefix
+        assert label.count(tokenizer.eos_token_id) == 1
+
+
+def test_batches_workers_and_shards_change_no_label(whole, tiny_teacher, loaded, tmp_path):
+    flags = ("--max_samples", 12, "--shard_size", 7, "--per_device_eval_batch_size", 5, "--dataloader_num_workers", 1)
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *flags)) == 0
+    assert labels(tmp_path) == labels(whole)
+
+
+def test_a_static_cache_changes_no_label(whole, tiny_teacher, loaded, tmp_path):
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--torch_compile")) == 0
+    assert labels(tmp_path) == labels(whole)
+
+
+def test_a_label_that_does_not_end_is_cut_ended_and_counted(whole, tiny_teacher, loaded, tmp_path):
+    bound = sorted(map(len, labels(whole)))[6]
+    flags = (*TWELVE, "--max_label_length", bound)
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *flags)) == 0
+    assert labels(tmp_path) == [
+        label if len(label) <= bound else [*label[: bound - 1], label[-1]] for label in labels(whole)
+    ]
+    assert record(tmp_path)["truncated"] == sum(len(label) > bound for label in labels(whole)) > 0
+
+
+def test_a_clip_over_30_seconds_is_labelled_on_its_first_30(tiny_teacher, clips, tmp_path):
+    long = np.concatenate([waveform(clip["audio"]) for clip in clips])[: 41 * 16000]
+    wide = librosa.resample(long, orig_sr=16000, target_sr=44100)
+    rows = [
+        {"name": "long", "audio": encoded(long, format="FLAC")},
+        {"name": "long and wide", "audio": encoded(np.stack([wide, wide], 1), 44100, format="WAV", subtype="FLOAT")},
+        {"name": "cut", "audio": encoded(long[: 30 * 16000], format="FLAC")},
+    ]
+    source = dataset_of(rows, tmp_path / "in")
+    assert script.main(arguments(tiny_teacher, source, tmp_path / "out")) == 0
+    long, wide, cut = labels(tmp_path / "out")
+    assert long == cut
+    assert wide == stock_labels(tiny_teacher, [rows[1]["audio"]], language="ja", task="transcribe")[0]
+    assert record(tmp_path / "out")["over_30_s"] == 2
+    assert record(tmp_path / "out")["hours"] == pytest.approx((41 + 41 + 30) / 3600, abs=1e-4)
+
+
+def test_labels_as_text_keep_their_timestamps(whole, tiny_teacher, loaded, tmp_path):
+    flags = (*TWELVE, "--return_timestamps", "--decode_token_ids")
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path / "text", *flags)) == 0
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path / "ids", *TWELVE, "--return_timestamps")) == 0
+    tokenizer = WhisperTokenizerFast.from_pretrained(tiny_teacher)
+    for text, ids in zip(labels(tmp_path / "text"), labels(tmp_path / "ids"), strict=True):
+        assert text == tokenizer.decode(ids, skip_special_tokens=True, decode_with_timestamps=True)
+        assert text.startswith("<|")
+
+
+def test_a_teacher_of_english_only_takes_no_language(tiny_teacher_v2, loaded, clips, tmp_path):
+    teacher = shutil.copytree(tiny_teacher_v2, tmp_path / "teacher")
+    config = json.loads((teacher / "generation_config.json").read_text())
+    config["is_multilingual"] = False
+    for name in ("lang_to_id", "task_to_id"):
+        del config[name]
+    (teacher / "generation_config.json").write_text(json.dumps(config))
+    flags = arguments(teacher, loaded, tmp_path / "out", "--max_samples", 3)
+    with pytest.raises(SystemExit, match="knows only English"):
+        script.main(flags)
+    flags = [flag for flag in flags if flag not in ("--language", "ja")]
+    assert script.main(flags) == 0
+    assert labels(tmp_path / "out") == stock_labels(teacher, [clip["audio"] for clip in clips[:3]])
+
+
+def test_without_a_language_the_teacher_hears_it(tiny_teacher, loaded, clips, tmp_path):
+    flags = arguments(tiny_teacher, loaded, tmp_path, "--max_samples", 3, "--scores")
+    assert script.main([flag for flag in flags if flag not in ("--language", "ja")]) == 0
+    assert labels(tmp_path) == stock_labels(tiny_teacher, [clip["audio"] for clip in clips[:3]], task="transcribe")
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_scores_are_those_of_whisper(tiny_teacher, loaded, clips, tmp_path, beams):
+    flags = ("--scores", "--generation_num_beams", beams, "--max_samples", 4, "--max_label_length", 60)
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *flags)) == 0
+    model = WhisperForConditionalGeneration.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(tiny_teacher)
+    tokenizer = WhisperTokenizerFast.from_pretrained(tiny_teacher)
+    rules = model.generation_config
+    for row, clip in zip(read(tmp_path), clips[:4], strict=True):
+        label = torch.tensor([row["whisper_transcript"]])
+        features = extractor(waveform(clip["audio"]), sampling_rate=16000, return_tensors="pt").input_features
+        with torch.inference_mode():
+            logits = model(features, decoder_input_ids=label[:, :-1]).logits[0]
+        no_speech = logits[0].softmax(-1)[tokenizer.convert_tokens_to_ids("<|nospeech|>")]
+        assert row["no_speech_prob"] == pytest.approx(no_speech.item(), abs=1e-4)
+        logits = logits[3:].clone()  # those that give the tokens behind the prefix
+        logits[:, rules.suppress_tokens] = -math.inf
+        logits[0, rules.begin_suppress_tokens] = -math.inf
+        chosen = logits.log_softmax(-1).gather(1, label[0, 4:, None])
+        assert row["avg_logprob"] == pytest.approx(chosen.mean().item(), abs=2e-4)
+        text = tokenizer.decode(label[0], skip_special_tokens=True).strip().encode()
+        assert row["compression_ratio"] == pytest.approx(len(text) / len(zlib.compress(text)), abs=1e-4)
+
+
+def test_scores_change_no_label(whole, tiny_teacher, loaded, tmp_path):
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--scores")) == 0
+    assert labels(tmp_path) == labels(whole)
+
+
+@given(st.lists(st.integers(0, 8), max_size=12), st.integers(1, 4))
+def test_a_stored_label_has_one_end_token_and_no_padding(body, prefix_length):
+    end, prefix = 0, [9] * prefix_length
+    ids, truncated = script.finish_label([*prefix, 5, *body], prefix_length, end)
+    assert ids[-1] == end
+    assert ids.count(end) == 1
+    assert truncated == (end not in body)
+    assert len(ids) <= prefix_length + 1 + len(body)
+    assert [*prefix, 5, *body][: len(ids) - 1] == ids[:-1]
+
+
+FIRST = 100  # the id of <|0.00|> in the two tests below
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 3)), max_size=4))
+def test_paired_timestamps_that_never_go_back_are_well_formed(segments):
+    body, clock = [], FIRST
+    for pause, duration, words in segments:
+        body += [clock + pause, *[7] * words, clock + pause + duration]
+        clock += pause + duration
+    assert script.timestamps_are_paired(body, FIRST)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [7],
+        [FIRST, 7],
+        [FIRST, 7, FIRST + 9, 7],
+        [FIRST + 9, 7, FIRST],
+        [FIRST, 7, FIRST + 9, FIRST + 8, 7, FIRST + 10],
+        [FIRST, 7, FIRST + 9, FIRST + 9],
+    ],
+)
+def test_other_timestamps_are_malformed(body):
+    assert not script.timestamps_are_paired(body, FIRST)
+
+
+def test_malformed_timestamps_are_counted(tiny_teacher, loaded, tmp_path):
+    flags = ("--return_timestamps", "--max_samples", 6, "--max_label_length", 16)
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *flags)) == 0
+    tokenizer = WhisperTokenizerFast.from_pretrained(tiny_teacher)
+    first = tokenizer.convert_tokens_to_ids("<|0.00|>")
+    odd = [sum(token >= first for token in label) % 2 for label in labels(tmp_path)]
+    assert record(tmp_path)["malformed_timestamps"] >= sum(odd) > 0
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 480_000), min_size=1, max_size=3), st.sampled_from([80, 128]), st.integers(0, 2**32 - 1))
+def test_log_mel_is_that_of_the_stock_extractor(lengths, bins, seed):
+    extractor = WhisperFeatureExtractor(feature_size=bins)
+    noise = np.random.default_rng(seed)
+    clips = [noise.normal(0, 10 ** noise.uniform(-6, 0), length).astype(np.float32) for length in lengths]
+    padded = torch.zeros(len(clips), max(lengths))
+    for row, clip in zip(padded, clips, strict=True):
+        row[: len(clip)] = torch.from_numpy(clip)
+    found = script.log_mel(padded, extractor)
+    for row, clip in zip(found, clips, strict=True):
+        expected = extractor(clip, sampling_rate=16000, return_tensors="pt").input_features[0]
+        torch.testing.assert_close(row, expected, rtol=0, atol=2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- input
+
+
+def test_audio_that_cannot_be_used_is_left_out_and_named(tiny_teacher, clips, tmp_path):
+    bad = {
+        "noise": b"this is no audio",
+        "cut": clips[0]["audio"][:40],
+        "zero": encoded(np.zeros(0, np.float32), format="WAV"),
+        "empty": b"",
+        "missing": None,
+        "infinite": encoded(np.full(1600, np.inf, np.float32), format="WAV", subtype="FLOAT"),
+    }
+    rows = [dict(clip) for clip in clips[:4]]
+    for place, (name, audio) in enumerate(bad.items()):
+        rows.insert(1 + place, {"name": name, "audio": audio})
+    source = dataset_of(rows, tmp_path / "in")
+    flags = ("--shard_size", 2, "--per_device_eval_batch_size", 2)
+    assert script.main(arguments(tiny_teacher, source, tmp_path / "out", *flags)) == 0
+    assert [row["name"] for row in read(tmp_path / "out")] == [clip["name"] for clip in clips[:4]]
+    audio = [clip["audio"] for clip in clips[:4]]
+    assert labels(tmp_path / "out") == stock_labels(tiny_teacher, audio, language="ja", task="transcribe")
+    found = record(tmp_path / "out")
+    assert [name for name, _ in found["unusable"]] == list(bad)
+    assert len(datasets.load_dataset(str(tmp_path / "out"), "tiny", split="train")) == 4  # two shards have no row
+    assert (found["rows_in"], found["rows_out"], found["unusable_rows"]) == (10, 4, 6)
+
+
+def test_a_dataset_without_any_usable_audio_ends_with_an_error(tiny_teacher, tmp_path):
+    source = dataset_of([{"name": "a", "audio": b"x"}], tmp_path / "in")
+    with pytest.raises(SystemExit, match="none of the 1 clips"):
+        script.main(arguments(tiny_teacher, source, tmp_path / "out"))
+
+
+def test_an_empty_split_gives_an_empty_shard(tiny_teacher, tmp_path):
+    source = dataset_of([], tmp_path / "in")
+    assert script.main(arguments(tiny_teacher, source, tmp_path / "out")) == 0
+    table = pq.read_table(tmp_path / "out" / "tiny" / "train-00000-of-00001.parquet")
+    assert table.num_rows == 0
+    assert table.schema.field("whisper_transcript").type == pa.list_(pa.int32())
+
+
+def test_stereo_at_44_khz_and_lossy_formats_are_labelled_as_decoded(tiny_teacher, clips, tmp_path):
+    wide = librosa.resample(waveform(clips[1]["audio"]), orig_sr=16000, target_sr=44100)
+    stereo = np.stack([wide, 0.5 * wide], axis=1)
+    rows = [
+        {"name": "wav", "audio": encoded(stereo, 44100, format="WAV")},
+        {"name": "mp3", "audio": encoded(wide, 44100, format="MP3")},
+        {"name": "ogg", "audio": encoded(wide, 44100, format="OGG", subtype="VORBIS")},
+        {"name": "flac", "audio": clips[1]["audio"]},
+        {"name": "flac", "audio": clips[2]["audio"]},
+        {"name": "n" * 100_000, "audio": clips[3]["audio"]},
+    ]
+    source = dataset_of(rows, tmp_path / "in")
+    assert script.main(arguments(tiny_teacher, source, tmp_path / "out")) == 0
+    found = read(tmp_path / "out")
+    assert [row["name"] for row in found] == [row["name"] for row in rows]
+    assert [row["audio"]["bytes"] for row in found] == [row["audio"] for row in rows]
+    audio = [row["audio"] for row in rows]
+    assert labels(tmp_path / "out") == stock_labels(tiny_teacher, audio, language="ja", task="transcribe")
+
+
+def test_the_result_is_a_dataset_directory_that_a_label_run_can_read_again(whole, tiny_teacher, tmp_path):
+    dataset = datasets.load_dataset(str(whole), "tiny", split="train")
+    dataset = dataset.cast_column("audio", datasets.Audio(decode=False))
+    assert dataset["whisper_transcript"][:] == labels(whole)
+    assert dataset.features["audio"] == datasets.Audio(decode=False)
+    assert script.main(arguments(tiny_teacher, whole, tmp_path)) == 0  # its labels are replaced
+    assert labels(tmp_path) == labels(whole)
+
+
+BUILDER = """
+import datasets, pyarrow.parquet as pq
+
+class Config(datasets.BuilderConfig):
+    pass
+
+class Speech(datasets.GeneratorBasedBuilder):
+    BUILDER_CONFIG_CLASS = Config
+    BUILDER_CONFIGS = [Config(name="tiny")]
+
+    def _info(self):
+        audio = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        strings = {"name": datasets.Value("string"), "transcription": datasets.Value("string")}
+        return datasets.DatasetInfo(features=datasets.Features({**strings, "audio": audio}))
+
+    def _split_generators(self, manager):
+        return [datasets.SplitGenerator("train", gen_kwargs={"files": ["SHARD"]})]
+
+    def _generate_examples(self, files):
+        for number, row in enumerate(pq.read_table(files[0]).to_pylist()):
+            yield number, row
+"""
+
+
+def test_builder_files_hub_datasets_and_folders_of_audio_give_the_same_labels(
+    whole, tiny_teacher, loaded, clips, tmp_path, hub
+):
+    builder = tmp_path / "speech_loader.py"
+    builder.write_text(BUILDER.replace("SHARD", str(loaded / "tiny" / "train-00000-of-00001.parquet")))
+    flags = (*TWELVE, "--preprocessing_num_workers", 1)
+    assert script.main(arguments(tiny_teacher, builder, tmp_path / "builder", *flags)) == 0
+    assert labels(tmp_path / "builder") == labels(whole)
+
+    api = script.HfApi()
+    api.create_repo("acme/label-input", repo_type="dataset", private=True)
+    api.upload_folder(repo_id="acme/label-input", repo_type="dataset", folder_path=loaded)
+    assert script.main(arguments(tiny_teacher, "acme/label-input", tmp_path / "hub", *TWELVE)) == 0
+    assert labels(tmp_path / "hub") == labels(whole)
+
+    folder = tmp_path / "folder" / "train"
+    folder.mkdir(parents=True)
+    lines = []
+    for number, clip in enumerate(clips[:12]):
+        (folder / f"{number:02}.flac").write_bytes(clip["audio"])
+        lines.append({"file_name": f"{number:02}.flac", "name": clip["name"], "transcription": clip["transcription"]})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = arguments(tiny_teacher, folder.parent, tmp_path / "out", *TWELVE)
+    assert script.main([flag for flag in flags if flag not in ("--dataset_config_name", "tiny")]) == 0
+    found = read(tmp_path / "out", config="default")
+    assert [row["whisper_transcript"] for row in found] == labels(whole)
+    assert [row["audio"] for row in found[:1]] == [{"bytes": clips[0]["audio"], "path": "00.flac"}]
+    assert [row["name"] for row in found] == [clip["name"] for clip in clips[:12]]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--dataset_split_name", "nowhere", "nowhere"),
+        ("--dataset_config_name", "nothing", "nothing"),
+        ("--text_column_name", "words", "--text_column_name 'words' is not a column"),
+        ("--id_column_name", "id", "which has name, audio, transcription"),
+        ("--language", "tlh", "--language 'tlh' is not one of the teacher's"),
+        ("--dataset_name", "/no/such/place", "neither a directory"),
+        ("--dataset_name", "no_such_loader.py", "does not exist"),
+        ("--dataset_name", "acme/no-such-dataset", "acme/no-such-dataset"),
+        ("--model_name_or_path", "acme/no-such-model", "acme/no-such-model"),
+        ("--max_label_length", "4", "--max_label_length 4 must be more than"),
+        ("--max_label_length", "449", "the 448 positions"),
+        ("--hub_model_id", "a b", "neither a directory"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_told_in_one_line(tiny_teacher, loaded, tmp_path, flag, value, message):
+    with pytest.raises(SystemExit) as refusal:
+        script.main(arguments(tiny_teacher, loaded, tmp_path / "out", flag, value))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_with_missing_shards_is_refused(whole, tiny_teacher, tmp_path):
+    source = shutil.copytree(whole, tmp_path / "in")
+    (source / "tiny" / "train-00002-of-00004.parquet").unlink()
+    with pytest.raises(SystemExit, match="3 of 4 shards"):
+        script.main(arguments(tiny_teacher, source, tmp_path / "out"))
+
+
+def test_the_input_is_never_overwritten(tiny_teacher, loaded):
+    with pytest.raises(SystemExit, match="is the input"):
+        script.main(arguments(tiny_teacher, loaded, loaded, "--overwrite_output_dir"))
+
+
+# -------------------------------------------------------------------------------------------------------------- restart
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_killed_at_random_moments_end_with_the_same_bytes(whole, tiny_teacher, loaded, tmp_path, seed):
+    chance = random.Random(seed)
+    flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE)
+    for _ in range(3):
+        process = in_process(flags)
+        process.join(chance.uniform(0.5, 5))
+        if process.exitcode is None:
+            os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM)
+        for path in (tmp_path / "tiny").glob("train-*"):  # what bears its final name is whole
+            assert path.read_bytes() == (whole / "tiny" / path.name).read_bytes()
+    assert script.main(flags) == 0
+    shards = {name: content for name, content in files(tmp_path).items() if not name.startswith(".")}
+    assert shards == files(whole)
+    assert record(tmp_path)["status"] == "complete"
+
+
+def test_two_processes_give_the_same_bytes_as_one(whole, tiny_teacher, loaded, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--scores")
+    subprocess.run([*launch, script.__file__, *flags], check=True, cwd=tmp_path, timeout=300)
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path / "one", *TWELVE, "--scores")) == 0
+    assert files(tmp_path) == files(tmp_path / "one")
+    assert labels(tmp_path) == labels(whole)
+
+
+def test_the_same_command_again_does_nothing_but_say_so(whole, tiny_teacher, loaded, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (output / "tiny").iterdir()}
+    old = record(output)
+    flags = ("--overwrite_output_dir", "--per_device_eval_batch_size", 2, "--dataloader_num_workers", 2)
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE, *flags)) == 0
+    assert {path: path.stat().st_mtime_ns for path in (output / "tiny").iterdir()} == before
+    assert record(output) == old
+
+
+def test_only_missing_shards_are_made(whole, tiny_teacher, loaded, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "out")
+    lost = output / "tiny" / "train-00001-of-00004.parquet"
+    lost.unlink()
+    (output / "tiny" / f".{lost.name}.partial").write_bytes(b"half of it")
+    before = {path: path.stat().st_mtime_ns for path in (output / "tiny").glob("train-*")}
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE)) == 0
+    assert files(output) == files(whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_settings_are_refused_and_named_and_overwriting_starts_afresh(whole, tiny_teacher, loaded, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "out")
+    (output / "tiny" / "notes.txt").write_text("mine")
+    flags = arguments(tiny_teacher, loaded, output, *TWELVE[:2], "--shard_size", 5, "--return_timestamps")
+    with pytest.raises(SystemExit, match=r"shard_size 3, this run has 5.*--overwrite_output_dir"):
+        script.main(flags)
+    assert files(output).items() >= files(whole).items()
+    assert script.main([*flags, "--overwrite_output_dir"]) == 0
+    assert sorted(files(output)) == ["notes.txt", *(f"train-0000{i}-of-00003.parquet" for i in range(3))]
+    assert len(read(output)) == 12
+
+
+def test_another_dataset_or_teacher_of_the_same_name_is_refused(tiny_teacher, tiny_teacher_v2, clips, tmp_path):
+    source = dataset_of(clips[:2], tmp_path / "in")
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    assert script.main(arguments(teacher, source, tmp_path / "out")) == 0
+    shutil.rmtree(source)
+    dataset_of(clips[1:3], source)
+    with pytest.raises(SystemExit, match="rows_digest"):
+        script.main(arguments(teacher, source, tmp_path / "out"))
+    shutil.rmtree(source)
+    dataset_of(clips[:2], source)
+    shutil.rmtree(teacher)
+    shutil.copytree(tiny_teacher_v2, teacher)
+    with pytest.raises(SystemExit, match="weights"):
+        script.main(arguments(teacher, source, tmp_path / "out"))
+
+
+def test_shards_of_something_else_are_not_touched(tiny_teacher, loaded, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    foreign = tmp_path / "tiny" / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table({"a": [1]}), foreign)
+    with pytest.raises(SystemExit, match="is not of this run"):
+        script.main(arguments(tiny_teacher, loaded, tmp_path))
+    assert pq.read_table(foreign).num_rows == 1
+
+
+def test_a_full_disk_costs_the_shard_in_flight(whole, tiny_teacher, loaded, tmp_path):
+    sizes = [path.stat().st_size for path in sorted((whole / "tiny").iterdir())]
+    flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE)
+    process = in_process(flags, file_size=max(sizes) - 1)
+    process.join()
+    assert process.exitcode == 1
+    assert not list((tmp_path / "tiny").glob(".*"))
+    for path in (tmp_path / "tiny").iterdir():
+        assert path.read_bytes() == (whole / "tiny" / path.name).read_bytes()
+    assert script.main(flags) == 0
+    assert files(tmp_path) == files(whole)
+
+
+def test_memory_that_runs_out_halves_the_batch_for_the_shard(caplog):
+    sizes = []
+
+    def label(clips):
+        sizes.append(len(clips))
+        if len(clips) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [script.Label([clip], False) for clip in clips]
+
+    with caplog.at_level(logging.WARNING):
+        found, size = script.label_with_halving(list(range(10)), 16, label)
+    assert [label.ids for label in found] == [[clip] for clip in range(10)]
+    assert sizes == [10, 5, 3, 3, 3, 1]
+    assert size == 3
+    assert "batches of 3 for the rest of this shard" in caplog.text
+
+
+def test_memory_that_one_clip_exhausts_ends_the_run_in_one_line():
+    def label(clips):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit, match="not enough memory for one clip"):
+        script.label_with_halving([0, 1], 2, label)
+
+
+def test_memory_that_runs_out_changes_no_label(whole, tiny_teacher, loaded, tmp_path, monkeypatch):
+    label = script.Teacher.label
+
+    def small_device(self, waveforms):
+        if len(waveforms) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label(self, waveforms)
+
+    monkeypatch.setattr(script.Teacher, "label", small_device)
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE)) == 0
+    assert files(tmp_path) == files(whole)
+
+
+# ------------------------------------------------------------------------------------------------------ Hub and tracker
+
+
+def test_labels_are_pushed_and_other_configurations_of_the_repository_stay(whole, tiny_teacher, loaded, tmp_path, hub):
+    api = script.HfApi()
+    api.create_repo("acme/label-push", repo_type="dataset", private=True)
+    card = (
+        "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: small/train-*\n---\n# Mine\n"
+    )
+    other = loaded / "tiny" / "train-00000-of-00001.parquet"
+    there = {"README.md": card.encode(), f"small/{other.name}": other, "tiny/train-00000-of-00009.parquet": b"stale"}
+    for name, content in there.items():
+        api.upload_file(repo_id="acme/label-push", repo_type="dataset", path_in_repo=name, path_or_fileobj=content)
+    (tmp_path / "script.py").write_text("not for the Hub")
+    flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--hub_model_id", "acme/label-push")
+    assert script.main(flags) == 0
+    names = api.list_repo_files("acme/label-push", repo_type="dataset")
+    shards = [f"tiny/train-0000{i}-of-00004.parquet" for i in range(4)]
+    expected = ["README.md", "labelling.tiny.train.json", f"small/{other.name}", *shards]
+    assert sorted(set(names) - {".gitattributes"}) == expected
+    pulled = datasets.load_dataset("acme/label-push", "tiny", split="train")
+    assert pulled["whisper_transcript"][:] == labels(whole)
+    text = Path(script.hf_hub_download("acme/label-push", "README.md", repo_type="dataset")).read_text()
+    assert len(datasets.load_dataset("acme/label-push", "small", split="train")) == 24
+    assert "# Mine" in text
+    assert str(tiny_teacher) in text
+
+
+def test_a_push_that_fails_is_done_by_the_same_command_again(whole, tiny_teacher, loaded, tmp_path, hub):
+    output = shutil.copytree(whole, tmp_path / "out")
+    flags = arguments(tiny_teacher, loaded, output, *TWELVE, "--hub_model_id", "acme/label-again")
+    hub.fault(r"/api/datasets/acme/label-again/commit/.*", method="POST", times=50, status=500)
+    with pytest.raises(SystemExit, match=r"the push to acme/label-again failed.*the same command again only pushes"):
+        script.main(flags)
+    assert files(output) == files(whole)
+    hub.faults.clear()
+    assert script.main(flags) == 0
+    pulled = datasets.load_dataset("acme/label-again", "tiny", split="train")
+    assert pulled["whisper_transcript"][:] == labels(whole)
+
+
+@pytest.mark.parametrize("token", ["hf_read", "hf_wrong", None])
+def test_a_token_that_cannot_write_is_found_before_any_work(tiny_teacher, tmp_path, hub, monkeypatch, token):
+    script.HfApi().create_repo("acme/label-token", repo_type="dataset", private=False, exist_ok=True)
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(SystemExit, match=r"can't write to the dataset acme/label-token.*hf auth login"):
+        script.main(
+            arguments(tiny_teacher, "no_such_loader.py", tmp_path / "out", "--hub_model_id", "acme/label-token")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_directory_as_hub_model_id_and_push_to_hub_false_push_nothing(
+    whole, tiny_teacher, loaded, tmp_path, hub
+):
+    output = shutil.copytree(whole, tmp_path / "out")
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE, "--hub_model_id", output)) == 0
+    flags = ("--hub_model_id", "acme/label-not", "--push_to_hub", "False")
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE, *flags)) == 0
+    assert not script.HfApi().repo_exists("acme/label-not", repo_type="dataset")
+
+
+def test_a_tracker_that_cannot_be_had_stops_nothing(whole, tiny_teacher, loaded, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = arguments(tiny_teacher, loaded, tmp_path / "out", *TWELVE, "--report_to", "wandb")
+    with caplog.at_level(logging.WARNING):
+        assert script.main(flags) == 0
+    assert caplog.text.count("no tracking by wandb") == 1
+    assert labels(tmp_path / "out") == labels(whole)
+
+
+def test_flash_attention_falls_back_with_one_line(tiny_teacher, loaded, whole, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--attn_type", "flash_attn")) == 0
+    assert caplog.text.count("using sdpa") == 1
+    assert labels(tmp_path) == labels(whole)
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(tiny_teacher, loaded, tmp_path):
+    command = [sys.executable, script.__file__, *arguments(tiny_teacher, loaded, tmp_path, "--shard_size", 2)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("tiny/train-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
