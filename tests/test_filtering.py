@@ -1,0 +1,830 @@
+"""run_data_filtering.py: what it keeps, the labels and features it stores, and that nothing is lost on the way."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from datasets import Audio, Features, List, Value, load_dataset
+from huggingface_hub import HfApi, snapshot_download
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, WhisperFeatureExtractor
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+import run_data_filtering as script
+
+SCRIPT = Path(script.__file__)
+DATA = ("text", "whisper_transcript", "labels", "input_length", "wer", "cer")
+
+
+# ---- a labelled dataset ----------------------------------------------------------------------------------------------
+
+
+def tone(seconds: float, format: str = "WAV", rate: int = 16_000) -> bytes:
+    file = io.BytesIO()
+    samples = np.sin(np.arange(round(seconds * rate)) * 0.05) * np.linspace(0.1, 0.9, round(seconds * rate))
+    soundfile.write(file, samples, rate, format=format)
+    return file.getvalue()
+
+
+def labelled(root: Path, rows: list[dict], files: int = 2, **columns) -> Path:
+    """Rows of name, audio (bytes), transcription and whisper_transcript as a labelled dataset: config tiny, train."""
+    text_labels = any(isinstance(row["whisper_transcript"], str) for row in rows)
+    features = Features(
+        {
+            "name": Value("string"),
+            "audio": Audio(sampling_rate=16000, decode=False),
+            "transcription": Value("string"),
+            "whisper_transcript": Value("string") if text_labels else List(Value("int32")),
+            **columns,
+        }
+    )
+    rows = [
+        {"name": f"clip {i}"} | row | {"audio": {"bytes": row["audio"], "path": None}} for i, row in enumerate(rows)
+    ]
+    (root / "tiny").mkdir(parents=True)
+    for file in range(files):
+        part = rows[file * len(rows) // files : (file + 1) * len(rows) // files]
+        path = root / "tiny" / f"train-{file:05d}-of-{files:05d}.parquet"
+        pq.write_table(pa.Table.from_pylist(part, features.arrow_schema), path, row_group_size=5)
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: tiny\n  data_files:\n  - split: train\n    path: tiny/train-*\n---\n"
+    )
+    return root
+
+
+class Teacher:
+    """Writes labels as the labeller does."""
+
+    def __init__(self, path: Path, language: str = "ja"):
+        self.path, self.tokenizer = path, AutoTokenizer.from_pretrained(path)
+        self.id = self.tokenizer.get_added_vocab()
+        self.prefix = [self.id[f"<|{name}|>"] for name in ("startoftranscript", language, "transcribe")]
+        self.end, self.no_timestamps = self.id["<|endoftext|>"], self.id["<|notimestamps|>"]
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def label(self, text: str, end_time: float | None = None) -> list[int]:
+        if end_time is None:
+            return [*self.prefix, self.no_timestamps, *self.ids(text), self.end]
+        first = self.no_timestamps + 1
+        return [*self.prefix, first, *self.ids(text), first + round(end_time / 0.02), self.end]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher) -> Teacher:
+    return Teacher(tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def rows(clips, teacher) -> list[dict]:
+    """60 clips of speech whose labels have from no to many wrong characters, every other one with timestamps."""
+    draw, rows = random.Random(0), []
+    for number in range(60):
+        clip = clips[number % len(clips)]
+        text = list(clip["transcription"])
+        for _ in range(draw.choice([0, 0, 0, 1, 1, 2, 5, len(text)])):
+            text[draw.randrange(len(text))] = draw.choice("あいうえお、。")
+        label = teacher.label("".join(text), 1.5 if number % 2 else None)
+        rows.append(clip | {"name": f"{number} {clip['name']}", "whisper_transcript": label})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def source(rows, tmp_path_factory) -> Path:
+    return labelled(tmp_path_factory.mktemp("labelled") / "speech", rows, files=3)
+
+
+@pytest.fixture
+def arguments(teacher):
+    def make(dataset, *more, output: Path | None = None) -> list[str]:
+        given = ["-d", dataset, "--dataset_config_name", "tiny", "--model", teacher.path, "--max_label_length", 448]
+        given += ["--shard_size", 8, "--preprocessing_num_workers", 2, *more]
+        return [str(value) for value in [*given, *(["--output_dir", output] if output else [])]]
+
+    return make
+
+
+@pytest.fixture
+def run(arguments):
+    """Filter in this process (its workers are others) and return the exit code."""
+    return lambda *given, **more: script.main(arguments(*given, **more))
+
+
+def read(directory: Path, columns=DATA) -> list[dict]:
+    shards = sorted((directory / "tiny").glob("train-*.parquet"))
+    return pa.concat_tables(pq.read_table(shard, columns=list(columns)) for shard in shards).to_pylist()
+
+
+def contents(*directories: Path) -> dict[str, bytes]:
+    """Names and bytes of all shards."""
+    return {f"{d.name}/{f.name}": f.read_bytes() for d in directories for f in sorted((d / "tiny").iterdir())}
+
+
+def record(directory: Path) -> dict:
+    return json.loads((directory / "filtering.tiny.train.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def filtered(source, teacher, tmp_path_factory) -> Path:
+    """The directory of `speech.cer_10.0` and `speech.cer_10.0.vectorized`, made without interruption by one worker."""
+    output = tmp_path_factory.mktemp("filtered")
+    given = ["-d", source, "--dataset_config_name", "tiny", "--model", teacher.path, "--max_label_length", 448]
+    given += ["--shard_size", 8, "--preprocessing_num_workers", 1, "--cer_threshold", 10, "--output_dir", output]
+    given += ["--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5]
+    assert script.main([str(value) for value in given]) == 0
+    return output
+
+
+SAME = ("--cer_threshold", 10, "--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5)
+NAMES = ("speech.cer_10.0", "speech.cer_10.0.vectorized")
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def edit_distance(a, b) -> int:
+    """The textbook table, row by row."""
+    above = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        here = [i]
+        for j, y in enumerate(b, 1):
+            here.append(min(above[j] + 1, here[-1] + 1, above[j - 1] + (x != y)))
+        above = here
+    return above[-1]
+
+
+def slow_scores(reference: str, hypothesis: str, language: str) -> tuple[float, float] | None:
+    """WER and CER in per cent, the obvious way; None for an empty reference."""
+    normalize = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
+    reference, hypothesis = normalize(reference).split(), normalize(hypothesis).split()
+    if not reference:
+        return None
+    glue = " " if language == "en" else ""
+    characters = glue.join(reference), glue.join(hypothesis)
+    wer = 100 * edit_distance(reference, hypothesis) / len(reference)
+    return wer, 100 * edit_distance(*characters) / len(characters[0])
+
+
+JAPANESE = st.text(st.sampled_from("東京に行く。、アメリカ12ａＡ a[]()\n　!ー々"), max_size=12)
+ENGLISH = st.lists(
+    st.sampled_from(["the", "Cat", "can't", "twenty", "five", "$5", "um", "colour", ",", "sat."]), max_size=6
+)
+
+
+@pytest.mark.parametrize("language", ["ja", "en"])
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_error_counts_give_the_textbook_scores_and_those_of_jiwer(language, data):
+    texts = JAPANESE if language == "ja" else ENGLISH.map(" ".join)
+    reference, hypothesis = data.draw(texts), data.draw(texts)
+    expected = slow_scores(reference, hypothesis, language)
+    normalize = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer()
+    pair = normalize(reference).strip(), normalize(hypothesis).strip()
+    if expected is None:
+        assert pair[0] == ""
+        return
+    counts = script.error_counts(*pair, spaced=language == "en")
+    assert (script.percent(*counts[:2]), script.percent(*counts[2:])) == expected
+    assert expected[0] == pytest.approx(100 * jiwer.wer(*pair))
+    if language == "ja":
+        pair = tuple(text.replace(" ", "") for text in pair)
+    assert expected[1] == pytest.approx(100 * jiwer.cer(*pair))
+
+
+def test_an_empty_label_has_an_error_rate_of_100():
+    assert script.error_counts("東京 に行く", "", spaced=False) == [2, 2, 5, 5]
+
+
+@pytest.mark.parametrize("language", ["ja", "en"])
+@given(pairs=st.data())
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+def test_exactly_the_clips_at_or_under_the_threshold_are_kept(language, pairs, tiny_teacher, tmp_path_factory):
+    teacher = Teacher(tiny_teacher, language)
+    texts = JAPANESE if language == "ja" else ENGLISH.map(" ".join)
+    pairs = pairs.draw(
+        st.lists(st.tuples(texts, texts) | texts.map(lambda text: (text, text)), min_size=1, max_size=20)
+    )
+    pairs.append(("東京 a", "東京 a"))
+    metric, threshold = ("cer", 25) if language == "ja" else ("wer", 50)
+    rows = [{"audio": tone(0.2), "transcription": a, "whisper_transcript": teacher.label(b)} for a, b in pairs]
+    dataset = labelled(tmp_path_factory.mktemp("pairs") / "pairs", rows, files=1)
+    given = ["-d", dataset, "--model", tiny_teacher, f"--{metric}_threshold", threshold, "--language", language]
+    assert script.main([str(value) for value in [*given, "--max_label_length", 448, "--skip_logmel"]]) == 0
+    scores = [slow_scores(*pair, language) for pair in pairs]
+    which = 1 if metric == "cer" else 0
+    expected = [
+        {"text": pair[0], "labels": teacher.label(pair[1]), "wer": score[0], "cer": score[1]}
+        for pair, score in zip(pairs, scores, strict=True)
+        if score and score[which] <= threshold
+    ]
+    output = dataset.with_name(f"pairs.{metric}_{threshold}.0")
+    assert read(output, ("text", "labels", "wer", "cer")) == expected
+    report = record(output)["report"]
+    assert report["reasons"].get("empty reference", 0) == scores.count(None)
+    assert report["clips"] == [len(pairs), len(expected)]
+
+
+def test_a_score_equal_to_the_threshold_is_kept(teacher, run, tmp_path):
+    pairs = [("あいうえおかきくけこ", "あいうえおかきくけん"), ("あいうえおかきくけ", "あいうえおかきくん")]
+    rows = [{"audio": tone(0.2), "transcription": a, "whisper_transcript": teacher.label(b)} for a, b in pairs]
+    run(labelled(tmp_path / "edge", rows, files=1), "--cer_threshold", 10)
+    assert [row["cer"] for row in read(tmp_path / "edge.cer_10.0")] == [10.0]
+
+
+def test_labels_stored_as_strings_give_the_same_rows_as_ids(rows, teacher, run, filtered, tmp_path):
+    decoded = [
+        row | {"whisper_transcript": teacher.tokenizer.decode(row["whisper_transcript"], decode_with_timestamps=True)}
+        for row in rows
+    ]
+    assert "<|1.50|>" in decoded[1]["whisper_transcript"]
+    assert run(labelled(tmp_path / "speech", decoded), *SAME) == 0
+    columns = ("text", "labels", "input_length", "wer", "cer")
+    assert read(tmp_path / NAMES[0], columns) == read(filtered / NAMES[0], columns)
+    assert isinstance(read(tmp_path / NAMES[0])[0]["whisper_transcript"], str)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_the_teachers_sequences_with_timestamps_and_prompts_as_drawn(rows, teacher, filtered):
+    kept = read(filtered / NAMES[0])
+    expected_rows = [
+        i for i, row in enumerate(rows) if slow_scores(row["transcription"], text_of(row, teacher), "ja")[1] <= 10
+    ]
+    assert len(kept) == len(expected_rows) > 20
+    prompts = timestamps = 0
+    for row, number in zip(kept, expected_rows, strict=True):
+        label = row["labels"]
+        stored = rows[number]["whisper_transcript"]
+        assert row["whisper_transcript"] == stored
+        assert row["text"] == rows[number]["transcription"]
+        start = label.index(teacher.prefix[0])
+        if start:
+            prompts += 1
+            previous = [
+                token for token in rows[number - 1]["whisper_transcript"][4:-1] if token <= teacher.no_timestamps
+            ]
+            assert label[:start] == [teacher.id["<|startofprev|>"], *previous]
+        plain = [token for token in stored if token <= teacher.no_timestamps and token != teacher.no_timestamps]
+        if label[start:] == stored and number % 2:
+            timestamps += 1
+        else:
+            assert label[start:] == [*plain[:3], teacher.no_timestamps, *plain[3:]]
+    assert 0.25 < prompts / len(kept) < 0.75
+    assert 0.25 < timestamps / sum(number % 2 for number in expected_rows) < 0.75
+
+
+def text_of(row: dict, teacher: Teacher) -> str:
+    return teacher.tokenizer.decode(row["whisper_transcript"], skip_special_tokens=True)
+
+
+@given(
+    text=st.lists(st.integers(0, 599), max_size=60),
+    previous=st.lists(st.integers(0, 599), max_size=300),
+    row=st.integers(0, 10**9),
+    limit=st.integers(5, 448),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_prompt_is_the_end_of_the_text_before_and_never_makes_a_label_too_long(teacher, text, previous, row, limit):
+    tokens = script.find_tokens(teacher.tokenizer, ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>"])
+    choices = {"seed": 1, "timestamp_probability": 0.0, "condition_on_prev_probability": 1.0}
+    choices |= {"max_label_length": limit, "max_positions": 448}
+    label = script.build_label(text, previous, row, tokens, choices)
+    start = label.index(tokens.prefix[0])
+    assert label[start:] == [*tokens.prefix, tokens.no_timestamps, *text, tokens.end]
+    assert len(label) <= max(limit, len(text) + 5)
+    assert start <= 224
+    if start:
+        assert label[:start] == [tokens.previous, *previous[-(start - 1) :]]
+        assert start == 224 or start == len(previous) + 1 or len(label) == limit
+
+
+def test_choices_depend_on_the_seed_and_the_row_alone(teacher):
+    tokens = script.find_tokens(teacher.tokenizer, ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>"])
+    body = [tokens.no_timestamps + 1, 5, tokens.no_timestamps + 9]
+
+    def drawn(seed: int) -> list[tuple[bool, bool]]:
+        choices = {"seed": seed, "timestamp_probability": 0.3, "condition_on_prev_probability": 0.6}
+        choices |= {"max_label_length": 128, "max_positions": 448}
+        labels = [script.build_label(body, [7], row, tokens, choices) for row in range(2000)]
+        return [(body[0] in label, label[0] == tokens.previous) for label in labels]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    with_timestamps, with_prompt = np.mean(drawn(1), axis=0)
+    assert abs(with_timestamps - 0.3) < 0.04
+    assert abs(with_prompt - 0.6) < 0.04
+
+
+def test_the_prompt_reaches_over_shards_and_unusable_rows(rows, teacher, run, tmp_path):
+    rows = [dict(row) for row in rows[:12]]
+    rows[3]["whisper_transcript"] = rows[4]["whisper_transcript"] = None
+    rows[6]["whisper_transcript"] = teacher.label("")
+    dataset = labelled(tmp_path / "rows", rows)
+    choices = ("--wer_threshold", 1000, "--condition_on_prev_probability", 1)
+    results = []
+    for size in (1, 5, 100):
+        assert run(dataset, *choices, "--skip_logmel", "--shard_size", size, output=tmp_path / str(size)) == 0
+        results.append(read(tmp_path / str(size) / "rows.wer_1000.0"))
+    assert results[0] == results[1] == results[2]
+    labels = [row["labels"] for row in results[0]]
+    assert len(labels) == 10
+    assert labels[0][0] == teacher.prefix[0]
+    plain = [token for token in rows[2]["whisper_transcript"][4:-1] if token < teacher.no_timestamps]
+    assert labels[3][: len(plain) + 1] == [teacher.id["<|startofprev|>"], *plain]  # row 5, after two unusable ones
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def waveforms() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    clips = {}
+    for seconds in (0.1, 1.0, 4.33, 29.97, 29.99, 30.0):
+        size = round(seconds * 16_000)
+        clips[f"noise of {seconds} s"] = draw.normal(size=size) * 0.1
+        clips[f"clipped sine of {seconds} s"] = np.clip(3 * np.sin(np.arange(size) * 0.03), -1, 1)
+        clips[f"whisper of {seconds} s"] = draw.normal(size=size) * np.hanning(size) * 1e-4
+        clips[f"constant of {seconds} s"] = np.full(size, 0.5)
+        clips[f"silence of {seconds} s"] = np.zeros(size)
+    return {name: waveform.astype(np.float32) for name, waveform in clips.items()}
+
+
+@pytest.mark.parametrize("mels", [80, 128])
+def test_features_padded_back_are_the_extractors_bit_for_bit(mels):
+    extractor = WhisperFeatureExtractor(feature_size=mels)
+    clips = waveforms()
+    expected = {name: extractor(clip, sampling_rate=16000)["input_features"][0].T for name, clip in clips.items()}
+    for batch in (1, 7):
+        for first in range(0, len(clips), batch):
+            names = list(clips)[first : first + batch]
+            for name, features in zip(names, script.log_mel([clips[name] for name in names], extractor), strict=True):
+                assert len(features) == min(-(-(len(clips[name]) + 200) // 160) + 1, 3000)
+                padded = np.pad(features, ((0, 3000 - len(features)), (0, 0)), mode="edge")
+                assert np.array_equal(padded, expected[name]), (name, batch)
+
+
+def test_stored_features_are_the_extractors_to_float16_rounding(rows, teacher, filtered):
+    extractor = WhisperFeatureExtractor.from_pretrained(teacher.path)
+    audio = read(filtered / NAMES[0], ("audio", "labels", "input_length"))
+    stored = read(filtered / NAMES[1], ("input_features", "labels", "input_length"))
+    assert [row["labels"] for row in stored] == [row["labels"] for row in audio]
+    for clip, row in zip(audio, stored, strict=True):
+        waveform, _ = soundfile.read(io.BytesIO(clip["audio"]["bytes"]), dtype="float32")
+        features = np.frombuffer(row["input_features"], "<f2").reshape(-1, 128)
+        assert clip["input_length"] == row["input_length"] == len(waveform)
+        assert len(features) == -(-(len(waveform) + 200) // 160) + 1
+        expected = extractor(waveform, sampling_rate=16000)["input_features"][0].T.astype(np.float16)
+        assert np.array_equal(np.pad(features, ((0, 3000 - len(features)), (0, 0)), mode="edge"), expected)
+
+
+def test_other_formats_and_rates_are_decoded_to_mono_16_khz(teacher, run, tmp_path):
+    stereo = io.BytesIO()
+    soundfile.write(stereo, np.stack([np.sin(np.arange(44_100) * 0.02)] * 2, axis=1) * 0.3, 44_100, format="WAV")
+    audio = [stereo.getvalue(), tone(1.0, "FLAC", 8_000), tone(1.0, "OGG"), tone(1.5, "MP3", 32_000)]
+    rows = [{"audio": a, "transcription": "東京", "whisper_transcript": teacher.label("東京")} for a in audio]
+    assert run(labelled(tmp_path / "formats", rows)) == 0
+    assert [row["input_length"] for row in read(tmp_path / "formats.wer_10.0")] == [16_000, 16_000, 16_000, 24_000]
+    assert [row["audio"]["bytes"] for row in read(tmp_path / "formats.wer_10.0", ["audio"])] == audio
+
+
+def test_the_results_load_as_datasets(filtered, source):
+    cut = load_dataset(str(filtered / NAMES[0]), "tiny", split="train").cast_column("audio", Audio(decode=False))
+    assert cut.column_names == ["audio", *DATA]
+    assert cut.features["labels"] == cut.features["whisper_transcript"] == List(Value("int32"))
+    vectors = load_dataset(str(filtered / NAMES[1]), "tiny", split="train")
+    assert vectors.column_names == ["input_features", "labels", "input_length"]
+    assert vectors.features["input_features"] == Value("binary")
+    assert len(vectors) == len(cut) == record(filtered / NAMES[0])["report"]["clips"][1]
+
+
+# ---- what can't be used, and what is not wanted ----------------------------------------------------------------------
+
+
+def test_unusable_rows_are_counted_and_named_and_the_others_are_kept(clips, teacher, run, tmp_path):
+    flac, text = clips[0]["audio"], clips[0]["transcription"]
+    good = teacher.label(text)
+    bad = {
+        "no label": (flac, text, None),
+        "empty label": (flac, text, []),
+        "too large an id": (flac, text, [*good[:-1], 10**6, good[-1]]),
+        "negative id": (flac, text, [*good[:-1], -100, good[-1]]),
+        "english": (flac, text, [good[0], teacher.id["<|en|>"], *good[2:]]),
+        "no start": (flac, text, good[4:]),
+        "no end": (flac, text, good[:-1]),
+        "text after the end": (flac, text, [*good, 5]),
+        "special token inside": (flac, text, [*good[:-1], teacher.id["<|nospeech|>"], good[-1]]),
+        "null reference": (flac, None, good),
+        "reference of symbols": (flac, "(笑)。。。", good),
+        "null audio": (None, text, good),
+        "no audio": (b"not audio at all", text, good),
+        "empty wav": (tone(0), text, good),
+        "cut flac": (flac[: len(flac) // 2], text, good),
+        "damaged flac": (flac[: len(flac) // 2] + bytes(2000) + flac[len(flac) // 2 + 2000 :], text, good),
+    }
+    rows = [
+        {"name": name, "audio": audio, "transcription": reference, "whisper_transcript": label}
+        for name, (audio, reference, label) in bad.items()
+    ]
+    rows.insert(5, {"name": "good", "audio": flac, "transcription": text, "whisper_transcript": good})
+    rows.append(
+        {"name": "padded", "audio": flac, "transcription": text, "whisper_transcript": [*good, good[-1], good[-1]]}
+    )
+    assert run(labelled(tmp_path / "bad", rows)) == 0
+    assert [row["whisper_transcript"] for row in read(tmp_path / "bad.wer_10.0")] == [good, [*good, good[-1], good[-1]]]
+    assert [row["labels"] for row in read(tmp_path / "bad.wer_10.0.vectorized", ["labels"])] == [good, good]
+    assert record(tmp_path / "bad.wer_10.0")["report"]["unusable"] == {
+        "no label": ["no label", "empty label"],
+        "label ids outside the vocabulary": ["too large an id", "negative id"],
+        "label for another language or task": ["english"],
+        "malformed label": ["no start", "no end", "text after the end", "special token inside"],
+        "empty reference": ["null reference", "reference of symbols"],
+        "undecodable audio": ["null audio", "no audio", "empty wav", "cut flac", "damaged flac"],
+    }
+
+
+def test_rows_that_are_all_unusable_are_an_error(teacher, run, tmp_path):
+    row = {"audio": b"", "transcription": "東京", "whisper_transcript": teacher.label("東京")}
+    with pytest.raises(SystemExit, match=r"none of the 3 rows can be used.*undecodable audio"):
+        run(labelled(tmp_path / "bad", [row] * 3))
+
+
+def test_limits_on_duration_length_repetition_and_teacher_scores_drop_and_say_so(teacher, run, tmp_path):
+    def row(name, seconds=1.0, text="東京に行く", **scores):
+        row = {"name": name, "audio": tone(seconds), "transcription": text, "whisper_transcript": teacher.label(text)}
+        return row | {"avg_logprob": -0.1, "compression_ratio": 1.0, "no_speech_prob": 0.0} | scores
+
+    long_text = "東京に行く" * 3 + "大阪"
+    rows = [
+        *(row("good"), row("short", 0.49), row("half a second", 0.5), row("two seconds", 2.0), row("long", 2.01)),
+        *(row("unlikely", avg_logprob=-1.5), row("dense", compression_ratio=2.5), row("silent", no_speech_prob=0.9)),
+        *(row("unknown", avg_logprob=None), row("loop", text="はいはいはいはい"), row("no loop", text="はいはいはい")),
+        row("wordy", text=long_text),
+    ]
+    scores = {column: Value("float32") for column in ("avg_logprob", "compression_ratio", "no_speech_prob")}
+    dataset = labelled(tmp_path / "limits", rows, **scores)
+    limit = len(teacher.label(long_text)) - 1
+    given = ["--min_duration_in_seconds", 0.5, "--max_duration_in_seconds", 2, "--max_label_length", limit]
+    given += ["--min_avg_logprob", -1, "--max_compression_ratio", 2.4, "--max_no_speech_prob", 0.6]
+    assert run(dataset, *given, "--max_ngram_repeats", 3, "--skip_logmel") == 0
+    output = tmp_path / "limits.wer_10.0"
+    good = {"good", "half a second", "two seconds", "unknown", "no loop"}
+    assert [row["text"] for row in read(output)] == [row["transcription"] for row in rows if row["name"] in good]
+    assert record(output)["report"]["reasons"] == {
+        "shorter than the minimum": 1,
+        "longer than the maximum": 1,
+        "label too long": 1,
+        "label repeats itself": 1,
+        "mean log-probability under the minimum": 1,
+        "compression ratio over the maximum": 1,
+        "no-speech probability over the maximum": 1,
+        "kept": 5,
+    }
+
+
+def test_nothing_kept_is_an_error_that_says_what_a_cer_filter_would_keep_and_leaves_whole_shards(
+    teacher, run, tmp_path
+):
+    text = "あいうえおかきくけこさしすせそ"
+    row = {"audio": tone(0.2), "transcription": text, "whisper_transcript": teacher.label(text[:-1])}
+    with pytest.raises(
+        SystemExit, match=r"WER <= 10.0 keeps none of 9 clips; CER <= 10 would keep 9. Nothing is pushed"
+    ):
+        run(labelled(tmp_path / "near", [row] * 9))
+    for name in ("near.wer_10.0", "near.wer_10.0.vectorized"):
+        assert record(tmp_path / name)["status"] == "complete"
+        assert [len(pq.read_table(shard)) for shard in (tmp_path / name / "tiny").iterdir()] == [0, 0]
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_four_workers_give_the_bytes_of_one(source, filtered, run, tmp_path):
+    assert run(source, *SAME, "--preprocessing_num_workers", 4, "--preprocessing_batch_size", 3, output=tmp_path) == 0
+    assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
+def test_two_launched_processes_give_the_bytes_of_one(source, filtered, arguments, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
+    given = arguments(source, *SAME, output=tmp_path)
+    done = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+    assert record(tmp_path / NAMES[0])["report"] == record(filtered / NAMES[0])["report"]
+
+
+def test_a_run_that_is_stopped_and_killed_ends_with_the_bytes_of_one_that_was_not(source, arguments, run, tmp_path):
+    given = arguments(source, *SAME, "--shard_size", 1, output=tmp_path / "killed")
+    outputs = [tmp_path / "killed" / name for name in NAMES]
+    counts = []
+    for number, how in enumerate((signal.SIGTERM, signal.SIGKILL)):
+        process = subprocess.Popen([sys.executable, SCRIPT, *given], stderr=subprocess.PIPE, start_new_session=True)
+        before = len(list(outputs[1].glob("tiny/*")))
+        while process.poll() is None and len(list(outputs[1].glob("tiny/*"))) < before + 5:
+            time.sleep(0.002)
+        os.kill(process.pid, how)
+        error = process.stderr.read().decode()  # ends when the workers have let go of it too
+        assert process.wait() == (143 if how == signal.SIGTERM else -signal.SIGKILL), error
+        assert "Traceback" not in error
+        counts.append(len(list(outputs[1].glob("tiny/train-*.parquet"))))
+        assert counts[-1] < 60, f"all was done before kill {number}"
+        assert record(outputs[0])["status"] == "running"
+    assert counts[1] > counts[0]
+    assert script.main(given) == 0
+    assert run(source, *SAME, "--shard_size", 1, output=tmp_path / "whole") == 0
+    assert contents(*outputs) == contents(*(tmp_path / "whole" / name for name in NAMES))
+    assert not list((tmp_path / "killed").rglob("*.partial"))
+    kept = record(outputs[0])["report"]["clips"][1]
+    assert [len(load_dataset(str(path), "tiny", split="train")) for path in outputs] == [kept] * 2  # some shards are empty
+
+
+def test_the_same_command_again_writes_no_data(source, filtered, run, tmp_path):
+    shutil.copytree(filtered, tmp_path / "again")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.parquet")}
+    lost = tmp_path / "again" / NAMES[1] / "tiny" / "train-00003-of-00008.parquet"
+    lost.unlink()
+    assert run(source, *SAME, output=tmp_path / "again") == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.parquet")}
+    assert {path for path in after if after[path] != before[path]} == {lost}
+    assert contents(*(tmp_path / "again" / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--seed", 7), "has seed 42, not 7"),
+        (("--min_duration_in_seconds", 1), "has min_duration_in_seconds 0.0, not 1.0"),
+        (("--timestamp_probability", 0.25), "has timestamp_probability 0.5, not 0.25"),
+    ],
+)
+def test_other_settings_are_not_mixed(source, filtered, run, change, message):
+    with pytest.raises(SystemExit, match=f"{NAMES[0]} {message}; --overwrite_output_dir starts afresh"):
+        run(source, *SAME, *change, output=filtered)
+
+
+def test_a_changed_dataset_is_not_mixed_and_overwriting_starts_afresh(source, rows, filtered, run, tmp_path):
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    (tmp_path / NAMES[0] / "notes.txt").write_text("mine")
+    other = labelled(tmp_path / "other" / "speech", rows[:-1])
+    with pytest.raises(SystemExit, match=r"has dataset \w+, not \w+; --overwrite_output_dir"):
+        run(other, *SAME, output=tmp_path)
+    assert run(other, *SAME, "--overwrite_output_dir", output=tmp_path) == 0
+    assert record(tmp_path / NAMES[0])["report"]["clips"][0] == 59
+    assert (tmp_path / NAMES[0] / "notes.txt").read_text() == "mine"
+
+
+def test_filtering_and_vectorising_apart_give_the_bytes_of_both_together(source, filtered, run, tmp_path):
+    with pytest.raises(SystemExit, match=r"--skip_filtering, but .* does not have all shards"):
+        run(source, *SAME, "--skip_filtering", output=tmp_path)
+    assert run(source, *SAME, "--skip_logmel", output=tmp_path) == 0
+    assert not (tmp_path / NAMES[1]).exists()
+    assert run(source, *SAME, "--skip_filtering", output=tmp_path) == 0
+    assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
+# ---- another threshold -----------------------------------------------------------------------------------------------
+
+
+def spoil_audio(dataset: Path) -> None:
+    """Overwrite the stored audio, and nothing else, so that whoever reads it fails."""
+    for path in (dataset / "tiny").glob("*.parquet"):
+        metadata = pq.read_metadata(path)
+        with open(path, "r+b") as file:
+            for group in range(metadata.num_row_groups):
+                for number in range(metadata.num_columns):
+                    column = metadata.row_group(group).column(number)
+                    if column.path_in_schema == "audio.bytes":
+                        file.seek(column.dictionary_page_offset or column.data_page_offset)
+                        file.write(b"\xff" * column.total_compressed_size)
+
+
+def test_a_tighter_threshold_reads_no_audio_and_gives_the_bytes_of_a_fresh_run(source, filtered, run, tmp_path):
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    spoiled = Path(shutil.copytree(source, tmp_path / "speech"))
+    spoil_audio(spoiled)
+    with pytest.raises(OSError):
+        pq.read_table(spoiled / "tiny")
+    for metric in ("cer", "wer"):
+        change = SAME[2:], f"--{metric}_threshold", 3
+        assert run(spoiled, *change[0], *change[1:], output=tmp_path) == 0
+        assert run(source, *change[0], *change[1:], output=tmp_path / "fresh") == 0
+        names = [f"speech.{metric}_3.0", f"speech.{metric}_3.0.vectorized"]
+        assert contents(*(tmp_path / name for name in names)) == contents(
+            *(tmp_path / "fresh" / name for name in names)
+        )
+
+
+def test_a_looser_threshold_gives_the_bytes_of_a_fresh_run(source, filtered, run, tmp_path):
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    given = [source, *SAME[2:], "--cer_threshold", 40, "--max_duration_in_seconds", 4]
+    assert run(*given, output=tmp_path) == 0
+    assert run(*given, output=tmp_path / "fresh") == 0
+    names = ["speech.cer_40.0", "speech.cer_40.0.vectorized"]
+    assert contents(*(tmp_path / name for name in names)) == contents(*(tmp_path / "fresh" / name for name in names))
+
+
+def test_results_of_other_labels_are_not_reused(source, rows, filtered, run, tmp_path):
+    """Even where the files have the same footers: one label is exchanged for another of the same length."""
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    other = [dict(row) for row in rows]
+    other[7]["whisper_transcript"] = (
+        other[7]["whisper_transcript"][:4]
+        + other[7]["whisper_transcript"][-3:3:-1]
+        + other[7]["whisper_transcript"][-2:]
+    )
+    dataset = labelled(tmp_path / "other" / "speech", other, files=3)
+    old = record(filtered / NAMES[0])
+    old["settings"]["dataset"] = script.find_groups(sorted((dataset / "tiny").iterdir()))[1]
+    (tmp_path / NAMES[0] / "filtering.tiny.train.json").write_text(json.dumps(old))
+    given = [dataset, *SAME[2:], "--cer_threshold", 40]
+    assert run(*given, output=tmp_path) == 0
+    assert run(*given, output=tmp_path / "fresh") == 0
+    names = ["speech.cer_40.0", "speech.cer_40.0.vectorized"]
+    assert contents(*(tmp_path / name for name in names)) == contents(*(tmp_path / "fresh" / name for name in names))
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_adds_up_and_the_card_tells_it(rows, teacher, filtered):
+    report = record(filtered / NAMES[0])["report"]
+    scores = [slow_scores(row["transcription"], text_of(row, teacher), "ja") for row in rows]
+    lengths = [len("".join(BasicTextNormalizer()(row["transcription"]).split())) for row in rows]
+    seconds = [soundfile.info(io.BytesIO(row["audio"])).duration for row in rows]
+    kept = [score[1] <= 10 for score in scores]
+    assert report["clips"] == [60, sum(kept)]
+    assert report["characters"] == [sum(lengths), sum(n for n, keep in zip(lengths, kept, strict=True) if keep)]
+    assert report["hours"][0] == pytest.approx(sum(seconds) / 3600, abs=1e-3)
+    assert report["reasons"] == {"score over the threshold": 60 - sum(kept), "kept": sum(kept)}
+    for which, metric in enumerate(("wer", "cer")):
+        for threshold, count in report["other_thresholds"][metric].items():
+            assert count == sum(score[which] <= float(threshold) for score in scores)
+    assert sum(report["score_histogram"]) == 60
+    assert report["by_reference_length"]["8-15"] == [
+        sum(8 <= n < 16 for n in lengths),
+        sum(8 <= n < 16 and keep for n, keep in zip(lengths, kept, strict=True)),
+    ]
+    assert report["worst"][0]["cer"] == max(score[1] for score in scores)
+    for name in NAMES:
+        card = (filtered / name / "README.md").read_text()
+        assert f"| clips | 60 | {sum(kept)} |" in card
+        assert report["worst"][0]["reference"] in card
+        assert "(filtering.tiny.train.png)" in card
+        assert (filtered / name / "filtering.tiny.train.png").read_bytes().startswith(b"\x89PNG")
+    assert "float16" in (filtered / NAMES[1] / "README.md").read_text()
+
+
+def test_a_wer_filter_on_japanese_says_that_it_is_an_exact_match(source, run, tmp_path, caplog):
+    assert run(source, "--skip_logmel", output=tmp_path) == 0
+    report = record(tmp_path / "speech.wer_10.0")["report"]
+    notice = (
+        f"ja is written without spaces, so WER <= 10.0 is nearly an exact match and keeps {report['clips'][1]} of 60 "
+        f"clips; CER <= 10 (--cer_threshold 10) would keep {report['other_thresholds']['cer']['10']}."
+    )
+    assert notice in caplog.text
+    assert notice in (tmp_path / "speech.wer_10.0" / "README.md").read_text()
+
+
+def test_the_record_has_settings_arguments_versions_and_no_token(filtered):
+    text = (filtered / NAMES[0] / "filtering.tiny.train.json").read_text()
+    content = json.loads(text)
+    assert content["status"] == "complete"
+    assert content["settings"]["seed"] == 42
+    assert content["arguments"]["cer_threshold"] == 10
+    assert {"torch", "transformers", "jiwer"} <= content["versions"].keys()
+    assert "hf_write" not in text
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def push(repository: str, dataset: Path) -> None:
+    HfApi().create_repo(repository, repo_type="dataset", private=True)
+    HfApi().upload_folder(repo_id=repository, folder_path=dataset, repo_type="dataset")
+
+
+def test_a_dataset_on_the_hub_is_filtered_and_pushed_privately(hub, source, filtered, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    push("acme/speech", source)
+    assert run("acme/speech", *SAME) == 0
+    for name in NAMES:
+        assert HfApi().repo_info(f"acme/{name}", repo_type="dataset").private
+        pulled = Path(snapshot_download(f"acme/{name}", repo_type="dataset", local_dir=tmp_path / "pulled" / name))
+        assert contents(pulled) == contents(tmp_path / name) == contents(filtered / name)
+    assert len(load_dataset("acme/speech.cer_10.0.vectorized", "tiny", split="train")) == len(read(filtered / NAMES[0]))
+
+
+def test_a_second_split_keeps_the_first_on_the_hub_also_from_another_machine(hub, rows, run, tmp_path, monkeypatch):
+    dataset = labelled(tmp_path / "splits", rows[:6])
+    for path in sorted((dataset / "tiny").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("train", "test")))
+    card = dataset / "README.md"
+    card.write_text(
+        card.read_text().replace("---\n", "", 1).replace("---\n", "  - split: test\n    path: tiny/test-*\n---\n")
+    )
+    card.write_text("---\n" + card.read_text())
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        monkeypatch.chdir(tmp_path / split)
+        given = ["--split", split, "--wer_threshold", 1000, "--hub_model_id", "acme/splits"]
+        assert run(dataset, *given, output=tmp_path / split) == 0
+    both = load_dataset("acme/splits.wer_1000.0.vectorized", "tiny")
+    assert {split: len(rows) for split, rows in both.items()} == {"train": 6, "test": 6}
+    text = Path(snapshot_download("acme/splits.wer_1000.0", repo_type="dataset"), "README.md").read_text()
+    assert "## tiny, train" in text
+    assert "## tiny, test" in text
+
+
+def test_a_failed_push_says_what_to_do_and_the_same_command_only_pushes(hub, source, run, tmp_path):
+    given = [source, *SAME, "--hub_model_id", "acme/failing"]
+    hub.fault("/commit/", status=500, times=-1)
+    with pytest.raises(SystemExit, match=r"is complete; pushing it to acme/failing.* failed"):
+        run(*given, output=tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    hub.faults.clear()
+    assert run(*given, output=tmp_path) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    assert len(load_dataset("acme/failing.cer_10.0", "tiny", split="train")) > 20
+
+
+def test_a_token_without_rights_is_found_before_the_work(hub, source, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    with pytest.raises(SystemExit, match=r"preparing acme/denied.* failed: .*hf auth login"):
+        run(source, *SAME, "--hub_model_id", "acme/denied", output=tmp_path)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_vectorising_takes_the_filtered_dataset_from_the_hub(hub, source, filtered, run, tmp_path):
+    push("acme/apart", source)
+    assert run("acme/apart", *SAME, "--skip_logmel", output=tmp_path / "one") == 0
+    assert run("acme/apart", *SAME, "--skip_filtering", output=tmp_path / "two") == 0
+    expected = {name.replace("speech", "apart"): value for name, value in contents(filtered / NAMES[1]).items()}
+    assert contents(tmp_path / "two" / "apart.cer_10.0.vectorized") == expected
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--split", "test"], r"has no split 'test'; it has train"),
+        (["--dataset_config_name", "huge"], r"'huge' not found. Available: \['tiny'\]"),
+        (["--text_column_name", "words"], r"has no column 'words'; it has name, audio, transcription"),
+        (["--language", "xx"], r"has no token '<\|xx\|>': check --model, --language xx"),
+        (["--model", "acme/none"], r"loading tokenizer.* of acme/none failed"),
+        (["-d", "acme/none"], r"reading acme/none failed"),
+        (["-d", "/no/such/place"], r"'/no/such/place' is neither a directory that exists nor a Hub id"),
+        (["--max_duration_in_seconds", "31"], r"--max_duration_in_seconds 31.0 is over the model's 30 s"),
+        (["--max_label_length", "449"], r"--max_label_length 449 is over the decoder's 448 positions"),
+        (["--max_no_speech_prob", "0.5"], r"has no column 'no_speech_prob'"),
+        (["--push_to_hub"], r"--push_to_hub with a local dataset needs --hub_model_id org/name"),
+    ],
+)
+def test_a_mistake_gives_one_line(source, run, tmp_path, change, message):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run(source, *change, output=tmp_path)
+    assert str(stopped.value).startswith("run_data_filtering.py: error: ")
+    assert "\n" not in str(stopped.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_without_labels_gives_one_line(loaded, run):
+    with pytest.raises(SystemExit, match=r"has no column 'whisper_transcript'; it has name, audio, transcription"):
+        run(loaded)
+
+
+@pytest.mark.parametrize("change", [["--timestamp_probability", "2"], ["--shard_size", "0"], ["--threshold", "1"]])
+def test_impossible_flags_are_refused(source, run, change):
+    with pytest.raises(SystemExit) as stopped:
+        run(source, *change)
+    assert stopped.value.code == 2
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (
+        *("-d", "--dataset_name", "--dataset_config_name", "--split", "--wer_threshold", "--cer_threshold"),
+        *("--text_column_name", "--audio_column_name", "--language", "--task", "--model", "--seed", "--output_dir"),
+        *("--preprocessing_num_workers", "--preprocessing_batch_size", "--max_label_length", "--push_to_hub"),
+        *("--timestamp_probability", "--condition_on_prev_probability", "--skip_filtering", "--skip_logmel"),
+        *("--min_duration_in_seconds", "--max_duration_in_seconds", "--hub_private_repo", "--overwrite_output_dir"),
+    ):
+        assert flag in text
