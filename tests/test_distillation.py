@@ -1,0 +1,865 @@
+"""run_distillation.py: the loss, the batches, resuming, the encoder cache, held-out evaluation, and what it leaves."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import SchedulerType, WhisperForConditionalGeneration, WhisperProcessor
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+import create_student_model
+import run_distillation as script
+
+SCRIPT = str(Path(script.__file__))
+FLAGS = "--freeze_encoder --dtype float32 --report_to none --language ja --do_train --warmup_steps 2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are too small for two threads, and the last bits of a sum depend on their number."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def forget_processes() -> None:
+    """accelerate keeps its first settings for the life of a process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(caplog):
+    forget_processes()
+    caplog.set_level("INFO")
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_teacher):
+    return WhisperProcessor.from_pretrained(tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_teacher, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "student-init"
+    assert (
+        create_student_model.main(
+            ["--teacher_checkpoint", str(tiny_teacher), "--decoder_layers", "2", "--save_dir", str(path)]
+        )
+        == 0
+    )
+    return path
+
+
+def write_dataset(root: Path, config: str, split: str, rows: list[dict], schema: pa.Schema) -> Path:
+    (root / config).mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema), root / config / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+VECTORIZED = pa.schema(
+    [("input_features", pa.binary()), ("labels", pa.list_(pa.int32())), ("input_length", pa.int64())]
+)
+AUDIO = pa.schema(
+    [
+        ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("labels", pa.list_(pa.int32())),
+        ("input_length", pa.int64()),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def examples(clips, processor) -> list[dict]:
+    """Rows with everything: audio, log-mels with one padded frame, and labels; every third with a prompt."""
+    tokenizer, rows = processor.tokenizer, []
+    tokenizer.set_prefix_tokens(language="ja", task="transcribe", predict_timestamps=False)
+    for number, clip in enumerate(clips[:10]):
+        waveform, _ = soundfile.read(io.BytesIO(clip["audio"]), dtype="float32")
+        frames = math.ceil((len(waveform) + 200) / 160) + 1
+        log_mel = processor.feature_extractor(waveform, sampling_rate=16000, return_tensors="np").input_features[0]
+        labels = tokenizer(clip["transcription"]).input_ids
+        if number % 3 == 2:
+            prompt = tokenizer(clips[0]["transcription"], add_special_tokens=False).input_ids
+            labels = [tokenizer.convert_tokens_to_ids("<|startofprev|>"), *prompt, *labels]
+        rows.append(
+            {
+                "audio": {"bytes": clip["audio"], "path": clip["name"]},
+                "log_mel": log_mel,
+                "input_features": log_mel.T[:frames].astype("<f2").tobytes(),
+                "labels": labels,
+                "input_length": len(waveform),
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def vectorized(examples, tmp_path_factory) -> Path:
+    """Ten training rows (config tiny, split train), and four held-out ones (config default, split test)."""
+    root = tmp_path_factory.mktemp("data") / "speech.wer_10.0.vectorized"
+    write_dataset(root, "default", "test", examples[:4], VECTORIZED)
+    return write_dataset(root, "tiny", "train", examples, VECTORIZED)
+
+
+@pytest.fixture
+def command(student, tiny_teacher, vectorized, tmp_path):
+    """Arguments of a run of six steps of four rows (two epochs, each with a last batch of two), saved every two."""
+
+    def arguments(output: str = "out", *more: str) -> list[str]:
+        given = f"--model_name_or_path {student} --teacher_model_name_or_path {tiny_teacher}"
+        given += f" --output_dir {tmp_path / output}"
+        given += f" --train_dataset_name {vectorized} --train_dataset_config_name tiny --per_device_train_batch_size 4"
+        given += " --learning_rate 0.003 --num_train_epochs 2 --save_steps 2 --logging_steps 1"
+        return [*given.split(), *FLAGS.split(), *map(str, more)]
+
+    return arguments
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    """Train in this process; the output directory."""
+
+    def train(output: str = "out", *more: str) -> Path:
+        assert script.main(command(output, *more)) == 0
+        return tmp_path / output
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(student, tiny_teacher, vectorized, tmp_path_factory) -> Path:
+    """The output of the plain run, which others are compared with."""
+    output = tmp_path_factory.mktemp("reference") / "out"
+    forget_processes()
+    given = f"--model_name_or_path {student} --teacher_model_name_or_path {tiny_teacher} --output_dir {output}"
+    given += f" --train_dataset_name {vectorized} --train_dataset_config_name tiny --per_device_train_batch_size 4"
+    given += " --learning_rate 0.003 --num_train_epochs 2 --save_steps 2 --logging_steps 1"
+    assert script.main([*given.split(), *FLAGS.split()]) == 0
+    return output
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_close_weights(one: Path, other: Path, tolerance: float) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < tolerance
+
+
+def metrics(output: Path, name: str = "loss") -> list[float]:
+    entries = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [entry[name] for entry in entries if name in entry]
+
+
+def checkpoint_names(output: Path) -> list[str]:
+    return [path.name for _, path in script.checkpoints(output)]
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(logits, teacher_logits, targets, ce_weight, kl_weight, temperature):
+    """The formula, straight from the paper, in the precision of its input."""
+    ce = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    p, q = (teacher_logits / temperature).softmax(-1), (logits / temperature).softmax(-1)
+    return ce_weight * ce + kl_weight * temperature**2 * (p * (p.log() - q.log())).sum()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, script.LOSS_CHUNK, 2 * script.LOSS_CHUNK + 3])
+@pytest.mark.parametrize(("ce_weight", "kl_weight", "temperature"), [(0.8, 1.0, 2.0), (0.0, 1.0, 1.0), (1.0, 0.0, 3.5)])
+def test_the_loss_and_its_gradients_equal_the_formula_in_float64(tokens, ce_weight, kl_weight, temperature):
+    generator = torch.Generator().manual_seed(tokens)
+    hidden, head, teacher_hidden, teacher_head = (
+        torch.randn(*shape, generator=generator) * 1.5 for shape in ((tokens, 6), (50, 6), (tokens, 9), (50, 9))
+    )
+    targets = torch.randint(50, (tokens,), generator=generator)
+    ours = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    exact = [hidden.double().requires_grad_(), head.double().requires_grad_()]
+    weight = (ce_weight, kl_weight, temperature)
+    loss, ce, kl = script.DistillationLoss.apply(*ours, teacher_hidden, teacher_head, targets, *weight, True)
+    expected = plain_loss(exact[0] @ exact[1].T, teacher_hidden.double() @ teacher_head.double().T, targets, *weight)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close((ce_weight * ce + kl_weight * kl).double(), expected, rtol=2e-6, atol=1e-5)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_formulas_on_random_logits_when_the_head_is_the_identity():
+    logits, teacher_logits = torch.randn(2, 40, 30, generator=torch.Generator().manual_seed(0)).double() * 4
+    targets, eye = torch.arange(40) % 30, torch.eye(30).double()
+    loss, _, _ = script.DistillationLoss.apply(logits, eye, teacher_logits, eye, targets, 0.8, 1.0, 2.0, False)
+    torch.testing.assert_close(loss, plain_loss(logits, teacher_logits, targets, 0.8, 1.0, 2.0), rtol=1e-12, atol=0)
+
+
+def test_a_batch_with_prompts_and_padding_has_the_loss_of_its_rows_alone_in_float64(
+    student, tiny_teacher, examples, processor
+):
+    student_model = WhisperForConditionalGeneration.from_pretrained(student).eval()
+    teacher_model = WhisperForConditionalGeneration.from_pretrained(tiny_teacher).eval()
+    start = processor.tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    rows, expected, count = [], 0.0, 0
+    for example in examples[:4]:
+        tokens, first = np.array(example["labels"]), example["labels"].index(start)
+        features = script.pad_features(np.frombuffer(example["input_features"], "<f2").reshape(-1, 128))
+        rows.append({"tokens": tokens, "first": first, "features": features})
+        inputs = {"input_features": torch.tensor(features)[None], "decoder_input_ids": torch.tensor(tokens[None, :-1])}
+        logits = []
+        for model in (student_model, teacher_model):
+            model.double()
+            with torch.no_grad():
+                double = {"input_features": inputs["input_features"].double()}
+                logits.append(model(**(inputs | double), use_cache=False).logits[0, first:])
+            model.float()
+        expected += float(plain_loss(*logits, torch.tensor(tokens[first + 1 :]), 0.8, 1.0, 2.0))
+        count += len(tokens) - first - 1
+    batch = script.collate(rows)
+    assert batch["decoder_input_ids"].shape[1] % 8 == 0 and len(batch["targets"]) == count
+    frozen = script.Frozen(teacher_model, teacher_model.model.encoder)
+    trained = script.Trained(student_model, True, (0.8, 1.0, 2.0))
+    loss, _, _ = trained(*frozen(batch), teacher_model.proj_out.weight, batch)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_logits_exist_for_prompts_or_padding_nor_for_more_than_a_chunk(monkeypatch, student, tiny_teacher, examples):
+    seen = []
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(script.F, "linear", lambda *a: seen.append(real(*a).shape) or real(*a))
+    monkeypatch.setattr(script, "LOSS_CHUNK", 16)
+    hidden, head = torch.randn(50, 4, requires_grad=True), torch.randn(1000, 4)
+    script.DistillationLoss.apply(hidden, head, hidden.detach(), head, torch.arange(50), 0.8, 1.0, 2.0, True)
+    assert sorted(set(seen)) == [(2, 1000), (16, 1000)] and sum(shape[0] for shape in seen) == 2 * 50
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_stored_features_padded_are_the_extractors_in_float16(examples):
+    for example in examples:
+        stored = np.frombuffer(example["input_features"], "<f2").reshape(-1, 128)
+        assert np.array_equal(script.pad_features(stored), example["log_mel"].astype(np.float16))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 5), st.integers(0, 3))
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own(sizes, seed, epoch):
+    order = script.epoch_order(sizes, None, seed, epoch)
+    assert sorted(order) == list(range(sum(sizes)))
+    assert np.array_equal(order, script.epoch_order(sizes, None, seed, epoch))
+    if sum(sizes) > 8:
+        assert not np.array_equal(order, script.epoch_order(sizes, None, seed, epoch + 1))
+
+
+def test_sampling_weights_are_the_shares_of_an_epoch():
+    order = script.epoch_order([100, 300], [3.0, 1.0], 0, 0)
+    first, second = order[order < 100], order[order >= 100]
+    assert (len(first), len(second)) == (300, 100)
+    assert set(np.bincount(first)) == {3} and len(set(second)) == 100
+
+
+@settings(deadline=None)
+@given(st.integers(1, 50), st.sampled_from([(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (2, 4, 1)]))
+def test_batches_are_the_same_however_the_global_batch_is_split(rows, split):
+    size, processes, accumulation = split
+    plan = script.Plan([rows], None, 1, 8)
+    parts = [list(plan.micro_batches(0, 9, size, size * processes, process * size)) for process in range(processes)]
+    assert {len(part) for part in parts} == {9 * accumulation}
+    for step in range(9):
+        expected = plan.rows(step).tolist()
+        got = [parts[p][step * accumulation + m] for m in range(accumulation) for p in range(processes)]
+        assert np.concatenate(got)[: len(expected)].tolist() == expected
+        assert all(extra == expected[:1] for extra in got[math.ceil(len(expected) / size) :])
+
+
+def test_labels_are_scanned_row_by_row_across_chunks_and_nulls():
+    column = pa.chunked_array(
+        [
+            pa.array([[7, 1, 5], None, [1, 9, 1, 8]], pa.list_(pa.int32())),
+            pa.array([[], [3], [4, 1]], pa.list_(pa.int32())),
+        ]
+    )
+    lengths, starts, languages = script.scan_labels(column, 1)
+    assert lengths.tolist() == [3, 0, 4, 0, 1, 2] and starts.tolist() == [1, -1, 0, -1, -1, 1]
+    assert languages[[0, 2]].tolist() == [5, 9]
+
+
+def test_audio_trains_the_same_model_as_stored_features(run, examples, uninterrupted, tmp_path):
+    data = write_dataset(tmp_path / "labelled", "tiny", "train", examples, AUDIO)
+    assert_equal_weights(run("audio", "--train_dataset_name", data, "--dataloader_num_workers", 1), uninterrupted)
+
+
+def test_two_datasets_train_together_and_unusable_rows_are_left_out_and_listed(
+    run, examples, vectorized, tmp_path, caplog
+):
+    long = {**examples[0], "labels": examples[0]["labels"] * 40}
+    none = {**examples[1], "labels": None}
+    write_dataset(tmp_path / "more", "other", "train", [examples[2], long, examples[3], none], VECTORIZED)
+    both = ("--train_dataset_name", f"{vectorized}+{tmp_path / 'more'}", "--train_dataset_config_name", "tiny+other")
+    output = run("both", *both, "--num_train_epochs", 1)
+    record = json.loads((output / "training.json").read_text())
+    assert record["rows"] == 12 and record["rows_left_out"] == {str(vectorized): 0, str(tmp_path / "more"): 2}
+    assert "2 rows left out" in caplog.text and "the first: 1, 3" in caplog.text
+    assert len(metrics(output)) == 3
+
+
+def test_fewer_rows_than_a_batch_still_train(run):
+    output = run("small", "--per_device_train_batch_size", 64)
+    assert len(metrics(output)) == 2 and metrics(output)[1] < metrics(output)[0]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_and_leaves_a_whole_model(uninterrupted, student, examples, processor, tiny_teacher):
+    losses = metrics(uninterrupted)
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    needed = "config.json generation_config.json model.safetensors tokenizer.json vocab.json merges.txt README.md"
+    needed += " added_tokens.json special_tokens_map.json preprocessor_config.json training_curves.png training.json"
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert set(needed.split()) | {"create_student_model.py", "run_distillation.py", "metrics.jsonl"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    model = WhisperForConditionalGeneration.from_pretrained(uninterrupted)
+    assert (model.generation_config.language, model.generation_config.task) == ("ja", "transcribe")
+    assert model.dtype == torch.float32 and model.config.decoder_layers == 2
+    sequence = model.generate(
+        torch.tensor(examples[0]["log_mel"])[None], max_new_tokens=5, force_unique_generate_call=True
+    )
+    prefix = processor.tokenizer.convert_ids_to_tokens(sequence[0].tolist())[:4]
+    assert prefix == ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert json.loads((uninterrupted / "training.json").read_text())["status"] == "complete"
+    assert "training_curves.png" in (uninterrupted / "README.md").read_text()
+
+
+def test_a_frozen_encoder_is_the_teachers_unchanged_and_in_no_checkpoint(uninterrupted, tiny_teacher):
+    trained, teacher = weights(uninterrupted), load_file(tiny_teacher / "model.safetensors")
+    encoder = [name for name in teacher if name.startswith("model.encoder.")]
+    assert encoder and all(torch.equal(trained[name], teacher[name]) for name in encoder)
+    assert not torch.equal(trained["model.decoder.embed_tokens.weight"], teacher["model.decoder.embed_tokens.weight"])
+    stored = load_file(uninterrupted / "checkpoint-6-epoch-1" / "model.safetensors")
+    assert all(name.startswith("decoder.") for name in stored)
+    decoder = sum(value.numel() for name, value in trained.items() if ".decoder." in name)
+    assert sum(value.numel() for value in stored.values()) == decoder
+    optimizer = torch.load(uninterrupted / "checkpoint-6-epoch-1" / "optimizer.bin", weights_only=True)
+    assert sum(value["exp_avg"].numel() for value in optimizer["state"].values()) == decoder
+    assert all(value["exp_avg"].dtype == torch.float32 for value in optimizer["state"].values())
+
+
+def test_a_frozen_encoder_that_differs_from_the_teachers_runs_beside_it(run, student, tiny_teacher, tmp_path, caplog):
+    model = WhisperForConditionalGeneration.from_pretrained(student)
+    with torch.no_grad():
+        model.model.encoder.layer_norm.bias += 0.5
+    shutil.copytree(student, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    output = run("differs", "--model_name_or_path", tmp_path / "other", "--max_steps", 1)
+    assert "not the teacher's" in caplog.text
+    trained, before = weights(output), load_file(tmp_path / "other" / "model.safetensors")
+    assert torch.equal(trained["model.encoder.layer_norm.bias"], before["model.encoder.layer_norm.bias"])
+    assert metrics(output)[0] != pytest.approx(metrics(run("same", "--max_steps", 1))[0])
+
+
+def test_an_encoder_that_is_not_frozen_is_trained_and_resumed(run, student, tmp_path):
+    flags = ("--freeze_encoder", "False", "--num_train_epochs", 1, "--save_steps", 1)
+    straight = run("straight", *flags)
+    before = load_file(student / "model.safetensors")
+    assert not torch.equal(weights(straight)["model.encoder.conv1.weight"], before["model.encoder.conv1.weight"])
+    interrupt(straight, tmp_path / "again", keep=1)
+    assert_equal_weights(run("again", *flags), straight)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2), ("--gradient_checkpointing",)]
+)
+def test_the_trained_weights_do_not_depend_on_micro_batches_or_recomputation(run, uninterrupted, flags):
+    output = run("split", *flags)
+    assert metrics(output) == pytest.approx(metrics(uninterrupted), rel=1e-5)
+    assert_close_weights(output, uninterrupted, 2e-4)
+
+
+def launch(processes: int, arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        if processes > 1
+        else [sys.executable]
+    )
+    return subprocess.Popen([*launcher, SCRIPT, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_train_the_same_model_and_one_process_goes_on_from_their_checkpoint(
+    command, run, uninterrupted, tmp_path
+):
+    process = launch(2, command("two", "--per_device_train_batch_size", 2))
+    assert process.wait(timeout=240) == 0, process.stderr.read()
+    process.stderr.close()
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(uninterrupted), rel=1e-5)
+    assert_close_weights(tmp_path / "two", uninterrupted, 2e-4)
+    interrupt(tmp_path / "two", tmp_path / "one", keep=4)
+    assert_close_weights(run("one"), uninterrupted, 2e-4)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters(run, uninterrupted):
+    output = run("bf16", "--dtype", "bfloat16")
+    assert {value.dtype for value in weights(output).values()} == {torch.float32}
+    assert metrics(output) != metrics(uninterrupted)
+    assert metrics(output) == pytest.approx(metrics(uninterrupted), rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", [kind.value for kind in SchedulerType])
+def test_every_schedule_of_transformers_is_accepted(schedule):
+    needed = {"cosine_with_min_lr": {"min_lr": 1e-5}, "cosine_warmup_with_min_lr": {"min_lr": 1e-5}}
+    needed |= {"warmup_stable_decay": {"num_decay_steps": 2}}
+    flags = ["--lr_scheduler_type", schedule, "--lr_scheduler_kwargs", json.dumps(needed.get(schedule, {}))]
+    required = ["--model_name_or_path", "a", "--teacher_model_name_or_path", "b", "--output_dir", "c"]
+    args = script.parse_args(required + flags)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = script.make_scheduler(args, optimizer, total=10)
+    assert scheduler.state_dict()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_the_last_good_checkpoint_kept(
+    command, tmp_path, vectorized, examples
+):
+    spoilt = {**examples[0], "input_features": np.full((64, 128), np.nan, "<f2").tobytes(), "input_length": 62 * 160}
+    data = write_dataset(tmp_path / "spoilt", "tiny", "train", [*examples[:3], spoilt], VECTORIZED)
+    flags = (
+        "--train_dataset_name",
+        data,
+        "--per_device_train_batch_size",
+        1,
+        "--save_steps",
+        1,
+        "--num_train_epochs",
+        4,
+    )
+    seed = next(seed for seed in range(99) if script.epoch_order([4], None, seed, 0)[2] == 3)
+    with pytest.raises(SystemExit, match=r"step 3: the loss is nan.*last checkpoint.*checkpoint-2-epoch-0"):
+        script.main(command("nan", *flags, "--seed", seed))
+    stored = checkpoint_names(tmp_path / "nan")
+    assert stored and all(
+        value.isfinite().all() for value in load_file(tmp_path / "nan" / stored[-1] / "model.safetensors").values()
+    )
+
+
+def test_an_exploding_loss_stops_the_run(command, tmp_path):
+    flags = ("--learning_rate", 30.0, "--max_grad_norm", 0, "--warmup_steps", 60, "--max_steps", 30)
+    with pytest.raises(SystemExit, match=r"the loss has exploded from \d.* to \d.*checkpoint-"):
+        script.main(command("explodes", *flags, "--per_device_train_batch_size", 2))
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def interrupt(finished: Path, copy: Path, keep: int) -> None:
+    """Make a copy of a finished run into what it was just after the checkpoint of step `keep`, a torn line included."""
+    shutil.copytree(finished, copy, dirs_exist_ok=True)
+    for step, path in script.checkpoints(copy):
+        if step > keep:
+            shutil.rmtree(path)
+    (copy / "model.safetensors").unlink()
+    record = json.loads((copy / "training.json").read_text())
+    (copy / "training.json").write_text(json.dumps(record | {"status": "running"}))
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+
+
+def test_a_run_killed_in_the_middle_ends_with_the_weights_of_one_that_was_not(command, run, uninterrupted, tmp_path):
+    process = launch(1, command("killed"))
+    while not (tmp_path / "killed" / "checkpoint-2-epoch-0").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    output = run("killed")
+    assert_equal_weights(output, uninterrupted)
+    assert metrics(output) == metrics(uninterrupted)
+    assert metrics(output, "step") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no manifest"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said(run, uninterrupted, tmp_path, caplog, damage):
+    interrupt(uninterrupted, tmp_path / "out", keep=4)
+    newest = tmp_path / "out" / "checkpoint-4-epoch-1"
+    file = newest / ("manifest.json" if damage == "no manifest" else "optimizer.bin")
+    content = bytearray(file.read_bytes())
+    file.unlink()
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    (tmp_path / "out" / ".checkpoint-6-epoch-1.partial").mkdir()
+    (tmp_path / "out" / ".checkpoint-6-epoch-1.partial" / "model.safetensors").write_bytes(b"half")
+    assert_equal_weights(run("out"), uninterrupted)
+    assert "checkpoint-4-epoch-1 is not whole and is skipped" in caplog.text
+    assert "going on from step 2" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_its_status_and_the_same_command_goes_on(
+    command, run, uninterrupted, tmp_path, number
+):
+    def send_when_training():
+        while not (tmp_path / "out" / "checkpoint-2-epoch-0").exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send_when_training)
+    thread.start()
+    assert script.main(command()) == 128 + number
+    thread.join()
+    saved = checkpoint_names(tmp_path / "out")[-1]
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["status"] == "running"
+    assert int(saved.split("-")[1]) == metrics(tmp_path / "out", "step")[-1] < 6
+    assert_equal_weights(run(), uninterrupted)
+    assert metrics(tmp_path / "out") == metrics(uninterrupted)
+
+
+def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on_from_it(run, uninterrupted, tmp_path, caplog):
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    run("out", "--overwrite_output_dir")
+    assert "nothing is trained" in caplog.text
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    assert_equal_weights(run("out", "--num_train_epochs", 3), run("straight", "--num_train_epochs", 3))
+
+
+def test_other_settings_are_refused_by_name_until_overwriting_is_allowed(run, command, uninterrupted, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(uninterrupted, output)
+    for name in (".git", "other-init"):
+        (output / name).mkdir()
+        (output / name / "file").write_text("theirs")
+    with pytest.raises(SystemExit, match=r"temperature was 2.0 and is now 3.0.*--overwrite_output_dir"):
+        script.main(command("out", "--temperature", 3))
+    assert checkpoint_names(output)[-1] == "checkpoint-6-epoch-1"
+    with pytest.raises(SystemExit, match=r"seed was 42 and is now 7"):
+        script.main(command("new", "--resume_from_checkpoint", output / "checkpoint-4-epoch-1", "--seed", 7))
+    run("out", "--temperature", 3, "--overwrite_output_dir", "--max_steps", 3)
+    assert checkpoint_names(output) == ["checkpoint-2-epoch-0", "checkpoint-3-epoch-0"]
+    assert (output / ".git" / "file").exists() and (output / "other-init" / "file").exists()
+    assert_equal_weights(output, run("fresh", "--temperature", 3, "--max_steps", 3))
+
+
+def test_a_checkpoint_can_be_named_and_starting_afresh_needs_leave(run, command, uninterrupted, tmp_path):
+    assert_equal_weights(run("on", "--resume_from_checkpoint", uninterrupted / "checkpoint-4-epoch-1"), uninterrupted)
+    assert metrics(tmp_path / "on", "step") == [5, 6]
+    with pytest.raises(SystemExit, match="holds earlier results"):
+        script.main(command("on", "--resume_from_checkpoint", "False"))
+    run("on", "--resume_from_checkpoint", "False", "--overwrite_output_dir")
+    assert metrics(tmp_path / "on", "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_the_newest_checkpoints_are_kept_whatever_was_there(run, tmp_path):
+    output = run("out", "--save_total_limit", 1, "--max_steps", 3)
+    assert checkpoint_names(output) == ["checkpoint-3-epoch-0"]
+    (output / "checkpoint-900-epoch-9").mkdir()
+    run("out", "--save_total_limit", 1)
+    assert checkpoint_names(output) == ["checkpoint-6-epoch-1"]
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_cached_encoder_outputs_give_the_same_losses_and_are_used_again(run, uninterrupted, tmp_path, caplog):
+    output = run("cached", "--cache_encoder_outputs", tmp_path / "cache")
+    assert metrics(output) == pytest.approx(metrics(uninterrupted), rel=1e-5)
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    content = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert len(files) == 3
+    caplog.clear()
+    again = run("again", "--cache_encoder_outputs", tmp_path / "cache", "--learning_rate", 0.001)
+    assert "0.00 GB to write" in caplog.text
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files
+    done = next((tmp_path / "cache").glob("*.done"))
+    os.truncate(done, 1)  # the first block is there, the second is not
+    states = next((tmp_path / "cache").glob("*.states"))
+    with open(states, "r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        file.write(b"\0" * 10)
+    assert_equal_weights(
+        run("finished", "--cache_encoder_outputs", tmp_path / "cache", "--learning_rate", 0.001), again
+    )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == content
+
+
+def test_another_teacher_or_other_data_is_another_cache(run, examples, tiny_teacher, tmp_path):
+    flags = ("--cache_encoder_outputs", tmp_path / "cache", "--max_steps", 1)
+    run("one", *flags)
+    model = WhisperForConditionalGeneration.from_pretrained(tiny_teacher)
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.bias += 0.1
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    model.save_pretrained(tmp_path / "teacher")
+    run("two", *flags, "--teacher_model_name_or_path", tmp_path / "teacher")
+    louder = [
+        {**row, "input_features": (np.frombuffer(row["input_features"], "<f2") + np.float16(0.1)).tobytes()}
+        for row in examples
+    ]
+    run(
+        "three", *flags, "--train_dataset_name", write_dataset(tmp_path / "louder", "tiny", "train", louder, VECTORIZED)
+    )
+    assert len(list((tmp_path / "cache").glob("*.done"))) == 3
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused_with_the_space_it_needs(command, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(SystemExit, match=r"needs 0\.0\d* GB .* has 0\.0"):
+        script.main(command("out", "--cache_encoder_outputs", tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*.states"))
+
+
+# ---- held-out evaluation ---------------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_are_scored_as_an_independent_computation_does(
+    run, examples, vectorized, processor, tiny_teacher, tmp_path, caplog
+):
+    flags = (
+        "--eval_dataset_name",
+        vectorized,
+        "--eval_steps",
+        2,
+        "--save_total_limit",
+        1,
+        "--metric_for_best_model",
+        "loss",
+    )
+    output = run("out", *flags, "--max_steps", 4, "--max_label_length", 64)
+    losses = metrics(output, "eval_loss")
+    assert [
+        json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line
+    ] == [0, 2, 4]
+    record = json.loads((output / "training.json").read_text())
+    best = {2: losses[1], 4: losses[2]}
+    assert record["best"] == {"step": min(best, key=best.get), "figure": min(best.values())}
+    normalise, tokenizer = BasicTextNormalizer(), processor.tokenizer
+    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    for name, model_path in (("student", output), ("teacher", tiny_teacher)):
+        model = WhisperForConditionalGeneration.from_pretrained(model_path).eval()
+        references, hypotheses = [], []
+        for row in examples[:4]:
+            labels = row["labels"][row["labels"].index(start) :]
+            references.append(normalise(tokenizer.decode(labels, skip_special_tokens=True)))
+            features = torch.tensor(row["log_mel"].astype(np.float16)[None]).float()
+            ids = model.generate(
+                features, language="ja", task="transcribe", max_length=64, force_unique_generate_call=True
+            )
+            hypotheses.append(normalise(tokenizer.decode(ids[0], skip_special_tokens=True)))
+        figures = (
+            record["teacher_evaluation"]
+            if name == "teacher"
+            else {n: metrics(output, f"eval_{n}")[-1] for n in ("cer", "wer")}
+        )
+        assert figures["wer"] == pytest.approx(100 * jiwer.wer(references, hypotheses))
+        bare = [[text.replace(" ", "") for text in texts] for texts in (references, hypotheses)]
+        assert figures["cer"] == pytest.approx(100 * jiwer.cer(*bare))
+    assert "CER" in (output / "README.md").read_text()
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_the_result(run, vectorized, tmp_path):
+    flags = (
+        "--eval_dataset_name",
+        vectorized,
+        "--eval_steps",
+        1,
+        "--save_total_limit",
+        1,
+        "--metric_for_best_model",
+        "loss",
+    )
+    spoil = ("--learning_rate", 0.3, "--max_grad_norm", 0, "--warmup_steps", 0)
+    output = run("out", *flags, *spoil, "--max_steps", 3, "--load_best_model_at_end", "--eval_max_samples", 2)
+    losses = dict(zip([0, 1, 2, 3], metrics(output, "eval_loss"), strict=True))
+    best = min((1, 2, 3), key=losses.get)
+    kept = [step for step, _ in script.checkpoints(output)]
+    assert kept == sorted({best, 3})
+    stored = load_file(output / f"checkpoint-{best}-epoch-0" / "model.safetensors")
+    trained = weights(output)
+    assert all(torch.equal(trained[f"model.{name}"], value) for name, value in stored.items())
+
+
+def test_held_out_audio_without_labels_is_scored_against_its_text_and_nothing_is_trained(
+    command, clips, tmp_path, capsys
+):
+    schema = pa.schema([AUDIO.field("audio"), ("transcription", pa.string())])
+    rows = [
+        {"audio": {"bytes": clip["audio"], "path": clip["name"]}, "transcription": clip["transcription"]}
+        for clip in clips[:3]
+    ]
+    data = write_dataset(tmp_path / "held", "default", "test", rows, schema)
+    flags = ("--do_train", "False", "--eval_dataset_name", data, "--max_label_length", 40)
+    assert script.main(command("out", *flags)) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == {"loss", "ce", "kl", "wer", "cer"} and figures["cer"] > 0
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ---- the Hub and trackers --------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_pushed_with_its_student_and_a_second_run_only_pushes_what_is_missing(
+    command, student, tmp_path, hub, caplog
+):
+    from huggingface_hub import HfApi
+
+    api, output = HfApi(), tmp_path / "acme" / "kotoba"
+    output.mkdir(parents=True)
+    shutil.copytree(student, output / "kotoba-init")
+    (output / "private-notes.txt").write_text("not ours to push")
+    arguments = command(
+        "acme/kotoba", "--model_name_or_path", output / "kotoba-init", "--push_to_hub", "--max_steps", 4
+    )
+    assert script.main(arguments) == 0
+    there = set(api.list_repo_files("acme/kotoba"))
+    assert {
+        "model.safetensors",
+        "README.md",
+        "training.json",
+        "run_distillation.py",
+        "kotoba-init/model.safetensors",
+    } <= there
+    assert not [name for name in there if name.startswith("checkpoint-")] and "private-notes.txt" not in there
+    assert len(api.list_repo_commits("acme/kotoba")) >= 2
+    api.delete_file("model.safetensors", "acme/kotoba")
+    assert script.main(arguments) == 0
+    assert "nothing is trained" in caplog.text and api.file_exists("acme/kotoba", "model.safetensors")
+
+
+def test_a_push_that_fails_in_the_background_does_not_stop_training_and_at_the_end_it_says_what_to_do(
+    command, tmp_path, hub, caplog
+):
+    arguments = command("alice-model", "--push_to_hub", "--hub_model_id", "alice/broken", "--max_steps", 3)
+    hub.fault("/commit/|/preupload/", method="POST", times=1000, status=403)
+    with pytest.raises(SystemExit, match=r"pushing to alice/broken failed.*the same command pushes it"):
+        script.main(arguments)
+    assert (tmp_path / "alice-model" / "model.safetensors").exists()
+    hub.faults.clear()
+    assert script.main(arguments) == 0
+
+
+def test_a_token_that_may_not_write_is_refused_before_the_work(command, tmp_path, hub):
+    with pytest.raises(SystemExit, match="hf auth login"):
+        script.main(command("out", "--push_to_hub", "--hub_model_id", "bob/model"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tracker_without_login_goes_offline_with_one_warning(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    output = run("out", "--report_to", "wandb", "--wandb_project", "wandb", "--max_steps", 2)
+    monkeypatch.undo()
+    assert caplog.text.count("not logged in") == 1
+    assert list((output / "wandb").glob("offline-run-*")) and len(metrics(output)) == 2
+
+
+def test_tensorboard_gets_the_figures_and_a_tracker_that_is_not_installed_one_warning(run, caplog):
+    assert list(run("board", "--report_to", "tensorboard", "--max_steps", 1).rglob("events.out.tfevents.*"))
+    forget_processes()
+    run("none", "--report_to", "trackio", "--max_steps", 1)
+    assert "--report_to trackio" in caplog.text
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--do_train", "False"], "nothing to do"),
+        (["--train_split_name", "validation"], "has no tiny/validation-.*; it has default/test, tiny/train"),
+        (["--train_dataset_name", "no/such/place"], "neither a directory that exists nor a Hub id"),
+        (["--language", "xx"], "no token for that language"),
+        (["--train_dataset_config_name", "a+b"], "names 2 for 1 datasets"),
+        (["--train_dataset_samples", "1+x"], "one positive number for each dataset"),
+        (["--freeze_encoder", "False", "--cache_encoder_outputs", "c"], "needs --freeze_encoder"),
+        (["--dtype", "float16"], "needs a GPU"),
+        (["--max_label_length", "3"], "none of the 10 rows"),
+        (["--resume_from_checkpoint", "no-such-checkpoint"], "is no whole checkpoint"),
+        (["--model_name_or_path", "acme/no-such-model"], "acme/no-such-model failed"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(command, flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        script.main(command("out", *flags))
+    assert "\n" not in str(error.value) and str(error.value).startswith("run_distillation.py: error: ")
+
+
+def test_models_and_data_that_do_not_fit_together_are_refused(command, examples, tiny_teacher_v2, tmp_path):
+    with pytest.raises(SystemExit, match=r"vocab_size is .* in the student and .* in the teacher"):
+        script.main(command("out", "--teacher_model_name_or_path", tiny_teacher_v2))
+    other = [
+        {**row, "input_features": np.zeros((len(row["input_features"]) // 256, 80), "<f2").tobytes()}
+        for row in examples
+    ]
+    with pytest.raises(SystemExit, match="log-mels of 80 bins, the student needs 128"):
+        script.main(
+            command("out", "--train_dataset_name", write_dataset(tmp_path / "v2", "tiny", "train", other, VECTORIZED))
+        )
+    columns = pa.schema([("labels", pa.list_(pa.int32())), ("text", pa.string())])
+    with pytest.raises(SystemExit, match="lacks labels, or input_features or audio"):
+        script.main(
+            command(
+                "out", "--train_dataset_name", write_dataset(tmp_path / "text", "tiny", "train", examples[:2], columns)
+            )
+        )
+    strings = pa.schema([("input_features", pa.binary()), ("labels", pa.string())])
+    rows = [{**row, "labels": "text"} for row in examples[:2]]
+    with pytest.raises(SystemExit, match="labels are string, not token ids"):
+        script.main(
+            command("out", "--train_dataset_name", write_dataset(tmp_path / "strings", "tiny", "train", rows, strings))
+        )
+
+
+def test_the_seeds_command_is_accepted(capsys):
+    seed = """--model_name_or_path org/init --teacher_model_name_or_path openai/whisper-large-v3 --train_dataset_name
+    org/data.wer_10.0.vectorized --train_dataset_config_name tiny --language ja --max_label_length 128
+    --train_split_name train --save_steps 2500 --warmup_steps 50 --learning_rate 0.0001 --lr_scheduler_type
+    constant_with_warmup --logging_steps 50 --save_total_limit 1 --per_device_train_batch_size 16
+    --gradient_accumulation_steps 2 --preprocessing_num_workers 64 --dataloader_num_workers 1 --dtype bfloat16
+    --output_dir ./ --wandb_project wandb --gradient_checkpointing --freeze_encoder --push_to_hub --do_train
+    --overwrite_output_dir --num_train_epochs 8"""
+    args = script.parse_args(seed.split())
+    assert (
+        args.gradient_checkpointing
+        and args.freeze_encoder
+        and args.push_to_hub
+        and args.resume_from_checkpoint == "auto"
+    )
+    with pytest.raises(SystemExit) as error:
+        script.parse_args([*seed.split(), "--no_such_flag"])
+    assert error.value.code == 2
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    assert "--kl_weight" in capsys.readouterr().out
