@@ -1,0 +1,872 @@
+#!/usr/bin/env python
+"""Measure the error rates of a Whisper model on clips of at most 30 s, and show its mistakes.
+
+In: a model (Hub id or local directory), and clips with their texts: a Hub dataset, a local dataset directory, a data
+loader (`.py`), or a manifest (`.csv` or `.jsonl`, a clip a row, audio paths relative to it). Out, in --output_dir:
+
+    metric.<split>.json                 every figure: rates, counts, 95 % intervals, by length; speed; settings
+    all_predictions.<split>.csv         a row a clip, in the dataset's order, with the clip's own counts
+    incorrect_predictions.<split>.csv   those rows whose normalised texts differ
+    report.<split>.html                 one page: figures, chart, the worst clips to hear with each difference marked
+    .predictions.<split>/               what the model said, in shards; the same command goes on where it was stopped
+
+Japanese is scored as in the published tables: Whisper's basic normaliser, then no spaces. So a clip is one word, and
+its word error rate the share of clips with a mistake: the character error rate is the one to look at.
+
+    python run_short_form_eval.py --model_name_or_path org/model --dataset_name org/dataset --dataset_split_name test \
+        --text_column_name transcription --language ja --output_dir eval/model
+    accelerate launch --multi_gpu run_short_form_eval.py ...            # the same; each process takes shards
+    python run_short_form_eval.py --compare eval/teacher eval/model     # no model is run: one table and a chart
+"""
+
+import argparse
+import base64
+import collections
+import csv
+import hashlib
+import html
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, NamedTuple, NoReturn
+
+import datasets
+import evaluate
+import jiwer
+import librosa
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+import soundfile
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from datasets import Audio, Dataset
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import EvalResult, HfApi, metadata_update, snapshot_download
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.utils import is_flash_attn_2_available
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_RATE = 16_000
+WINDOW = 30 * SAMPLING_RATE  # what Whisper hears, in samples
+TOO_LONG = "longer than 30 s"
+LENGTHS = (0, 8, 16, 32, 64, 96, None)  # characters of normalised references; a group ends before the next starts
+METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # of normalised texts, and of texts as they are
+COUNTS = ("substitutions", "deletions", "insertions", "reference")
+DRAWS = 1_000  # of the bootstrap
+WORST_CLIPS = 20  # on the page, which holds their audio
+# What ReazonSpeech's own scorer removes and narrows: its pkg/evaluation/src/utils.py.
+REAZON_TABLE = dict.fromkeys(map(ord, "、。「」『』，,？！!?")) | {
+    wide: wide - 0xFEE0 for wide in range(0xFF10, 0xFF5B) if chr(wide - 0xFEE0).isalnum()
+}
+DIGITS, POWERS = "零一二三四五六七八九", ("", "万", "億", "兆", "京", "垓", "秭", "穣", "溝", "澗", "正", "載", "極")
+
+
+# ----------------------------------------------------------------------------------------------- from texts to figures
+
+
+def read_number(number: str) -> str:
+    """A decimal number as it is read, in kanji, without idle zeros: "1203" -> "千二百三", "0.50" -> "零点五"."""
+    whole, _, fraction = number.partition(".")
+    whole, fraction, spoken = whole.lstrip("0"), fraction.rstrip("0"), ""
+    if len(whole) > 4 * len(POWERS):  # too large to have a name
+        return "".join(DIGITS[int(digit)] for digit in whole)
+    whole = whole.zfill(4 * len(POWERS))
+    for start, power in zip(range(0, len(whole), 4), reversed(POWERS), strict=True):
+        group = whole[start : start + 4]
+        for digit, place in zip(map(int, group), ("千", "百", "十", ""), strict=True):
+            spoken += ("" if digit == 1 and place else DIGITS[digit]) + place if digit else ""
+        spoken += power if group != "0000" else ""
+    return (spoken or "零") + ("点" + "".join(DIGITS[int(digit)] for digit in fraction) if fraction else "")
+
+
+def normalise_kotoba(text: str) -> str:
+    """The rule of the published Japanese figures: Whisper's basic normaliser, then no spaces, for both error rates."""
+    return BasicTextNormalizer()(text).replace(" ", "")
+
+
+def normalise_reazon(text: str) -> str:
+    """ReazonSpeech's rule: no punctuation, letters and digits in half width, numbers read out."""
+    return re.sub(r"[0-9]+\.?[0-9]*", lambda number: read_number(number[0]), text.translate(REAZON_TABLE)).strip()
+
+
+def normalise_whisper(text: str) -> str:
+    """Whisper's rule for all languages but English."""
+    return BasicTextNormalizer()(text).strip()
+
+
+def text_normaliser(scorer: str, language: str, spellings: dict | None) -> Callable[[str], str]:
+    """The scorer's function; `spellings`, British to American, come with a Whisper tokenizer."""
+    if scorer == "whisper" and language == "en":
+        return EnglishTextNormalizer(spellings or {})
+    return {"kotoba": normalise_kotoba, "reazon": normalise_reazon, "whisper": normalise_whisper}[scorer]
+
+
+def count_errors(alignments: Sequence[Sequence[jiwer.AlignmentChunk]]) -> np.ndarray:
+    """(clips, 4): the `COUNTS` of each clip, the last being the reference's length."""
+    counts = np.zeros((len(alignments), 4), dtype=np.int64)
+    columns = {"substitute": 0, "delete": 1, "insert": 2}
+    for row, chunks in zip(counts, alignments, strict=True):
+        for chunk in chunks:
+            of_reference = chunk.ref_end_idx - chunk.ref_start_idx
+            row[3] += of_reference
+            if chunk.type != "equal":
+                row[columns[chunk.type]] += of_reference or chunk.hyp_end_idx - chunk.hyp_start_idx
+    return counts
+
+
+def bootstrap(values: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    """(clips, ...) -> (draws, ...): sums over clips drawn with replacement, the same draws for as many clips."""
+    generator, clips, columns = np.random.default_rng(0), len(values), values.reshape(len(values), -1).astype(float)
+    times = (np.bincount(generator.integers(0, clips, clips), minlength=clips) for _ in range(draws))
+    sums = [np.stack(some) @ columns for some in iter(lambda: list(itertools.islice(times, 50)), [])]
+    return np.concatenate(sums).reshape(draws, *values.shape[1:])
+
+
+def error_rate(counts: np.ndarray) -> np.ndarray:
+    """(..., n) errors of n - 1 kinds and the reference's length -> (...): per cent, NaN where that length is 0."""
+    with np.errstate(invalid="ignore"):
+        return 100 * counts[..., :-1].sum(-1) / counts[..., -1]
+
+
+def summarise(counts: np.ndarray) -> list[dict[str, dict]]:
+    """(clips, groups, metrics, 4) -> by group and metric: its rate in per cent, 95 % interval and counts."""
+    totals, errors = counts.sum(0), counts[..., :3].sum(-1)
+    draws = error_rate(bootstrap(np.stack([errors, counts[..., 3]], axis=-1)))
+    groups = [{} for _ in totals]
+    for (group, metric), rate in np.ndenumerate(error_rate(totals)):
+        cell, spread = dict(zip(COUNTS, totals[group, metric].tolist(), strict=True)), draws[:, group, metric]
+        rates = [float(rate), *np.nanpercentile(spread, [2.5, 97.5]).tolist()] if cell["reference"] else [None] * 3
+        groups[group][METRICS[metric]] = dict(zip(("rate", "low", "high"), rates, strict=True)) | cell
+    return groups
+
+
+def score(references: list[str], hypotheses: list[str], normalise: Callable[[str], str]) -> tuple[dict, list[dict]]:
+    """Every figure, and a row a clip. A clip with nothing left of its reference once normalised counts nowhere."""
+    sides = [list(map(normalise, texts)) for texts in (references, hypotheses)]
+    scored = [index for index, reference in enumerate(sides[0]) if reference]
+    if not scored:
+        fail("there is nothing to score: no clip has a text once it is normalised")
+    counts = np.stack(
+        [
+            count_errors(process(*([texts[index] for index in scored] for texts in pair)).alignments)
+            for pair in (sides, (references, hypotheses))
+            for process in (jiwer.process_characters, jiwer.process_words)
+        ],
+        axis=1,
+    )  # (clips, metrics, 4)
+    lengths = counts[:, :1, 3]
+    inside = (lengths >= (0, *LENGTHS[:-1])) & (lengths < (np.inf, *LENGTHS[1:-1], np.inf))  # (clips, all and groups)
+    overall, *groups = summarise(counts[:, None] * inside[:, :, None, None])
+    rows = [
+        {"normalised_reference": reference, "normalised_hypothesis": hypothesis}
+        for reference, hypothesis in zip(*sides, strict=True)
+    ]
+    for index, clip in zip(scored, counts, strict=True):
+        for unit, numbers in zip(("character", "word"), clip[:2].tolist(), strict=True):
+            rows[index] |= {f"{unit}_{name}": number for name, number in zip(COUNTS, numbers, strict=True)}
+        rows[index]["cer"] = round(float(error_rate(clip[0])), 2)
+        rows[index]["runaway"] = len(sides[1][index]) > 2 * len(sides[0][index]) + 10
+    metrics = {name: overall[name]["rate"] for name in METRICS} | {
+        "clips": len(scored),
+        "empty_references": len(references) - len(scored),
+        "runaways": sum(rows[index]["runaway"] for index in scored),
+        "details": overall,
+        "by_length": [
+            {"characters": [low, high and high - 1], "clips": int(members.sum())} | group
+            for (low, high), members, group in zip(itertools.pairwise(LENGTHS), inside.T[1:], groups, strict=True)
+        ],
+    }
+    return metrics, rows
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def mark_differences(reference: str, hypothesis: str) -> str:
+    """HTML of both texts in one: `<del>` around what the model left out, `<ins>` around what it put in."""
+    marked = ""
+    for chunk in jiwer.process_characters([reference], [hypothesis]).alignments[0]:
+        left_out = html.escape(reference[chunk.ref_start_idx : chunk.ref_end_idx])
+        put_in = html.escape(hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx])
+        if chunk.type == "equal":
+            marked += left_out
+        else:
+            marked += (f"<del>{left_out}</del>" if left_out else "") + (f"<ins>{put_in}</ins>" if put_in else "")
+    return marked
+
+
+def draw_rates(bars: list[tuple[str, dict]], file: IO | Path, **options) -> None:
+    """A bar for each name with the character error rate beside it, and a line for its interval."""
+    figure = Figure(figsize=(8, 1 + 0.5 * len(bars)), layout="constrained")
+    axes = figure.add_subplot(xlabel="character error rate, % (line: 95 % interval)")
+    for place, (_, cell) in enumerate(bars):
+        if cell["reference"]:
+            axes.barh(place, cell["rate"], color="#5588aa")
+            axes.plot([cell["low"], cell["high"]], [place, place], color="black", linewidth=1)
+            axes.annotate(f"  {cell['rate']:.1f}", (max(cell["rate"], cell["high"]), place), va="center")
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.set(xlim=(0, max([1, *(cell["high"] or 0 for _, cell in bars)]) * 1.15), ylim=(len(bars) - 0.5, -0.5))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(file, **options)
+
+
+def audio_uri(content: bytes) -> str:
+    """A `data:` address of an audio file."""
+    kind = soundfile.info(io.BytesIO(content)).format.lower().replace("mp3", "mpeg")
+    return f"data:audio/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def report_page(metrics: dict, worst: list[tuple[dict, bytes]]) -> str:
+    """One page that needs nothing from outside and runs no script; `worst` pairs rows of clips with their audio."""
+    title = html.escape(f"{metrics['model']} on {metrics['dataset']} ({metrics['dataset_split_name']})")
+    rates = [
+        f"<tr><th>{name.upper().replace('_RAW', ' of the raw text')}<td>{cell['rate']:.2f} %"
+        f"<td>{cell['low']:.2f} to {cell['high']:.2f} %{''.join(f'<td>{cell[count]:,}' for count in COUNTS)}"
+        for name, cell in metrics["details"].items()
+    ]
+    bars = []
+    for group in metrics["by_length"]:
+        low, high = group["characters"]
+        name = f"{low} to {high} characters" if high else f"{low} characters or more"
+        bars.append((f"{name}\n({group['clips']:,} clips)", group["cer"]))
+    chart = io.StringIO()
+    draw_rates(bars, chart, format="svg")
+    facts = ("clips", "empty_references", "runaways", "audio_seconds", "real_time_factor", "clips_per_second")
+    facts = {name.replace("_", " "): f"{metrics[name]:,}" for name in (*facts, "parameters")}
+    facts |= {problem: f"{len(names):,}" for problem, names in metrics["unusable"].items()}
+    facts |= {"normalisation": metrics["scorer"], "precision": metrics["dtype"]}
+    clips = [
+        f"<li><p>{mark_differences(row['normalised_reference'], row['normalised_hypothesis'])}</p>"
+        f'<audio controls src="{audio_uri(audio)}"></audio>'
+        f"<small>{row['cer']:.0f} % of {row['character_reference']} characters · {html.escape(row['id'])}</small>"
+        for row, audio in worst
+    ]
+    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
+<meta name="viewport" content="width=device-width"><style>
+:root {{ color-scheme: light dark }} svg {{ width: 100%; height: auto }} small, audio {{ display: block }}
+body {{ font: 16px/1.5 sans-serif; max-width: 50rem; margin: 2rem auto; padding: 1rem }}
+td, th {{ padding: 0 1rem 0 0; text-align: right; white-space: nowrap }} th:first-child {{ text-align: left }}
+li {{ margin: 1rem 0; overflow-wrap: anywhere }} li p {{ margin: 0; font-size: 1.2em }}
+del {{ background: #f556 }} ins {{ background: #3b66; text-decoration: none }}
+</style></head><body><h1>{title}</h1>
+<table><tr><th><th>rate<th>95 % interval<th>{"<th>".join(COUNTS)}{"".join(rates)}</table>
+<h2>By length of the reference</h2>{chart.getvalue().partition("<svg")[1]}{chart.getvalue().partition("<svg")[2]}
+<h2>The run</h2><table>{"".join(f"<tr><th>{html.escape(name)}<td>{value}" for name, value in facts.items())}</table>
+<h2>The worst clips</h2><p><del>left out by the model</del> <ins>put in by the model</ins></p><ol>{"".join(clips)}</ol>
+</body></html>
+"""
+
+
+# --------------------------------------------------------------------------------------------------------------- input
+
+
+def boolean(value: str) -> bool:
+    """Value of a flag that may stand alone (`--flag`) or carry a value (`--flag False`)."""
+    if value.lower() in ("true", "1", "yes"):
+        return True
+    if value.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
+
+
+def fail(message: str) -> NoReturn:
+    """End the script with one line for the user: what was wrong, with which value, what to do."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+
+
+def local_directory(reference: str) -> Path | None:
+    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
+        fail(f"{reference!r} is neither a directory that exists nor a Hub id such as org/name")
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def open_dataset(args: argparse.Namespace) -> Dataset:
+    """Columns `audio` (not decoded), `reference` and, where one is named, `id`, in the dataset's order."""
+    name, config, split = args.dataset_name, args.dataset_config_name, args.dataset_split_name
+    try:
+        if name.endswith((".csv", ".jsonl")):
+            dataset = read_manifest(Path(name).expanduser(), args.audio_column_name)
+        elif name.endswith(".py"):
+            dataset = build_dataset(Path(name).expanduser(), config, split, args.preprocessing_num_workers)
+        elif directory := local_directory(name):
+            dataset = read_directory(directory, config, split)
+        else:
+            dataset = read_hub(name, config, split, args.preprocessing_num_workers)
+    except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
+        fail(f"can't load {config or 'the default configuration'}, {split} of {name}: {first_line(error)}")
+    columns = {"audio": args.audio_column_name, "reference": args.text_column_name, "id": args.id_column_name}
+    columns = {column: part for part, column in columns.items() if column is not None}
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        fail(f"{name} has no column {missing[0]!r}: it has {', '.join(dataset.column_names)} (--text_column_name, …)")
+    dataset = dataset.select_columns(list(columns))
+    dataset = dataset.rename_columns({column: part for column, part in columns.items() if column != part})
+    dataset = dataset.select(range(min(args.max_samples_per_split or len(dataset), len(dataset))))
+    return dataset.cast_column("audio", Audio(sampling_rate=SAMPLING_RATE, decode=False))
+
+
+def build_dataset(path: Path, config: str | None, split: str, workers: int) -> Dataset:
+    """A split made by the `datasets.DatasetBuilder` that a Python file defines; `load_dataset` runs none any more."""
+    if not path.is_file():
+        fail(f"--dataset_name {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # found there by worker processes
+    spec.loader.exec_module(module)
+    classes = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == path.stem]
+    builders = [cls for cls in classes if issubclass(cls, datasets.DatasetBuilder)]
+    if len(builders) != 1:
+        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, not {len(builders)}")
+    builder = builders[0](config_name=config)
+    builder.download_and_prepare(num_proc=workers if workers > 1 else None)
+    return builder.as_dataset(split)
+
+
+def read_directory(directory: Path, config: str | None, split: str) -> Dataset:
+    """A split of a local directory. Parquet is loaded by its files: a directory's cache looks at README.md only."""
+    shards = sorted((directory / (config or "default")).glob(f"{split}-*-of-*.parquet"))
+    if shards:
+        expected = int(shards[0].stem.rsplit("-", 1)[1])
+        if len(shards) != expected:
+            fail(f"{directory} has {len(shards)} of {expected} shards of {split}: finish the stage that writes it")
+        return datasets.load_dataset("parquet", data_files={split: list(map(str, shards))}, split=split)
+    builder = datasets.load_dataset_builder(str(directory), config)
+    files = builder.config.data_files
+    if split not in files:
+        raise ValueError(f"its splits are {', '.join(files)}")
+    if isinstance(builder, AudioFolder):
+        return list_audio(list(files[split]))
+    if isinstance(builder, Parquet):
+        return datasets.load_dataset("parquet", data_files={split: list(files[split])}, split=split)
+    return datasets.load_dataset(str(directory), config, split=split)
+
+
+def read_hub(name: str, config: str | None, split: str, workers: int) -> Dataset:
+    if isinstance(datasets.load_dataset_builder(name, config), AudioFolder):
+        return read_directory(Path(snapshot_download(name, repo_type="dataset")), config, split)
+    return datasets.load_dataset(name, config, split=split, num_proc=workers if workers > 1 else None)
+
+
+def list_audio(files: list[str]) -> Dataset:
+    """Rows of audio files and their metadata.csv or .jsonl, as `audiofolder` has them; it can't without torchcodec."""
+    metadata: dict[Path, dict] = {}
+    for path in sorted(Path(file) for file in files if Path(file).stem == "metadata"):
+        table = {".csv": pa.csv.read_csv, ".jsonl": pa.json.read_json, ".parquet": pq.read_table}[path.suffix](path)
+        metadata |= {path.parent / row.pop("file_name"): row for row in table.to_pylist()}
+    audio = sorted(Path(file) for file in files if Path(file).suffix.lower() in AudioFolder.EXTENSIONS)
+    if metadata:
+        audio = [path for path in audio if path in metadata]
+    columns = list(dict.fromkeys(column for row in metadata.values() for column in row))
+    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows = {"audio": pa.array([{"bytes": None, "path": str(path)} for path in audio], struct)}
+    rows |= {column: pa.array([metadata[path].get(column) for path in audio]) for column in columns}
+    return Dataset(pa.table(rows))
+
+
+def read_manifest(path: Path, audio_column: str) -> Dataset:
+    """The rows of a CSV or JSONL file, with audio paths relative to it."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
+    for row in rows:
+        if row.get(audio_column):
+            row[audio_column] = {"bytes": None, "path": str(path.parent / row[audio_column])}
+    return Dataset.from_list(rows)
+
+
+def clips_digest(clips: Dataset) -> str:
+    """Digest of the texts, the ids and the sizes of the audio, to notice other clips under the same name."""
+    digest = hashlib.sha256()
+    for start in range(0, len(clips), 10_000):
+        rows = clips.with_format("arrow")[start : start + 10_000]
+        sizes = pc.binary_length(pc.struct_field(rows["audio"], "bytes")).to_pylist()
+        digest.update(json.dumps([sizes, rows.drop_columns("audio").to_pydict()], default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+class Clip(NamedTuple):
+    waveform: np.ndarray | None  # mono float32 at 16 kHz, no more than 30 s; None where there is a problem
+    seconds: float  # of the whole clip
+    problem: str | None = None
+
+
+def audio_bytes(audio: dict | None) -> bytes | None:
+    """The file of an audio value that is not decoded, None where there is none."""
+    if audio and audio["bytes"] is None and audio["path"] and Path(audio["path"]).is_file():
+        return Path(audio["path"]).read_bytes()
+    return audio and audio["bytes"]
+
+
+def load_clip(audio: bytes | None) -> Clip:
+    """Decode an audio file, mix it to mono and resample it to 16 kHz; past its first 31 s only its length counts."""
+    if not audio:
+        return Clip(None, 0.0, "no audio")
+    try:
+        with soundfile.SoundFile(io.BytesIO(audio)) as file:
+            seconds = file.frames / file.samplerate
+            waveform = file.read(31 * file.samplerate, dtype="float32", always_2d=True).mean(axis=1)
+            rate = file.samplerate
+    except soundfile.LibsndfileError as error:
+        return Clip(None, 0.0, f"undecodable: {error.error_string}")
+    if not len(waveform):
+        return Clip(None, 0.0, "zero length")
+    if not np.isfinite(waveform).all():
+        return Clip(None, 0.0, "samples that are not finite numbers")
+    if rate != SAMPLING_RATE:
+        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
+    return Clip(waveform[:WINDOW], max(seconds, len(waveform) / SAMPLING_RATE) if seconds < 31 else seconds)
+
+
+def read_rows(clips: Dataset, rows: range) -> list[tuple[dict, Clip]]:
+    """The predictions of these rows, still to be made, and their audio."""
+    result = []
+    for row, values in zip(rows, clips.select(rows), strict=True):
+        name = values.get("id") or (values["audio"] or {}).get("path") or row
+        reference = "" if values["reference"] is None else str(values["reference"])
+        clip = load_clip(audio_bytes(values["audio"]))
+        problem = TOO_LONG if clip.seconds > WINDOW / SAMPLING_RATE else clip.problem
+        prediction = {"id": str(name), "seconds": round(clip.seconds, 3), "problem": problem}
+        result.append((prediction | {"reference": reference, "hypothesis": None}, clip))
+    return result
+
+
+# ----------------------------------------------------------------------------------------------- what the model says
+
+
+def attention_implementation(attn_type: str, device: torch.device, dtype: str) -> str:
+    """What `transformers` calls it; flash attention only where it can run."""
+    if attn_type != "flash_attn":
+        return attn_type
+    missing = [
+        what
+        for what, there in (
+            ("a CUDA GPU", device.type == "cuda"),
+            ("--dtype bfloat16 or float16", dtype != "float32"),
+            ("the package flash-attn", is_flash_attn_2_available()),
+        )
+        if not there
+    ]
+    if not missing:
+        return "flash_attention_2"
+    logger.warning("--attn_type flash_attn needs %s: using sdpa", " and ".join(missing))
+    return "sdpa"
+
+
+def prompt_arguments(generation_config, language: str, task: str) -> dict[str, str]:
+    """Language and task as `generate` wants them; none for an English-only checkpoint, where they are an error."""
+    languages = getattr(generation_config, "lang_to_id", None)
+    if not getattr(generation_config, "is_multilingual", languages is not None):
+        languages = {"<|en|>": None}
+    if f"<|{language}|>" not in (languages or {}):
+        fail(
+            f"--language {language!r} is not one of the model's: {', '.join(sorted(t[2:-2] for t in languages or {}))}"
+        )
+    return {"language": f"<|{language}|>", "task": task} if len(languages) > 1 else {}
+
+
+def model_digest(model: WhisperForConditionalGeneration) -> str:
+    """Digest of a few numbers of each weight and of the generation settings, to tell models of one name apart."""
+    settings = {name: value for name, value in model.generation_config.to_dict().items() if "version" not in name}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[:64].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Transcriber:
+    """A Whisper on its device, from waveforms to texts."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        name, where = args.model_name_or_path, {"revision": args.model_revision, "subfolder": args.subfolder}
+        local_directory(name)
+        attention = attention_implementation(args.attn_type, device, args.dtype)
+        try:
+            self.extractor = WhisperFeatureExtractor.from_pretrained(name, **where)
+            self.tokenizer = WhisperTokenizerFast.from_pretrained(name, **where)
+            self.model = WhisperForConditionalGeneration.from_pretrained(
+                name, dtype=getattr(torch, args.dtype), attn_implementation=attention, **where
+            )
+        except (OSError, ValueError) as error:
+            fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
+        self.digest = model_digest(self.model)
+        self.model.to(device).eval()
+        self.flags = prompt_arguments(self.model.generation_config, args.language, args.task) | {
+            "max_length": min(args.generation_max_length, self.model.config.max_target_positions),
+            "num_beams": args.generation_num_beams,
+            "return_timestamps": args.return_timestamps,
+        }
+
+    def extract(self, waveforms: list[np.ndarray]) -> torch.Tensor:
+        """Log-mel, (clips, mels, 3000)."""
+        return self.extractor(waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
+
+    @torch.inference_mode()
+    def transcribe(self, input_features: torch.Tensor) -> list[str]:
+        """Texts of log-mels, in one call that takes each window once."""
+        features = input_features.to(self.model.device, self.model.dtype)
+        tokens = self.model.generate(features, force_unique_generate_call=True, **self.flags)  # (clips, tokens)
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
+    """`map(function, items)`, worked out by the pool up to `depth` items before they are asked for."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
+
+
+def predict(clips: Dataset, missing: dict[range, Path], transcriber: Transcriber, args, show: bool) -> None:
+    """Write the missing shards, transcribed in batches of clips of similar length."""
+    size, model = args.per_device_eval_batch_size, transcriber.model
+    bar = tqdm(total=sum(map(len, missing)), unit="clip", disable=not show)
+    with ThreadPoolExecutor(max(2, args.dataloader_num_workers)) as pool:
+        shards = ahead(pool, lambda rows: read_rows(clips, rows), missing, 1)
+        for path, rows in zip(missing.values(), shards, strict=True):
+            started = time.perf_counter()
+            usable = sorted((row for row in rows if not row[0]["problem"]), key=lambda row: -row[0]["seconds"])
+            batches = [usable[start : start + size] for start in range(0, len(usable), size)]
+            features = ahead(pool, lambda batch: transcriber.extract([clip.waveform for _, clip in batch]), batches, 2)
+            for batch, input_features in zip(batches, features, strict=True):
+                for (prediction, _), text in zip(batch, transcriber.transcribe(input_features), strict=True):
+                    prediction["hypothesis"] = text
+                bar.update(len(batch))
+            facts = {"process_seconds": time.perf_counter() - started, "parameters": model.num_parameters()}
+            lines = [json.dumps(line, ensure_ascii=False) for line in (facts, *(prediction for prediction, _ in rows))]
+            write_text("\n".join(lines), path)
+            bar.update(len(rows) - len(usable))
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file that appears under its name only when it is whole and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def check_settings(record: Path, settings: dict, overwrite: bool) -> None:
+    """Refuse to put these results where those of other settings are."""
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() and not overwrite else settings
+    for name, value in settings.items():
+        if before.get(name) != value:
+            fail(
+                f"{record.parent} has predictions with {name} {before.get(name)}, this run has {value}: take another "
+                "--output_dir, or replace them with --overwrite_output_dir"
+            )
+
+
+def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
+    """The rows of all shards, and what they took."""
+    shards = [[json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")] for path in paths]
+    rows = [row for _, *rows in shards for row in rows]
+    seconds, audio = sum(facts["process_seconds"] for facts, *_ in shards), sum(row["seconds"] for row in rows)
+    facts = {
+        "audio_seconds": round(audio, 1),
+        "process_seconds": round(seconds, 1),  # over all processes
+        "real_time_factor": round(seconds / max(audio, 1e-9), 5),
+        "clips_per_second": round(len(rows) / max(seconds, 1e-9), 3),
+        "parameters": shards[0][0]["parameters"],
+    }
+    return rows, facts
+
+
+def write_results(clips: Dataset, rows: list[dict], normalise: Callable[[str], str], facts: dict, args) -> dict:
+    """Score the predictions and write the four files; returns the metrics."""
+    output_dir, split = Path(args.output_dir), args.dataset_split_name
+    unusable = collections.defaultdict(list)
+    for row in rows:
+        if row["problem"]:
+            unusable[row["problem"]].append(row["id"])
+    if unusable[TOO_LONG] and not args.skip_long_audio:
+        fail(f"clips are longer than 30 s, which --skip_long_audio leaves out: {', '.join(unusable[TOO_LONG])}")
+    usable = [index for index, row in enumerate(rows) if not row["problem"]]
+    if not usable:
+        fail(f"none of the {len(rows)} clips of {args.dataset_name} can be used: {', '.join(unusable)}")
+    metrics, scored = score([rows[i]["reference"] for i in usable], [rows[i]["hypothesis"] for i in usable], normalise)
+    for index, columns in zip(usable, scored, strict=True):
+        rows[index] |= columns
+    metrics |= facts | {"unusable": {problem: names for problem, names in unusable.items() if names}}
+    evaluate.save(output_dir / f"metric.{split}.json", **metrics)
+    wrong = [row for row in rows if row.get("normalised_reference") != row.get("normalised_hypothesis")]
+    for name, chosen in (("all", rows), ("incorrect", wrong)):
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(chosen)
+        write_text(file.getvalue(), output_dir / f"{name}_predictions.{split}.csv")
+    worst = sorted((index for index in usable if rows[index].get("cer")), key=lambda index: -rows[index]["cer"])
+    worst = [(rows[index], audio_bytes(clips[index]["audio"])) for index in worst[:WORST_CLIPS]]
+    write_text(report_page(metrics, worst), output_dir / f"report.{split}.html")
+    return metrics
+
+
+def publish(metrics: dict) -> None:
+    """Write the two rates into the model card's `model-index`, where the Hub shows them."""
+    dataset, model = metrics["dataset"], metrics["model"]
+    source = {
+        "task_type": "automatic-speech-recognition",
+        "dataset_type": dataset if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else Path(dataset).stem,
+        "dataset_name": Path(dataset).stem,
+        "dataset_config": metrics["dataset_config_name"],
+        "dataset_split": metrics["dataset_split_name"],
+    }
+    results = [
+        EvalResult(metric_type=name, metric_name=f"{name.upper()} ({metrics['scorer']})", metric_value=value, **source)
+        for name, value in (("cer", round(metrics["cer"], 2)), ("wer", round(metrics["wer"], 2)))
+    ]
+    try:
+        metadata_update(model, {"model-index": eval_results_to_model_index(model, results)}, overwrite=True)
+    except (OSError, ValueError) as error:
+        fail(f"the results are written, but not on the card of {model}: {first_line(error)}; run this again to push")
+
+
+def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, float, float, float]:
+    """(clips, 4) `COUNTS` of two models on the same clips -> difference in per cent, its 95 % interval, two-sided p."""
+    pair = np.stack([first, other], axis=1)
+    (difference,), draws = np.diff(error_rate(pair.sum(0))), np.diff(error_rate(bootstrap(pair)))[:, 0]
+    p = 2 * (1 + min((draws <= 0).sum(), (draws >= 0).sum())) / (1 + DRAWS)
+    return difference, *np.percentile(draws, [2.5, 97.5]), min(1.0, p)
+
+
+def short_names(references: Iterable[str]) -> dict[str, str]:
+    """Last parts of repository references, or all of them where two have the same one."""
+    names = {reference: Path(reference).name for reference in references}
+    return names if len(set(names.values())) == len(names) else {reference: reference for reference in names}
+
+
+def compare(directories: list[str], output_dir: Path) -> int:
+    """Print a table of saved evaluations, each with a test against the first on the same clips, and draw it."""
+    saved = []
+    for directory in directories:
+        found = sorted(Path(directory).rglob("metric.*.json"))
+        if not found:
+            fail(f"{directory} has no metric.<split>.json: evaluate a model with --output_dir {directory} first")
+        for path in found:
+            predictions = path.with_name(path.name.replace("metric", "all_predictions", 1)).with_suffix(".csv")
+            with open(predictions, encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["cer"]]
+            counts = np.array([[int(row[f"character_{name}"]) for name in COUNTS] for row in rows])
+            clips = [(row["id"], row["normalised_reference"]) for row in rows]
+            saved.append((json.loads(path.read_text(encoding="utf-8")), clips, counts))
+    models, names = (short_names(metrics[part] for metrics, _, _ in saved) for part in ("model", "dataset"))
+    lines = [
+        ["Model", "Parameters", "Dataset", "Clips", "CER %", "WER %", "CER against the first", "Seconds"],
+        ["---"] * 8,
+    ]
+    firsts, bars = {}, []
+    for metrics, clips, counts in sorted(saved, key=lambda evaluation: evaluation[0]["dataset"]):
+        model, dataset = models[metrics["model"]], names[metrics["dataset"]]
+        first_clips, first_counts = firsts.setdefault(metrics["dataset"], (clips, counts))
+        against = "" if counts is first_counts else "other clips"
+        if against and clips == first_clips:
+            against = "{:+.2f} ({:+.2f} to {:+.2f}, p = {:.3f})".format(*paired_difference(first_counts, counts))
+        cells = [metrics["details"][name] for name in ("cer", "wer")]
+        bars.append((f"{model}\n{dataset}", cells[0]))
+        rates = [f"{cell['rate']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})" for cell in cells]
+        size, seconds = f"{metrics['parameters'] / 1e6:.1f} M", f"{metrics['process_seconds']:.0f}"
+        lines.append([model, size, dataset, f"{metrics['clips']:,}", *rates, against, seconds])
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    draw_rates(bars, output_dir / "comparison.png", dpi=150)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def start_tracker(accelerator: Accelerator, args: argparse.Namespace) -> bool:
+    """Whether there is a tracker to report to; one that can't be had is worth one warning."""
+    if args.report_to == "none" or not accelerator.is_main_process:
+        return False
+    try:
+        if args.report_to == "wandb" and "WANDB_MODE" not in os.environ:
+            import wandb
+
+            if not wandb.login(prompt=False):
+                raise RuntimeError("no login: `wandb login`, or WANDB_MODE=offline")
+        accelerator.init_trackers(args.wandb_project, config={name: str(value) for name, value in vars(args).items()})
+    except Exception as error:  # of whatever kind: what watches the work must not end it
+        logger.warning("no tracking by %s: %s", args.report_to, first_line(error))
+        return False
+    return True
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", help="Whisper, a local directory or Hub id")
+    add("--model_revision", default="main", help="branch, tag or commit of a model on the Hub")
+    add("--subfolder", default="", help="folder of the model in its repository")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU if unset, else float32")
+    add("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
+    add = parser.add_argument_group("clips").add_argument
+    add("--dataset_name", help="builder file, local directory, Hub id, or .csv or .jsonl manifest")
+    add("--dataset_config_name", help="configuration; the default one if unset")
+    add("--dataset_split_name", default="test", help="split; it names the output files")
+    add("--audio_column_name", default="audio", help="column of audio")
+    add("--text_column_name", default="text", help="column of reference texts")
+    add("--id_column_name", help="column that names clips; their paths or else row numbers if unset")
+    add("--max_samples_per_split", type=int, help="rows to take from the start; all if unset")
+    add("--skip_long_audio", help="leave out and count clips over 30 s, in place of failing", **flag)
+    add = parser.add_argument_group("generation").add_argument
+    add("--language", default="ja", help="language code or name")
+    add("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
+    add(
+        "--generation_max_length",
+        type=int,
+        default=256,
+        help="bound of a clip's output, tokens, prefix and end included",
+    )
+    add("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
+    add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
+    add = parser.add_argument_group("work").add_argument
+    add("--per_device_eval_batch_size", type=int, default=32, help="clips in a batch")
+    add("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
+    add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
+    add = parser.add_argument_group("results").add_argument
+    add("--scorer", choices=("kotoba", "reazon", "whisper"), help="kotoba for Japanese if unset, else whisper")
+    add("--output_dir", default="eval", help="directory of the results")
+    add("--overwrite_output_dir", help="replace what other settings left there", **flag)
+    add("--compare", nargs="+", metavar="DIR", help="output directories to compare; no model is run")
+    add("--push_to_hub", help="write the rates into the model's card on the Hub", **flag)
+    add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
+    add("--wandb_project", default="kotoba-whisper-evaluation", help="project of the tracker")
+    args = parser.parse_args(argv)
+    for name in ("generation_num_beams", "per_device_eval_batch_size", "max_samples_per_split"):
+        if (getattr(args, name) or 1) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not args.compare and not (args.model_name_or_path and args.dataset_name):
+        parser.error("--model_name_or_path and --dataset_name are needed, or --compare")
+    args.language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
+    args.scorer = args.scorer or ("kotoba" if args.language == "ja" else "whisper")
+    return args
+
+
+def evaluate_model(args: argparse.Namespace) -> int:
+    accelerator = Accelerator(
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
+    )
+    level = logging.INFO if accelerator.is_main_process else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    transformers.utils.logging.set_verbosity_error()
+    if accelerator.device.type == "cpu":
+        args.dtype = args.dtype or "float32"
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    args.dtype = args.dtype or "bfloat16"
+
+    # 1. All that can be refused is refused before the work.
+    if args.push_to_hub and accelerator.is_main_process:
+        if local_directory(args.model_name_or_path):
+            fail(f"--push_to_hub writes into a model's card on the Hub; {args.model_name_or_path} is a local directory")
+        try:
+            HfApi().create_repo(args.model_name_or_path, exist_ok=True)
+        except (OSError, ValueError) as error:
+            fail(f"can't push to {args.model_name_or_path}: {first_line(error)} (see `hf auth whoami`)")
+    clips = open_dataset(args)
+    if not len(clips):
+        fail(f"{args.dataset_split_name} of {args.dataset_name} has no rows")
+    transcriber = Transcriber(args, accelerator.device)
+    settings = {
+        "model": args.model_name_or_path,
+        "model_digest": transcriber.digest,
+        "dtype": args.dtype,
+        "dataset": args.dataset_name,
+        "dataset_config_name": args.dataset_config_name,
+        "dataset_split_name": args.dataset_split_name,
+        "rows": len(clips),
+        "rows_digest": clips_digest(clips),
+        **transcriber.flags,
+    }
+    directory = Path(args.output_dir) / f".predictions.{args.dataset_split_name}"
+    directory.mkdir(parents=True, exist_ok=True)
+    check_settings(directory / "settings.json", settings, args.overwrite_output_dir)
+    if accelerator.is_main_process:
+        write_text(json.dumps(settings, indent=2, ensure_ascii=False), directory / "settings.json")
+
+    # 2. This process transcribes its part of what is not there yet. Shards depend on the clips and settings alone.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    size = min(512, max(64, -(-len(clips) // 64)))
+    starts = range(0, len(clips), size)
+    shards = {
+        range(start, min(start + size, len(clips))): directory / f"{digest}-{index:05d}-of-{len(starts):05d}.jsonl"
+        for index, start in enumerate(starts)
+    }
+    mine = itertools.islice(shards.items(), accelerator.process_index, None, accelerator.num_processes)
+    missing = {rows: path for rows, path in mine if not path.exists()}
+    predict(clips, missing, transcriber, args, accelerator.is_main_process)
+
+    # 3. The first and last time that processes wait for each other.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in set(directory.glob("*.jsonl")) - set(shards.values()):
+            path.unlink()
+        rows, facts = read_predictions(shards.values())
+        normalise = text_normaliser(args.scorer, args.language, transcriber.tokenizer.english_spelling_normalizer)
+        metrics = write_results(clips, rows, normalise, settings | facts | {"scorer": args.scorer}, args)
+        logger.info("CER %.2f %%, WER %.2f %%; more in %s", metrics["cer"], metrics["wer"], args.output_dir)
+        if start_tracker(accelerator, args):
+            accelerator.log({name: metrics[name] for name in METRICS})
+        if args.push_to_hub:
+            publish(metrics)
+    accelerator.end_training()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return compare(args.compare, Path(args.output_dir)) if args.compare else evaluate_model(args)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,764 @@
+"""run_short_form_eval.py: the scorers and figures on strings, then the script on tiny teachers and real files."""
+
+import csv
+import html.parser
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from huggingface_hub import HfApi, ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+import run_short_form_eval as evaluation
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "run_short_form_eval.py"
+PROCESSES = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+# ------------------------------------------------------------------------------------------------------------- strings
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [
+        ("ＡＢＣ　ＸＹＺ", "abcxyz"),  # full-width forms, and a full-width space
+        ("ｶﾞｷﾞ", "ガギ"),  # half-width kana with a voicing mark of its own
+        ("ハ\u3099\u30cf\u309a", "バパ"),  # decomposed
+        ("コーヒー、スーパー", "コーヒースーパー"),  # prolonged sound marks are letters
+        ("え〜っと…", "えっと"),  # wave dashes are not
+        ("１２３と123と一二三", "123と123と一二三"),  # digits in three scripts
+        ("、。！？「」・…", ""),
+        ("いいね👍❤️です", "いいねです"),
+        ("Wi-Fiの SSID", "wifiのssid"),
+        ("[音楽]はい(笑)、<noise>どうぞ", "はいどうぞ"),  # what is in ASCII brackets is not speech
+        ("（笑）", "笑"),  # what is in Japanese ones is
+    ],
+)
+def test_kotoba_normalises_as_the_published_figures(text, normalised):
+    assert evaluation.normalise_kotoba(text) == normalised
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [
+        ("「１２３円」です。", "百二十三円です"),
+        ("ＡＢＣとabc、Ｚｚ！", "ABCとabcZz"),
+        ("3.14は円周率", "三点一四は円周率"),
+        ("第007話", "第七話"),
+        ("（笑）コーヒー・バー", "（笑）コーヒー・バー"),  # its list of marks is short
+    ],
+)
+def test_reazon_normalises_as_the_corpus_project_does(text, normalised):
+    assert evaluation.normalise_reazon(text) == normalised
+
+
+def test_whisper_normalises_english_by_its_own_rule_and_other_languages_by_the_basic_one():
+    english = evaluation.text_normaliser("whisper", "en", {"colour": "color"})
+    assert english("The colour of twenty-one cats, isn't it?") == "the color of 21 cats is not it"
+    assert evaluation.text_normaliser("whisper", "en", None)("Colour") == "colour"
+    assert evaluation.text_normaliser("whisper", "fr", None)("Ça, c'est l'été !") == "ça c est l été"
+
+
+# What num2words 0.5.14 gives for Japanese, which ReazonSpeech's scorer uses.
+@pytest.mark.parametrize(
+    ("number", "reading"),
+    {
+        "0": "零", "10": "十", "11": "十一", "100": "百", "110": "百十", "1001": "千一", "1100": "千百",
+        "2024": "二千二十四", "10000": "一万", "11000": "一万千", "20000": "二万", "12345678": "千二百三十四万五千六百七十八",
+        "100000000": "一億", "1000000000000": "一兆", "100000000000000000000": "一垓", "01": "一", "10.": "十",
+        "1.5": "一点五", "0.05": "零点零五", "1.10": "一点一", "2.0": "二",
+        "12345678901234567890123": "百二十三垓四千五百六十七京八千九百一兆二千三百四十五億六千七百八十九万百二十三",
+    }.items(),
+)  # fmt: skip
+def test_numbers_are_read_as_by_num2words(number, reading):
+    assert evaluation.read_number(number) == reading
+
+
+def parse_kanji(text: str) -> int:
+    """An independent way back: 千 before 百 before 十 in groups that end with a power of 10,000."""
+    total, group, digit = 0, 0, 0
+    for character in text:
+        if character in evaluation.DIGITS:
+            digit = evaluation.DIGITS.index(character)
+        elif character in "十百千":
+            group, digit = group + max(1, digit) * 10 ** ("十百千".index(character) + 1), 0
+        else:
+            total, group, digit = total + (group + digit) * 10_000 ** evaluation.POWERS.index(character), 0, 0
+    return total + group + digit
+
+
+@given(st.integers(0, 10**52 - 1))
+def test_a_number_that_is_read_can_be_written_again(number):
+    assert parse_kanji(evaluation.read_number(str(number))) == number
+
+
+def test_a_number_without_a_name_is_read_digit_by_digit():
+    assert evaluation.read_number("1" * 60) == "一" * 60
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def edit_distance(reference, hypothesis) -> int:
+    row = list(range(len(hypothesis) + 1))
+    for i, wanted in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, said in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (wanted != said))
+    return row[-1]
+
+
+def words(text: str) -> list[str]:
+    return [word for word in re.sub(r"\s\s+", " ", text.strip()).split(" ") if word]
+
+
+TEXTS = st.text("あいガｶﾞー漢字1２ab 、。👍\u3099", max_size=40)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=8))
+def test_counts_and_rates_are_those_of_an_independent_edit_distance(pairs):
+    normalise = evaluation.normalise_kotoba
+    pairs = [("漢字", "漢"), *pairs]
+    metrics, rows = evaluation.score([pair[0] for pair in pairs], [pair[1] for pair in pairs], normalise)
+    kept = [pair for pair in pairs if normalise(pair[0])]
+    units = {
+        "cer": [(normalise(reference), normalise(hypothesis)) for reference, hypothesis in kept],
+        "wer": [(words(normalise(reference)), words(normalise(hypothesis))) for reference, hypothesis in kept],
+        "cer_raw": [(reference.strip(), hypothesis.strip()) for reference, hypothesis in kept],
+        "wer_raw": [(words(reference), words(hypothesis)) for reference, hypothesis in kept],
+    }
+    for name, sides in units.items():
+        cell, length = metrics["details"][name], sum(len(reference) for reference, _ in sides)
+        errors = cell["substitutions"] + cell["deletions"] + cell["insertions"]
+        assert errors == sum(edit_distance(*side) for side in sides)
+        assert cell["reference"] == length
+        assert cell["insertions"] - cell["deletions"] == sum(len(hypothesis) for _, hypothesis in sides) - length
+        assert metrics[name] == cell["rate"] == pytest.approx(100 * errors / length)
+    assert metrics["clips"] == len(kept) == len(pairs) - metrics["empty_references"]
+    scored = [row for row in rows if "cer" in row]
+    for row, side in zip(scored, units["cer"], strict=True):
+        errors = sum(row[f"character_{kind}"] for kind in ("substitutions", "deletions", "insertions"))
+        assert errors == edit_distance(*side)
+        assert row["cer"] == round(100 * errors / len(side[0]), 2)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "substitutions", "deletions", "insertions", "length"),
+    [
+        ("がっこう", "か\u3099っこう", 0, 0, 0, 4),  # composed and decomposed are one
+        ("ＡＩが、８８％。", "aiが88", 0, 0, 0, 5),
+        ("コーヒーを飲む", "コヒーを飲みむ", 0, 1, 1, 7),
+        ("三時に", "3時に", 1, 0, 0, 3),  # kotoba does not read numbers out
+        ("はい", "", 0, 2, 0, 2),
+        ("はい", "、。", 0, 2, 0, 2),
+        ("笑った😂", "笑った", 0, 0, 0, 3),
+    ],
+)
+def test_fixed_strings_have_known_counts(reference, hypothesis, substitutions, deletions, insertions, length):
+    _, (row,) = evaluation.score([reference], [hypothesis], evaluation.normalise_kotoba)
+    assert [row[f"character_{name}"] for name in evaluation.COUNTS] == [substitutions, deletions, insertions, length]
+
+
+def test_unsegmented_japanese_has_the_share_of_wrong_clips_for_a_word_error_rate():
+    references = ["今日は、晴れ。", "明日は、雨。", "はい。", "いいえ。"]
+    metrics, _ = evaluation.score(references, ["今日は晴れ", "明日は雪", "はい", ""], evaluation.normalise_kotoba)
+    assert metrics["wer"] == 50
+    assert metrics["details"]["wer"]["reference"] == 4
+
+
+def test_an_empty_reference_is_left_out_of_raw_and_normalised_rates_and_counted():
+    metrics, rows = evaluation.score(["、。", "はい"], ["長い間違い", "はい"], evaluation.normalise_kotoba)
+    assert [metrics[name] for name in evaluation.METRICS] == [0, 0, 0, 0]
+    assert (metrics["clips"], metrics["empty_references"]) == (1, 1)
+    assert "cer" not in rows[0]
+
+
+def test_a_runaway_output_is_longer_than_twice_the_reference_plus_ten():
+    metrics, rows = evaluation.score(["あいう"] * 2, ["あ" * 16, "あ" * 17], evaluation.normalise_kotoba)
+    assert [row["runaway"] for row in rows] == [False, True]
+    assert metrics["runaways"] == 1
+
+
+def test_rates_by_length_are_the_rates_of_the_clips_of_that_length_alone():
+    lengths = (1, 7, 8, 15, 16, 31, 32, 63, 64, 95, 96, 200)
+    references = ["あ" * length for length in lengths]
+    hypotheses = ["あ" * (length - 1) + "い" for length in lengths]
+    metrics, _ = evaluation.score(references, hypotheses, evaluation.normalise_kotoba)
+    assert [group["characters"] for group in metrics["by_length"]] == [
+        [0, 7], [8, 15], [16, 31], [32, 63], [64, 95], [96, None]
+    ]  # fmt: skip
+    for group, pair in zip(metrics["by_length"], zip(lengths[::2], lengths[1::2], strict=True), strict=True):
+        assert group["clips"] == 2
+        for name in evaluation.METRICS:
+            assert group[name]["substitutions"] == 2
+        assert group["cer"]["rate"] == pytest.approx(200 / sum(pair))
+        assert group["cer"]["low"] <= group["cer"]["rate"] <= group["cer"]["high"]
+
+
+def test_the_interval_is_that_of_a_direct_bootstrap():
+    random = np.random.default_rng(5)
+    references = ["あ" * int(length) for length in random.integers(1, 60, 300)]
+    hypotheses = ["".join(random.choice(["あ", "い"], p=[0.8, 0.2]) for _ in reference) for reference in references]
+    metrics, rows = evaluation.score(references, hypotheses, evaluation.normalise_kotoba)
+    rates, generator = [], np.random.default_rng(0)
+    for _ in range(evaluation.DRAWS):
+        drawn = [rows[index] for index in generator.integers(0, 300, 300)]
+        rates.append(
+            100 * sum(r["character_substitutions"] for r in drawn) / sum(r["character_reference"] for r in drawn)
+        )
+    cell = metrics["details"]["cer"]
+    assert [cell["low"], cell["high"]] == pytest.approx(np.percentile(rates, [2.5, 97.5]))
+    deviation = 100 * np.sqrt(0.2 * 0.8 / cell["reference"])  # independent characters
+    assert cell["high"] - cell["low"] == pytest.approx(2 * 1.96 * deviation, rel=0.2)
+
+
+def test_the_paired_test_sees_a_small_difference_that_intervals_hide():
+    random = np.random.default_rng(3)
+    lengths, errors = random.integers(5, 60, 400), random.integers(0, 20, 400)
+    zero = np.zeros_like(errors)
+    first = np.stack([errors, zero, zero, lengths], axis=1)
+    better = np.stack([np.maximum(errors - (random.random(400) < 0.2), 0), zero, zero, lengths], axis=1)
+    rates = evaluation.error_rate(evaluation.bootstrap(np.stack([first, better], axis=1)))
+    assert np.percentile(rates[:, 0], 2.5) < np.percentile(rates[:, 1], 97.5)
+    difference, low, high, p = evaluation.paired_difference(first, better)
+    assert difference == pytest.approx(100 * (better[:, 0].sum() - first[:, 0].sum()) / lengths.sum())
+    assert low < difference < high < 0
+    assert p == pytest.approx(2 / 1001)
+    assert evaluation.paired_difference(first, first) == (0, 0, 0, 1)
+
+
+def test_ten_thousand_predictions_are_scored_in_five_seconds_of_cpu_time(clips):
+    references = [clip["transcription"] for clip in clips] * 420
+    hypotheses = [text[1:] + "ん" if index % 3 else text for index, text in enumerate(references)]
+    started = time.process_time()
+    evaluation.score(references[:10_000], hypotheses[:10_000], evaluation.normalise_kotoba)
+    assert time.process_time() - started < 5
+
+
+def test_differences_are_marked_and_the_texts_escaped():
+    assert evaluation.mark_differences("a<b>c", "a<i>cd") == (
+        "a&lt;<del>b</del><ins>i</ins>&gt;c<ins>d</ins>"
+    )  # fmt: skip
+    assert evaluation.mark_differences("&", "&") == "&amp;"
+
+
+# ------------------------------------------------------------------------------------------------------------ the world
+
+
+def evaluate(teacher, dataset, output_dir, *flags) -> dict:
+    """Run the script on `dataset` (config tiny, split train where it has them); returns the metrics."""
+    arguments = ["--model_name_or_path", str(teacher), "--dataset_name", str(dataset), "--output_dir", str(output_dir)]
+    columns = ["--dataset_split_name", "train", "--text_column_name", "transcription", "--generation_max_length", "16"]
+    config = [] if str(dataset).endswith((".csv", ".jsonl")) else ["--dataset_config_name", "tiny"]
+    assert evaluation.main([*arguments, *columns, *config, *flags]) == 0
+    return json.loads((output_dir / "metric.train.json").read_text(encoding="utf-8"))
+
+
+def command(teacher, dataset, output_dir, *flags) -> list[str]:
+    return [
+        *(str(SCRIPT), "--model_name_or_path", str(teacher), "--dataset_name", str(dataset)),
+        *("--output_dir", str(output_dir), "--dataset_config_name", "tiny", "--dataset_split_name", "train"),
+        *("--text_column_name", "transcription", "--generation_max_length", "16", *flags),
+    ]
+
+
+def predictions(output_dir: Path, name: str = "all") -> list[dict]:
+    with open(output_dir / f"{name}_predictions.train.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_dataset(root: Path, rows: list[dict], like: Path) -> Path:
+    """A dataset directory with these rows and the columns of another."""
+    table = pq.read_table(next((like / "tiny").glob("*.parquet")))
+    (root / "tiny").mkdir(parents=True)
+    pq.write_table(
+        table.schema.empty_table().from_pylist(rows, table.schema), root / "tiny/train-00000-of-00001.parquet"
+    )
+    return root
+
+
+def wave(seconds: float, rate: int = 16_000, channels: int = 1) -> bytes:
+    time_axis = np.arange(round(seconds * rate)) / rate
+    samples = np.stack(
+        [0.3 * np.sin(2 * np.pi * 220 * (channel + 1) * time_axis) for channel in range(channels)], axis=1
+    )
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV")
+    return file.getvalue()
+
+
+def row(name: str, audio: bytes | None, transcription: str | None) -> dict:
+    return {"name": name, "audio": {"bytes": audio, "path": name}, "transcription": transcription}
+
+
+@pytest.fixture(scope="session")
+def evaluated(tiny_teacher, loaded, tmp_path_factory) -> Path:
+    """The results of the tiny teacher on the loaded clips."""
+    output_dir = tmp_path_factory.mktemp("evaluated")
+    evaluate(tiny_teacher, loaded, output_dir, "--id_column_name", "name")
+    return output_dir
+
+
+def test_every_clip_has_a_row_in_the_dataset_s_order_and_the_rows_add_up_to_the_metrics(evaluated, clips):
+    rows = predictions(evaluated)
+    metrics = json.loads((evaluated / "metric.train.json").read_text(encoding="utf-8"))
+    assert [row["id"] for row in rows] == [clip["name"] for clip in clips]
+    assert [row["reference"] for row in rows] == [clip["transcription"] for clip in clips]
+    for unit, name in (("character", "cer"), ("word", "wer")):
+        for count in evaluation.COUNTS:
+            assert metrics["details"][name][count] == sum(int(row[f"{unit}_{count}"]) for row in rows)
+    seconds = sum(soundfile.info(io.BytesIO(clip["audio"])).duration for clip in clips)
+    assert metrics["audio_seconds"] == pytest.approx(seconds, abs=0.1)
+    assert metrics["real_time_factor"] == pytest.approx(metrics["process_seconds"] / seconds, rel=0.05)
+    assert metrics["clips_per_second"] == pytest.approx(len(clips) / metrics["process_seconds"], rel=0.05)
+    incorrect = predictions(evaluated, "incorrect")
+    assert incorrect == [row for row in rows if row["normalised_reference"] != row["normalised_hypothesis"]]
+    assert incorrect
+
+
+def test_the_texts_are_those_that_the_model_gives_for_one_clip_at_a_time(evaluated, tiny_teacher, clips):
+    model = WhisperForConditionalGeneration.from_pretrained(tiny_teacher).eval()
+    tokenizer = WhisperTokenizer.from_pretrained(tiny_teacher)
+    extractor = WhisperFeatureExtractor.from_pretrained(tiny_teacher)
+    texts = []
+    for clip in clips[:12]:
+        waveform, rate = soundfile.read(io.BytesIO(clip["audio"]), dtype="float32")
+        features = extractor(waveform, sampling_rate=rate, return_tensors="pt").input_features
+        with torch.inference_mode():
+            tokens = model.generate(features, language="ja", task="transcribe", max_length=16)
+        texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+    assert [row["hypothesis"] for row in predictions(evaluated)[:12]] == texts
+    assert len(set(texts)) > 3
+
+
+def test_a_second_run_keeps_what_the_model_said_and_can_score_it_by_another_rule(
+    evaluated, tiny_teacher, loaded, tmp_path
+):
+    shutil.copytree(evaluated, tmp_path / "again")
+    (shard,) = (tmp_path / "again/.predictions.train").glob("*.jsonl")
+    before = shard.stat()
+    metrics = evaluate(tiny_teacher, loaded, tmp_path / "again", "--id_column_name", "name", "--scorer", "reazon")
+    assert (shard.stat().st_ino, shard.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert metrics["scorer"] == "reazon"
+    hypotheses = [[row["hypothesis"] for row in predictions(path)] for path in (evaluated, tmp_path / "again")]
+    assert hypotheses[0] == hypotheses[1]
+
+
+def test_another_model_never_gets_the_saved_predictions(evaluated, tiny_teacher, loaded, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "results")
+    shutil.copytree(tiny_teacher, tmp_path / "model")
+    trained = load_file(tmp_path / "model/model.safetensors")
+    with pytest.raises(
+        SystemExit, match=r"predictions with model .*tiny-whisper.*, this run has .*--overwrite_output_dir"
+    ):
+        evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name")
+    evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name", "--overwrite_output_dir")
+    first = predictions(tmp_path / "results")
+    torch.manual_seed(1)
+    trained = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in trained.items()}
+    save_file(trained, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="predictions with model_digest"):
+        evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name")
+    evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name", "--overwrite_output_dir")
+    assert [row["hypothesis"] for row in predictions(tmp_path / "results")] != [row["hypothesis"] for row in first]
+    assert len(list((tmp_path / "results/.predictions.train").glob("*.jsonl"))) == 1
+
+
+def test_other_clips_under_the_same_name_are_refused(evaluated, tiny_teacher, loaded, clips, tmp_path):
+    rows = [row(clip["name"], clip["audio"], clip["transcription"]) for clip in clips]
+    dataset = write_dataset(tmp_path / "data", rows, loaded)
+    evaluate(tiny_teacher, dataset, tmp_path / "results")
+    shutil.rmtree(dataset)
+    write_dataset(dataset, [{**rows[0], "transcription": "別の文です。"}, *rows[1:]], loaded)
+    with pytest.raises(SystemExit, match="predictions with rows_digest"):
+        evaluate(tiny_teacher, dataset, tmp_path / "results")
+
+
+@pytest.fixture(scope="session")
+def many(loaded, clips, tmp_path_factory) -> Path:
+    """100 rows, two shards."""
+    rows = [row(f"{turn}/{clip['name']}", clip["audio"], clip["transcription"]) for turn in range(5) for clip in clips]
+    return write_dataset(tmp_path_factory.mktemp("many") / "data", rows[:100], loaded)
+
+
+@pytest.fixture(scope="session")
+def evaluated_by_one(tiny_teacher, many, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("one")
+    evaluate(tiny_teacher, many, output_dir)
+    return output_dir
+
+
+def test_two_processes_write_what_one_writes(evaluated_by_one, tiny_teacher, many, tmp_path):
+    run = subprocess.run(
+        [sys.executable, *PROCESSES, *command(tiny_teacher, many, tmp_path)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert predictions(tmp_path) == predictions(evaluated_by_one)
+    both = [json.loads((path / "metric.train.json").read_text()) for path in (tmp_path, evaluated_by_one)]
+    assert both[0]["details"] == both[1]["details"]
+    assert both[0]["by_length"] == both[1]["by_length"]
+
+
+def test_a_killed_run_goes_on_where_it_was(evaluated_by_one, tiny_teacher, many, tmp_path):
+    shards = tmp_path / ".predictions.train"
+    run = subprocess.Popen([sys.executable, *command(tiny_teacher, many, tmp_path)], stderr=subprocess.DEVNULL)
+    while not list(shards.glob("*.jsonl")) and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    written = {path: path.stat().st_mtime_ns for path in shards.glob("*.jsonl")}
+    assert len(written) == 1
+    assert not (tmp_path / "metric.train.json").exists()
+    evaluate(tiny_teacher, many, tmp_path)
+    assert predictions(tmp_path) == predictions(evaluated_by_one)
+    assert all(path.stat().st_mtime_ns == at for path, at in written.items())
+    assert len(list(shards.glob("*.jsonl"))) == 2
+
+
+def test_sigterm_ends_with_143_and_leaves_everything_resumable(tiny_teacher, many, tmp_path):
+    run = subprocess.Popen([sys.executable, *command(tiny_teacher, many, tmp_path)], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".predictions.train/*.jsonl")) and run.poll() is None:
+        time.sleep(0.02)
+    run.terminate()
+    assert "Traceback" not in run.communicate()[1]
+    assert run.returncode == 143
+
+
+def test_manifests_and_stereo_at_another_rate_are_read(evaluated, tiny_teacher, clips, tmp_path):
+    chosen = clips[:4]
+    names = [f"clip {index}, é.flac" for index in range(4)]
+    for name, clip in zip(names, chosen, strict=True):
+        (tmp_path / name).write_bytes(clip["audio"])
+    (tmp_path / "stereo.wav").write_bytes(wave(2, rate=44_100, channels=2))
+    texts = [clip["transcription"] for clip in chosen] + ['1行目\n"2行目", 終わり']
+    rows = [{"audio": name, "transcription": text} for name, text in zip([*names, "stereo.wav"], texts, strict=True)]
+    with open(tmp_path / "clips.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["audio", "transcription"])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for kind in ("csv", "jsonl"):
+        metrics = evaluate(tiny_teacher, tmp_path / f"clips.{kind}", tmp_path / kind)
+        assert metrics["clips"] == 5
+        assert metrics["unusable"] == {}
+    assert predictions(tmp_path / "csv") == predictions(tmp_path / "jsonl")
+    read = predictions(tmp_path / "csv")
+    assert [row["reference"] for row in read] == texts
+    assert [row["hypothesis"] for row in read[:4]] == [row["hypothesis"] for row in predictions(evaluated)[:4]]
+    assert read[4]["seconds"] == "2.0"
+    assert read[4]["id"].endswith("stereo.wav")
+
+
+def test_a_data_loader_file_is_evaluated(evaluated, tiny_teacher, loaded, tmp_path):
+    shutil.copy(next((loaded / "tiny").glob("*.parquet")), tmp_path / "clips.parquet")
+    (tmp_path / "my_loader.py").write_text(
+        f"""
+import datasets, pyarrow.parquet as pq
+
+class Loader(datasets.GeneratorBasedBuilder):
+    BUILDER_CONFIGS = [datasets.BuilderConfig("tiny")]
+    def _info(self):
+        audio = {{"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
+        text = datasets.Value("string")
+        return datasets.DatasetInfo(features=datasets.Features({{"name": text, "audio": audio, "transcription": text}}))
+    def _split_generators(self, manager):
+        return [datasets.SplitGenerator("train", {{"path": {str(tmp_path / "clips.parquet")!r}}})]
+    def _generate_examples(self, path):
+        yield from enumerate(pq.read_table(path).to_pylist())
+""",
+        encoding="utf-8",
+    )
+    evaluate(tiny_teacher, tmp_path / "my_loader.py", tmp_path / "results", "--id_column_name", "name")
+    assert predictions(tmp_path / "results") == predictions(evaluated)
+
+
+def test_a_clip_over_30_s_is_an_error_by_name_unless_it_is_skipped(tiny_teacher, loaded, clips, tmp_path):
+    rows = [
+        row("good.flac", clips[0]["audio"], "はい"),
+        row("long.wav", wave(30.5), "長い"),
+        row("full.wav", wave(30), "全部"),
+    ]
+    dataset = write_dataset(tmp_path / "data", rows, loaded)
+    with pytest.raises(SystemExit, match=r"longer than 30 s, which --skip_long_audio leaves out: long\.wav$"):
+        evaluate(tiny_teacher, dataset, tmp_path / "results")
+    metrics = evaluate(tiny_teacher, dataset, tmp_path / "results", "--skip_long_audio")
+    assert metrics["unusable"] == {"longer than 30 s": ["long.wav"]}
+    assert metrics["clips"] == 2
+    assert [row["problem"] for row in predictions(tmp_path / "results")] == ["", "longer than 30 s", ""]
+
+
+def test_clips_without_readable_audio_are_listed_and_fatal_only_when_there_are_no_others(
+    tiny_teacher, loaded, clips, tmp_path
+):
+    bad = [
+        row("cut.flac", clips[0]["audio"][:60], "はい"),
+        row("none.flac", None, "はい"),
+        row("empty.wav", wave(0), "はい"),
+    ]
+    dataset = write_dataset(tmp_path / "data", [*bad, row("good.flac", clips[0]["audio"], None)], loaded)
+    with pytest.raises(SystemExit, match="nothing to score"):
+        evaluate(tiny_teacher, dataset, tmp_path / "first")
+    dataset = write_dataset(tmp_path / "more", [*bad, row("good.flac", clips[0]["audio"], "はい")], loaded)
+    metrics = evaluate(tiny_teacher, dataset, tmp_path / "second")
+    assert metrics["clips"] == 1
+    assert sorted(name for names in metrics["unusable"].values() for name in names) == [
+        "cut.flac",
+        "empty.wav",
+        "none.flac",
+    ]
+    dataset = write_dataset(tmp_path / "worst", bad, loaded)
+    with pytest.raises(SystemExit, match="none of the 3 clips"):
+        evaluate(tiny_teacher, dataset, tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text_column_name", "text"], r"has no column 'text': it has name, audio, transcription"),
+        (["--id_column_name", "number"], r"has no column 'number'"),
+        (["--dataset_split_name", "test"], r"can't load tiny, test of .*train"),
+        (
+            ["--dataset_name", "no/such/directory"],
+            r"'no/such/directory' is neither a directory that exists nor a Hub id",
+        ),
+        (["--model_name_or_path", "no/such/model"], r"'no/such/model' is neither a directory that exists nor a Hub id"),
+        (["--model_name_or_path", "acme/no-such-model"], r"can't load the model acme/no-such-model"),
+        (["--dataset_name", "acme/no-such-dataset"], r"can't load tiny, train of acme/no-such-dataset"),
+        (["--dataset_name", "missing.csv"], r"can't load .*missing\.csv"),
+        (["--language", "xx"], r"--language 'xx' is not one of the model's: af, am, "),
+        (["--push_to_hub"], r"is a local directory"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tiny_teacher, loaded, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        evaluate(tiny_teacher, loaded, tmp_path / "results", *flags)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("run_short_form_eval.py: error: ")
+
+
+@pytest.fixture
+def monolingual(tiny_teacher, tmp_path) -> Path:
+    """The tiny teacher as an English-only checkpoint."""
+    shutil.copytree(tiny_teacher, tmp_path / "english")
+    path = tmp_path / "english/generation_config.json"
+    config = json.loads(path.read_text()) | {"is_multilingual": False}
+    del config["lang_to_id"], config["task_to_id"]
+    path.write_text(json.dumps(config))
+    return tmp_path / "english"
+
+
+def test_a_model_without_japanese_is_refused_and_serves_its_own_language(monolingual, loaded, tmp_path):
+    with pytest.raises(SystemExit, match="--language 'ja' is not one of the model's: en$"):
+        evaluate(monolingual, loaded, tmp_path / "results")
+    metrics = evaluate(
+        monolingual, loaded, tmp_path / "results", "--language", "English", "--max_samples_per_split", "3"
+    )
+    assert metrics["scorer"] == "whisper"
+    assert metrics["clips"] == 3
+
+
+def test_the_older_arrangement_of_special_tokens_and_80_mels_serve_as_well(tiny_teacher_v2, loaded, tmp_path):
+    flags = ["--max_samples_per_split", "3", "--generation_num_beams", "2", "--return_timestamps"]
+    assert evaluate(tiny_teacher_v2, loaded, tmp_path / "results", *flags)["clips"] == 3
+    assert all("<|" not in row["hypothesis"] for row in predictions(tmp_path / "results"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- Hub
+
+
+def test_a_model_and_a_dataset_on_the_hub_are_evaluated_and_the_card_gets_the_rates(
+    hub, evaluated, tiny_teacher, loaded, tmp_path
+):
+    api = HfApi()
+    for kind, folder in (("model", tiny_teacher), ("dataset", loaded)):
+        api.create_repo("acme/eval-me", repo_type=kind)
+        api.upload_folder(repo_id="acme/eval-me", repo_type=kind, folder_path=folder)
+    flags = ["--id_column_name", "name", "--push_to_hub"]
+    metrics = evaluate("acme/eval-me", "acme/eval-me", tmp_path / "results", *flags)
+    assert predictions(tmp_path / "results") == predictions(evaluated)
+
+    def published() -> dict:
+        results = ModelCard.load("acme/eval-me").data.eval_results
+        assert all(result.dataset_type == "acme/eval-me" and result.dataset_split == "train" for result in results)
+        return {result.metric_name: result.metric_value for result in results}
+
+    assert published() == {"CER (kotoba)": round(metrics["cer"], 2), "WER (kotoba)": round(metrics["wer"], 2)}
+    evaluate("acme/eval-me", "acme/eval-me", tmp_path / "results", *flags, "--scorer", "reazon")
+    assert set(published()) == {"CER (kotoba)", "WER (kotoba)", "CER (reazon)", "WER (reazon)"}
+    hub.fault("/commit/main", method="POST", times=5, status=500)
+    with pytest.raises(SystemExit, match="the results are written, but not on the card of acme/eval-me"):
+        evaluate("acme/eval-me", "acme/eval-me", tmp_path / "results", *flags, "--scorer", "whisper")
+    assert json.loads((tmp_path / "results/metric.train.json").read_text())["scorer"] == "whisper"
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def test_saved_evaluations_are_compared_in_one_table_and_a_chart(evaluated, tiny_teacher_v2, loaded, tmp_path, capsys):
+    evaluate(tiny_teacher_v2, loaded, tmp_path / "second", "--id_column_name", "name")
+    evaluate(tiny_teacher_v2, loaded, tmp_path / "few", "--max_samples_per_split", "5")
+    capsys.readouterr()
+    directories = [str(evaluated), str(tmp_path / "second"), str(tmp_path / "few")]
+    assert evaluation.main(["--compare", *directories, "--output_dir", str(tmp_path / "out")]) == 0
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["Model", "Parameters", "Dataset", "Clips", "CER %", "WER %", "CER against the first", "Seconds"]
+    assert len(lines) == 5
+    first, second = (json.loads((Path(path) / "metric.train.json").read_text()) for path in directories[:2])
+    assert lines[2][0] == "tiny-whisper-v3"
+    assert lines[2][4].startswith(f"{first['cer']:.2f} (")
+    assert lines[2][6] == ""
+    assert lines[3][6].startswith(f"{second['cer'] - first['cer']:+.2f} (")
+    assert lines[4][3] == "5"
+    assert lines[4][6] == "other clips"
+    assert Image.open(tmp_path / "out/comparison.png").size[0] > 500
+
+
+def test_comparing_a_directory_without_an_evaluation_is_a_clear_error(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no metric\.<split>\.json"):
+        evaluation.main(["--compare", str(tmp_path)])
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def browse(page: Path, *flags: str) -> str:
+    """Open a page in headless Chromium without any network; returns the document as the browser has it in the end."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None and "CI" not in os.environ:
+        pytest.skip("no browser on this machine: apt-get install chromium")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
+    options += [f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=20000", *flags]
+    return subprocess.run(
+        [chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+
+
+class Document(html.parser.HTMLParser):
+    """The tags of a document and its text."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags, self.sources, self.text = [], [], ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "xlink:href") and value]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(tiny_teacher, loaded, clips, tmp_path_factory) -> Path:
+    """A report of clips whose names and texts contain HTML."""
+    root = tmp_path_factory.mktemp("page")
+    attack = "<script>document.title='changed'</script><img src=x onerror=\"document.title='changed'\">"
+    rows = [row(clip["name"], clip["audio"], clip["transcription"]) for clip in clips[:6]]
+    rows[0]["transcription"] = f"はい{attack}&amp;</ol>"
+    rows[1]["name"] = f'"><b>{attack}'
+    dataset = write_dataset(root / "data", rows, loaded)
+    evaluate(tiny_teacher, dataset, root / "results", "--id_column_name", "name", "--scorer", "reazon")
+    return root / "results" / "report.train.html"
+
+
+def test_a_browser_shows_the_texts_as_texts_and_runs_nothing_in_them(page, clips):
+    document = Document(browse(page))
+    assert "changed" not in re.search(r"<title>(.*)</title>", page.read_text(encoding="utf-8"))[1]
+    assert document.tags.count("audio") == 6
+    assert not {"script", "img", "b", "iframe", "link"} & set(document.tags)
+    assert "document.title='changed'" in document.text.replace("</del>", "")
+    assert all(source.startswith(("data:audio/", "#")) for source in document.sources)
+
+
+def test_the_page_has_every_figure_and_a_bar_for_each_length(page):
+    document = Document(browse(page))
+    metrics = json.loads((page.parent / "metric.train.json").read_text(encoding="utf-8"))
+    for cell in metrics["details"].values():
+        assert f"{cell['rate']:.2f} %" in document.text
+        assert f"{cell['low']:.2f} to {cell['high']:.2f} %" in document.text
+    for group in metrics["by_length"]:
+        assert f"({group['clips']} clips)" in document.text
+        if group["clips"]:
+            assert f"{group['cer']['rate']:.1f}" in document.text
+
+
+def test_the_differences_on_the_page_give_both_texts_back(page):
+    items = re.findall(r"<li><p>(.*?)</p>", page.read_text(encoding="utf-8"), re.DOTALL)
+    rows = {row["normalised_reference"]: row["normalised_hypothesis"] for row in predictions(page.parent)}
+    for item in items:
+        reference = html.unescape(re.sub(r"<ins>.*?</ins>|</?del>", "", item, flags=re.DOTALL))
+        hypothesis = html.unescape(re.sub(r"<del>.*?</del>|</?ins>", "", item, flags=re.DOTALL))
+        assert rows[reference] == hypothesis
+        assert jiwer.cer(reference, hypothesis) > 0
+    assert len(items) == 6
+
+
+def test_the_browser_can_play_every_clip_of_the_page(page, clips, tmp_path):
+    sources = re.findall(r'<audio controls src="(.*?)"', page.read_text(encoding="utf-8"))
+    elements = "".join(f'<audio src="{source}"></audio>' for source in sources)
+    player = tmp_path / "player.html"
+    player.write_text(
+        f"""{elements}<p></p><script>for (const audio of document.querySelectorAll("audio"))
+        audio.onloadedmetadata = () => document.querySelector("p").append(audio.duration.toFixed(1) + " ")</script>"""
+    )
+    durations = re.search(r"<p>(.*?)</p>", browse(player))[1].split()
+    assert sorted(durations) == sorted(
+        f"{soundfile.info(io.BytesIO(clip['audio'])).duration:.1f}" for clip in clips[:6]
+    )
+
+
+def test_the_chart_is_drawn_in_the_browser(page, tmp_path):
+    shot = tmp_path / "page.png"
+    browse(page, f"--screenshot={shot}", "--window-size=900,1600")
+    colours = Image.open(shot).convert("RGB").getcolors(maxcolors=2**24)
+    assert sum(count for count, colour in colours if colour == (0x55, 0x88, 0xAA)) > 2_000
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def test_help_names_every_flag_of_the_readme_and_its_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        evaluation.main(["--help"])
+    text = capsys.readouterr().out
+    for flag in (
+        *("model_name_or_path", "dataset_name", "dataset_split_name", "text_column_name", "output_dir", "language"),
+        *("per_device_eval_batch_size", "dataloader_num_workers", "preprocessing_num_workers", "generation_max_length"),
+        *(
+            "dataset_config_name",
+            "audio_column_name",
+            "id_column_name",
+            "max_samples_per_split",
+            "generation_num_beams",
+        ),
+        *("attn_type", "dtype", "scorer", "report_to", "push_to_hub", "model_revision", "skip_long_audio", "compare"),
+    ):
+        assert f"--{flag} " in text
+    assert "(default: 256)" in text
+
+
+@pytest.mark.parametrize("flags", [["--no_such_flag"], [], ["--per_device_eval_batch_size", "0"], ["--dtype", "int8"]])
+def test_flags_that_can_t_be_meant_end_with_2(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main(flags)
