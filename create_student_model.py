@@ -122,7 +122,7 @@ def fail(message: str) -> NoReturn:
 def hub_fail(action: str, error: Exception) -> NoReturn:
     """End the script because the Hub refused something, with the commands that may help."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    fail(f"{action} failed: {reason} Check the name, the connection and your token (`hf auth whoami`), then try again.")
+    fail(f"{action} failed: {reason} Check the name, the connection and your token (`hf auth login`), then try again.")
 
 
 def local_directory(reference: str) -> Path | None:

@@ -31,6 +31,7 @@ MAX_LABEL_LENGTH="${MAX_LABEL_LENGTH:-128}"
 
 # ---- labels: about a day for `large` on 8 A100 -------------------------------------------------------------------------
 LABEL_BATCH="${LABEL_BATCH:-32}"        # per device; changes the speed, not the labels
+SHARD_SIZE="${SHARD_SIZE:-1000}"        # clips on the disk at a time; a crash costs the shards under way
 NUM_BEAMS="${NUM_BEAMS:-1}"
 
 # ---- filter ----------------------------------------------------------------------------------------------------------
@@ -102,6 +103,7 @@ launch run_pseudo_labelling.py \
   --text_column_name "transcription" \
   --id_column_name "name" \
   --per_device_eval_batch_size "${LABEL_BATCH}" \
+  --shard_size "${SHARD_SIZE}" \
   --dataloader_num_workers "${DATALOADER_WORKERS}" \
   --preprocessing_num_workers "${WORKERS}" \
   --logging_steps 100 \

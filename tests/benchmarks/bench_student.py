@@ -1,6 +1,6 @@
 """Memory and time of `create_student_model.py` on a teacher with random weights, beside the plain way of doing it.
 
-    python -m tests.benchmarks.bench_student [--shape large-v3] [--directory /a/disk/with/10/GB]
+    python -m tests.benchmarks.bench_student [--shape large-v3] [--directory /a/disk/with/room]
 
 The plain way loads the teacher, builds the student, copies the layers and saves. Each way runs in a process of its own;
 the peak is the kernel's count of resident pages, those mapped from files included.
@@ -79,7 +79,7 @@ def weight(directory: Path) -> float:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="large-v3", help="shape of the teacher")
+    parser.add_argument("--shape", choices=list(SHAPES), default="medium", help="shape of the teacher")
     parser.add_argument("--runs", type=int, default=1, help="runs of each way; the medians are printed")
     parser.add_argument("--directory", type=Path, help="where there is room (unset = the temporary directory)")
     args = parser.parse_args(argv)

@@ -36,6 +36,7 @@ SETTINGS = {
     "DATALOADER_WORKERS": "1",
     "DTYPE": "float32",
     "LABEL_BATCH": "16",
+    "SHARD_SIZE": "100",
     "CER_THRESHOLD": "10",
     "TIMESTAMP_PROBABILITY": "0",
     "CONDITION_ON_PREV_PROBABILITY": "0",
@@ -49,7 +50,8 @@ SETTINGS = {
     "EVAL_DATASETS": str(ROOT / "reazonspeech_manual_dataloader.py"),
     "EVAL_CONFIG": "test",
     "EVAL_BATCH": "16",
-    "ACCELERATE_ARGS": "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no",
+    "ACCELERATE_ARGS": "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "
+    f"--num_cpu_threads_per_process {os.cpu_count()}",
 }
 
 

@@ -127,7 +127,7 @@ def generation_config(tokenizer: WhisperTokenizerFast, arrangement: str) -> Gene
     )
 
 
-def random_model(tokenizer: WhisperTokenizerFast, arrangement: str, seed: int) -> WhisperForConditionalGeneration:
+def random_model(tokenizer: WhisperTokenizerFast, arrangement: str, layers: int, seed: int):
     """A random model whose labels depend on the audio and end after some 20 to 60 tokens."""
     end, start = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|startoftranscript|>"])
     torch.manual_seed(seed)
@@ -136,8 +136,8 @@ def random_model(tokenizer: WhisperTokenizerFast, arrangement: str, seed: int) -
             vocab_size=len(tokenizer),
             num_mel_bins=MEL_BINS[arrangement],
             d_model=32,
-            encoder_layers=4,
-            decoder_layers=4,
+            encoder_layers=layers,
+            decoder_layers=layers,
             encoder_attention_heads=2,
             decoder_attention_heads=2,
             encoder_ffn_dim=64,
@@ -168,18 +168,18 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def tiny_whisper(directory: Path, arrangement: str = "large-v3", seed: int = 2) -> Path:
+def tiny_whisper(directory: Path, arrangement: str = "large-v3", layers: int = 4, seed: int = 2) -> Path:
     """Build the checkpoint once and return its directory; `arrangement` is "large-v3" or "large-v2"."""
 
     def build(partial: Path) -> None:
         tokenizer = save_tokenizer(train_tokenizer(arrangement), partial, arrangement)
-        model = random_model(tokenizer, arrangement, seed)
+        model = random_model(tokenizer, arrangement, layers, seed)
         model.generation_config = generation_config(tokenizer, arrangement)
         model.save_pretrained(partial)
         WhisperFeatureExtractor(feature_size=MEL_BINS[arrangement]).save_pretrained(partial)
 
     corpus = hashlib.sha256("\n".join(sentences(400)).encode()).hexdigest()
-    recipe = {"recipe": RECIPE, "arrangement": arrangement, "seed": seed, "sentences": corpus}
+    recipe = {"recipe": RECIPE, "arrangement": arrangement, "layers": layers, "seed": seed, "sentences": corpus}
     return built_once(Path(directory), recipe, build)
 
 

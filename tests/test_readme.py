@@ -1,0 +1,119 @@
+"""The README's commands, run as they are printed, one after the other, in the sandbox."""
+
+import re
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from datasets import Audio, Dataset
+from huggingface_hub import HfApi
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+from tests.sandbox.corpus import cache_directory
+from tests.sandbox.demo import ROOT, environment
+from tests.sandbox.hub import User
+from tests.sandbox.mirror import MirrorServer
+from tests.sandbox.teachers import tiny_whisper
+
+NAMES = {"{your-hf-org}": "acme", "{your-dataset-name}": "readme-labels", "{your-model-name}": "readme-model"}
+# These change the machine, ask questions, or are the whole chain, which test_chain.py runs.
+NOT_HERE = ("make demo", "git clone", "accelerate config", "HF_ORG=")
+
+
+def blocks() -> list[str]:
+    """The README's shell commands, block by block."""
+    return re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Path:
+    """Of large-v3's depth, because the README initialises a student with its 32 encoder layers."""
+    return tiny_whisper(cache_directory() / "tiny-whisper-32-layers", layers=32)
+
+
+@pytest.fixture(scope="module")
+def agreeing_corpus(corpus, teacher, tmp_path_factory) -> Path:
+    """The corpus with the teacher's own words as transcriptions, so that some clips pass the README's WER of 10 %.
+
+    The tars 001 to 031 are there too, with one clip each.
+    """
+    root = tmp_path_factory.mktemp("mirror") / "corpus"
+    shutil.copytree(corpus, root)
+    processor = WhisperProcessor.from_pretrained(teacher)
+    model = WhisperForConditionalGeneration.from_pretrained(teacher).eval()
+    lines = []
+    with tarfile.open(root / "data" / "000.tar") as tar:
+        for member in tar:
+            waveform, rate = soundfile.read(tar.extractfile(member), dtype="float32")
+            features = processor.feature_extractor(waveform, sampling_rate=rate, return_tensors="pt").input_features
+            with torch.inference_mode():
+                options = {"language": "ja", "task": "transcribe", "return_timestamps": True, "max_new_tokens": 100}
+                ids = model.generate(features, force_unique_generate_call=True, **options)[0]
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            lines.append(f"{member.name.removeprefix('./')}\t{text}\n")
+    (root / "tsv" / "tiny.tsv").write_text("".join(lines), encoding="utf-8")
+    with tarfile.open(root / "data" / "000.tar") as tar:
+        first = next(iter(tar))
+        audio = tar.extractfile(first)
+        with tarfile.open(root / "data" / "001.tar", "w", format=tarfile.USTAR_FORMAT) as small:
+            small.addfile(first, audio)
+    for index in range(2, 50):
+        shutil.copy(root / "data" / "001.tar", root / "data" / f"{index:03x}.tar")
+    return root
+
+
+@pytest.fixture(scope="module")
+def published(teacher, clips) -> None:
+    """What the README takes from others' repositories: the teacher, and the held-out test set."""
+    from tests.conftest import HUB
+
+    HUB.tokens |= {"hf_openai": User("openai"), "hf_asahi": User("asahi417")}
+    api = HfApi(token="hf_openai")
+    api.create_repo("openai/whisper-large-v3", exist_ok=True)
+    api.upload_folder(repo_id="openai/whisper-large-v3", folder_path=teacher, ignore_patterns=[".*"])
+    rows = [
+        {"audio": {"bytes": clip["audio"], "path": clip["name"]}, "transcription": clip["transcription"]}
+        for clip in clips[:6]
+    ]
+    test_set = Dataset.from_list(rows).cast_column("audio", Audio(sampling_rate=16000, decode=False))
+    test_set.push_to_hub("asahi417/ja_asr.reazonspeech_test", split="test", token="hf_asahi")
+
+
+def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published, tmp_path):
+    from tests.conftest import HUB
+
+    wanted = [block for block in blocks() if not block.startswith(NOT_HERE)]
+    script = ["set -e"]
+    for block in wanted:
+        for name, value in NAMES.items():
+            block = block.replace(name, value)
+        first = block.splitlines()[0]
+        script.append(f"echo '#### {first}' >&2\n{block}")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    with MirrorServer(agreeing_corpus) as mirror:
+        env = environment(tmp_path, "", mirror.url, HUB.url, "hf_write", "acme")
+        env |= {"ACCELERATE_USE_CPU": "1", "WANDB_MODE": "offline"}
+        run = subprocess.run(
+            ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200
+        )
+    assert run.returncode == 0, run.stderr[-6000:]
+    files = set(HfApi().list_repo_files("acme/readme-model"))
+    assert {"model.safetensors", "README.md", "create_student_model.py", "run_distillation.py"} <= files
+    assert (tmp_path / "eval" / "report.test.html").is_file()
+    assert (tmp_path / "models" / "student" / "model.safetensors").is_file()
+
+
+def test_the_readme_names_every_script_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]}
+    assert len(scripts) == 8
+    assert not {name for name in scripts if name not in text}
+    headings = re.findall(r"(?m)^#+ (.*)$", text)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert target.removeprefix("#") in anchors if target.startswith("#") else (ROOT / target).exists(), target
