@@ -32,6 +32,7 @@ import re
 import signal
 import sys
 import tarfile
+import threading
 import time
 from array import array
 from collections.abc import Iterator
@@ -244,12 +245,30 @@ def summary(problems: dict[str, list[str]]) -> str:
 
 
 @contextlib.contextmanager
-def plain_sigterm():
-    """Start workers in here: a pool ends them by SIGTERM, and with a handler of ours they lose one that comes early."""
+def tied_workers():
+    """Processes forked in here end at SIGTERM, and when this one ends.
+
+    A pool ends its workers by SIGTERM, and a worker that inherits a handler of ours can lose one that comes early. And
+    the workers that `datasets` has when it is killed would stay, and hold its lock: the next run would wait for ever.
+    """
+    parent, inside = os.getpid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    def tie() -> None:
+        if inside.is_set():
+            threading.Thread(target=watch, daemon=True).start()
+
+    os.register_at_fork(after_in_child=tie)
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    inside.set()
     try:
         yield
     finally:
+        inside.clear()
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -276,7 +295,7 @@ class ReazonSpeech(datasets.GeneratorBasedBuilder):
     DEFAULT_WRITER_BATCH_SIZE = ROWS_AT_ONCE
 
     def download_and_prepare(self, *args, **kwargs) -> None:
-        with plain_sigterm():
+        with tied_workers():
             super().download_and_prepare(*args, **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
@@ -345,7 +364,7 @@ def load_tars(jobs: list[tuple], workers: int) -> list[dict]:
     """Facts of each job's tar. A broken tar ends the run after the others are done."""
     facts = []
     sizes = [job[0].stat().st_size for job in jobs]
-    with plain_sigterm():
+    with tied_workers():
         pool = multiprocessing.Pool(min(workers, len(jobs)) or 1, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with pool, tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="tars") as bar:
         for size, fact in zip(sizes, pool.imap(load_tar, jobs), strict=True):
@@ -433,7 +452,7 @@ def write_dataset(args: argparse.Namespace, jobs: list[tuple], strays: dict, set
     directory, record_path = args.output_dir / config, args.output_dir / f"loading.{config}.{split}.json"
     directory.mkdir(exist_ok=True)
     if args.overwrite_output_dir:
-        for path in (record_path, *directory.glob(f"{split}-*.parquet")):
+        for path in (record_path, *directory.glob(f"{split}-*.parquet"), *directory.glob(f".{split}-*.partial")):
             path.unlink(missing_ok=True)
     record = start_record(record_path, settings)
     shards = [directory / f"{split}-{i:05d}-of-{len(jobs):05d}.parquet" for i in range(len(jobs))]
@@ -514,4 +533,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -56,7 +56,7 @@ LEAST_RATE = 1024  # bytes a second over a whole time-out; less is a stall
 LONGEST_WAIT = 600  # seconds, whatever Retry-After says
 SPARE = 64 << 20  # bytes left free on the disk
 PADDING = 1 << 20  # bytes of zeros that a tar may end with
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be others next time
+PASSING = {408, 425, 429, *range(500, 600)}  # statuses that may be others next time
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,15 @@ class GiveUpError(Exception):
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
     raise SystemExit(f"{Path(__file__).name}: error: {message}")
+
+
+def boolean(value: str) -> bool:
+    """Value of a flag that may stand alone (`--flag`) or carry a value (`--flag False`)."""
+    if value.lower() in ("true", "1", "yes"):
+        return True
+    if value.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
 
 
 def check_tar(path: Path, advance: Callable[[int], object] = int) -> None:
@@ -208,7 +217,7 @@ def request(run: Run, method: str, url: str, accepted: set[int], headers: dict[s
             answer = f"the server answers {response.status_code} {response.reason}"
             if url.startswith("https:") and not response.url.startswith("https:"):
                 raise GiveUpError(f"the server leads away from https, to {response.url}")
-            if response.status_code in PASSING:
+            if response.status_code in PASSING - accepted:
                 raise TryAgainError(answer, retry_after(response.headers.get("Retry-After", "")))
             if response.status_code not in accepted:
                 raise GiveUpError(f"{answer}; if the corpus has moved, give its address by --base_url")
@@ -373,6 +382,8 @@ def link_copies(files: list[File], copies: dict[str, Path], run: Run, threads: i
             name.unlink(missing_ok=True)
             os.link(copy, name)
             os.replace(name, file.path)
+            file.part.unlink(missing_ok=True)
+            file.version.unlink(missing_ok=True)
 
     with bar(run, "linking", sum(copy.stat().st_size for copy in copies.values())):
         for_each(link, [file for file in files if file.name in copies], run, threads)
@@ -450,12 +461,13 @@ def fetch_all(files: list[File], data_dir: Path, run: Run, threads: int, dry_run
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    flag = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     group = parser.add_argument_group("what")
     group.add_argument("-t", "--target", choices=list(TARS), default="tiny", help="subset")
     group.add_argument("-s", "--start", "--start_que", type=int, help="first tar of a range; none if unset")
     group.add_argument("-e", "--end", "--end_que", type=int, help="tar behind the last of a range; none if unset")
-    group.add_argument("--dry_run", action="store_true", help="say what is to be fetched, stop")
-    group.add_argument("--health_check", action="store_true", help="read what is here, remove what is damaged, stop")
+    group.add_argument("--dry_run", help="say what is to be fetched, stop", **flag)
+    group.add_argument("--health_check", help="read what is here, remove what is damaged, stop", **flag)
     group = parser.add_argument_group("where")
     group.add_argument("--base_url", help=f"the corpus; REAZONSPEECH_BASE_URL or {BASE_URL} if unset")
     group.add_argument("--data_dir", help=f"downloads; REAZONSPEECH_DATA_DIR or {DATA_DIR} if unset")

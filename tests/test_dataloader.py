@@ -378,7 +378,7 @@ def interrupted(arguments: list, files: Path, pattern: str, number: int) -> int:
         time.sleep(0.001)
     process.send_signal(number)
     _, errors = process.communicate()
-    assert "Traceback" not in errors
+    assert number == signal.SIGKILL or "Traceback" not in errors  # a worker may miss who was killed
     return process.returncode
 
 

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             ("parquet shards, 2 workers and 1", clips, "clips/s", lambda: write(2), lambda: write(1)),
         ]:
             if what.startswith("builder"):
-                download(*some)
+                seconds(lambda: download(*some))
             a, b, ratio = compare(args.rounds, ours, baseline)
             rows.append(f"| {what} | {amount / a:,.0f} {unit} | {amount / b:,.0f} {unit} | {ratio:.2f} |")
     print("| | ours | baseline | ratio |\n| --- | --- | --- | --- |")

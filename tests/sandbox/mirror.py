@@ -19,7 +19,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -220,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             headers["Content-Length"] = str(stated)
         self.record.status = status
-        self.send_response(status, HTTPStatus(status).phrase)
+        self.send_response(status, self.responses.get(status, ("Unknown",))[0])
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
