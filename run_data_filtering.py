@@ -23,6 +23,7 @@ features of the results that lie beside it. One machine, then one of two with a 
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -93,6 +95,7 @@ UNUSABLE = (
 LIMITS = ("shorter than the minimum", "longer than the maximum", "label too long", "label repeats itself")
 SCORE, KEPT = "score over the threshold", "kept"
 REASONS = (*UNUSABLE, *LIMITS, *(reason for _, reason in SCORE_COLUMNS.values()), SCORE, KEPT)
+# What takes long to import, for the server that the workers are forked from.
 PRELOAD = [
     "accelerate",
     "datasets",
@@ -189,8 +192,6 @@ def find_tokens(tokenizer: Any, prefix: list[str]) -> Tokens:
 
 def label_body(label: list[int] | str | None, tokenizer: Any, tokens: Tokens) -> list[int]:
     """Text and timestamp ids of a stored label, without prefix and end; raises `Unusable`."""
-    if not label:
-        raise Unusable("no label")
     if isinstance(label, str):  # decoded text, with `<|1.08|>` for timestamps and perhaps other special tokens
         added, body = tokenizer.get_added_vocab(), []
         for piece in re.split(r"(<\|[^<>|]*\|>)", label):
@@ -199,6 +200,8 @@ def label_body(label: list[int] | str | None, tokenizer: Any, tokens: Tokens) ->
             elif piece and piece not in added:
                 body += tokenizer(piece, add_special_tokens=False).input_ids
         label = [*tokens.prefix, *body, tokens.end]
+    if not label:
+        raise Unusable("no label")
     if min(label) < 0 or max(label) >= tokens.size:
         raise Unusable("label ids outside the vocabulary")
     prefix, body = label[: len(tokens.prefix)], label[len(tokens.prefix) :]
@@ -223,14 +226,16 @@ def build_label(body: list[int], previous: list[int], row: int, tokens: Tokens, 
     What is drawn depends on the seed and the row alone. A prompt is the end of the text before: at most half of the
     decoder's positions, as Whisper has it, and no more than `max_label_length` leaves room for.
     """
-    draws = np.random.default_rng([settings["seed"], row]).random(2)
+    draw = random.Random(f"{settings['seed']}, {row}")
+    keep_timestamps = draw.random() < settings["timestamp_probability"]
+    add_prompt = draw.random() < settings["condition_on_prev_probability"]
     text = text_ids(body, tokens)
-    if len(text) < len(body) and draws[0] < settings["timestamp_probability"]:
+    if keep_timestamps and len(text) < len(body):
         label = [*tokens.prefix, *body, tokens.end]
     else:
         label = [*tokens.prefix, tokens.no_timestamps, *text, tokens.end]
     room = min(settings["max_positions"] // 2, settings["max_label_length"] - len(label)) - 1
-    if previous and room > 0 and draws[1] < settings["condition_on_prev_probability"]:
+    if add_prompt and previous and room > 0:
         label = [tokens.previous, *previous[-room:], *label]
     return label
 
@@ -554,6 +559,8 @@ def work(shard: int) -> None:
 
 def filter_shards(job: Job, shards: list[int], workers: int, show: bool) -> None:
     """Write the shards, each of which is on the disk when the bar counts it."""
+    if not shards:
+        return
     bar = tqdm(total=len(shards), desc="filtering", unit="shard", disable=not show)
     if min(workers, len(shards)) <= 1:
         threads = torch.get_num_threads()
@@ -686,23 +693,22 @@ def draw(report: dict, settings: dict, path: Path) -> None:
 def write_card(directory: Path) -> None:
     """Dataset card with a section for every record in the directory; keeps configurations that an older card lists."""
     path = directory / "README.md"
-    configs = {}
-    for entry in (metadata_load(path) or {}).get("configs", []) if path.exists() else []:
-        configs[entry["config_name"]] = {file["split"]: file["path"] for file in entry["data_files"]}
-    sections = []
+    old = (metadata_load(path) or {}) if path.exists() else {}
+    configs = {entry["config_name"]: entry["data_files"] for entry in old.get("configs", [])}
+    sections, languages = [], set()
     for record_path in sorted(directory.glob("filtering.*.json")):
         record = json.loads(record_path.read_text(encoding="utf-8"))
         if "report" in record:
             config, split = record["settings"]["config"], record["settings"]["split"]
-            configs.setdefault(config, {})[split] = f"{config}/{split}-*"
+            listed = configs.get(config, [])
+            others = [file for file in listed if file["split"] != split] if isinstance(listed, list) else []
+            configs[config] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
             sections.append(describe(record, record_path.with_suffix(".png").name))
-    configs = [
-        {"config_name": name, "data_files": [{"split": split, "path": files} for split, files in splits.items()]}
-        for name, splits in configs.items()
-    ]
-    head = yaml.safe_dump({"task_categories": ["automatic-speech-recognition"], "configs": configs}, sort_keys=False)
-    kind = ".vectorized" if directory.name.endswith(".vectorized") else ""
-    body = [f"---\n{head}---", f"# {directory.name}", CARD[kind], *sections]
+            languages.add(record["settings"]["language"])
+    head = {"language": sorted(languages), "task_categories": ["automatic-speech-recognition"]}
+    head["configs"] = [{"config_name": name, "data_files": files} for name, files in configs.items()]
+    about = CARD[".vectorized" if directory.suffix == ".vectorized" else ""]
+    body = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {directory.name}", about, *sections]
     path.write_text("\n\n".join(body) + "\n", encoding="utf-8")
 
 
@@ -739,8 +745,8 @@ def find_input(args: argparse.Namespace) -> tuple[str, list[Path]]:
     return builder.config.name, [Path(path) for path in paths]
 
 
-def plan(args: argparse.Namespace) -> Job:
-    """Load all that the work depends on, and refuse what does not go together."""
+def load_teacher(args: argparse.Namespace) -> tuple[Any, Tokens, WhisperFeatureExtractor, dict]:
+    """Tokenizer, special tokens and feature extractor, never the weights, and the settings that follow from them."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         extractor = WhisperFeatureExtractor.from_pretrained(args.model)
@@ -749,6 +755,10 @@ def plan(args: argparse.Namespace) -> Job:
         hub_fail(f"loading tokenizer, feature extractor and generation config of {args.model}", error)
     language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
     multilingual = getattr(generation, "is_multilingual", True)
+    if not multilingual and language != "en":
+        fail(f"{args.model} knows English only: give --language en, not {args.language}")
+    if language == "en" and tokenizer.english_spelling_normalizer is None:
+        logger.warning("%s has no normalizer.json: British and American spellings count as different", args.model)
     names = ["<|startoftranscript|>", *([f"<|{language}|>", f"<|{args.task}|>"] if multilingual else [])]
     try:
         tokens = find_tokens(tokenizer, names)
@@ -758,41 +768,77 @@ def plan(args: argparse.Namespace) -> Job:
         fail(f"--max_duration_in_seconds {args.max_duration_in_seconds} is over the model's {extractor.chunk_length} s")
     if args.max_label_length > generation.max_length:
         fail(f"--max_label_length {args.max_label_length} is over the decoder's {generation.max_length} positions")
+    return (
+        *(tokenizer, tokens, extractor),
+        {
+            "language": language,
+            "max_positions": generation.max_length,
+            "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
+            "feature_extractor": digest({k: v for k, v in extractor.to_dict().items() if k != "mel_filters"}),
+        },
+    )
 
-    config, paths = find_input(args)
-    groups, identity = find_groups(paths)
-    if not groups or not groups[-1][1]:
-        fail(f"{args.dataset_name} ({config}, {args.split}) has no rows")
-    schema = pq.read_schema(paths[0])
-    columns = {"audio": args.audio_column_name, "text": args.text_column_name, "label": "whisper_transcript"}
-    columns |= {column: column for flag, (column, _) in SCORE_COLUMNS.items() if getattr(args, flag) is not None}
-    if missing := [name for name in columns.values() if name not in schema.names]:
-        fail(f"{args.dataset_name} has no column {missing[0]!r}; it has {', '.join(schema.names)}")
-    columns |= {name: name for name in ("name",) if name in schema.names and name not in columns.values()}
 
+def name_results(args: argparse.Namespace) -> tuple[str, float, Path, str | None]:
+    """Metric, threshold, and the directory and Hub id of the filtered dataset (None: has no place on the Hub)."""
     metric = "wer" if args.cer_threshold is None else "cer"
     threshold = args.wer_threshold if metric == "wer" else args.cer_threshold
-    settings = {
-        "dataset": identity,
-        "config": config,
-        **{name: getattr(args, name) for name in DATA_ARGUMENTS},
-        "language": language,
-        "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
-        "feature_extractor": digest({k: v for k, v in extractor.to_dict().items() if k != "mel_filters"}),
-        "max_positions": generation.max_length,
-        "metric": metric,
-        "threshold": threshold,
-    }
-    base = Path(os.path.abspath(local_directory(args.dataset_name) or args.dataset_name.rpartition("/")[2]))
-    cut = Path(os.path.abspath(args.output_dir or base.parent)) / f"{base.name}.{metric}_{threshold}"
+    suffix = f".{metric}_{threshold}"
+    local = local_directory(args.dataset_name)
+    base = Path(os.path.abspath(local or args.dataset_name.rpartition("/")[2]))
+    hub_base = args.hub_model_id or (None if local else args.dataset_name)
+    if args.skip_filtering:  # of which the filtered dataset may be given too
+        base, hub_base = base.with_name(base.name.removesuffix(suffix)), hub_base and hub_base.removesuffix(suffix)
+    if args.push_to_hub and not hub_base:
+        fail("--push_to_hub with a local dataset needs --hub_model_id org/name")
+    cut = Path(os.path.abspath(args.output_dir or base.parent)) / f"{base.name}{suffix}"
+    return metric, threshold, cut, hub_base and f"{hub_base}{suffix}"
+
+
+def find_filtered(args: argparse.Namespace, cut: Path, repository: str | None) -> dict:
+    """Settings of a dataset that was filtered before, which is fetched from the Hub if it is there."""
+    pattern = f"filtering.{args.dataset_config_name or '*'}.{args.split}"
+    if repository and not local_directory(args.dataset_name):
+        try:
+            wanted = ["README.md", f"{pattern}.*", f"{args.dataset_config_name or '*'}/{args.split}-*"]
+            snapshot_download(repository, repo_type="dataset", local_dir=cut, allow_patterns=wanted)
+        except HUB_ERRORS as error:
+            hub_fail(f"downloading {repository}", error)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in cut.glob(f"{pattern}.json")]
+    if [record["status"] for record in records] != ["complete"]:
+        fail(f"--skip_filtering, but {cut} has not one complete {pattern}.json: filter first")
+    return records[0]
+
+
+def plan(args: argparse.Namespace) -> Job:
+    """Load all that the work depends on, and refuse what does not go together."""
+    metric, threshold, cut, repository = name_results(args)
+    tokenizer, tokens, extractor, settings = load_teacher(args)
+    columns = {}
+    if args.skip_filtering:
+        record = find_filtered(args, cut, repository)
+        config, identity = (record["settings"][key] for key in ("config", "dataset"))
+        groups = [(0, record["report"]["clips"][0], cut, 0)]
+    else:
+        config, paths = find_input(args)
+        groups, identity = find_groups(paths)
+        if not groups or not groups[-1][1]:
+            fail(f"{args.dataset_name} ({config}, {args.split}) has no rows")
+        there = pq.read_schema(paths[0]).names
+        columns = {"audio": args.audio_column_name, "text": args.text_column_name, "label": "whisper_transcript"}
+        columns |= {column: column for flag, (column, _) in SCORE_COLUMNS.items() if getattr(args, flag) is not None}
+        if missing := [name for name in columns.values() if name not in there]:
+            fail(f"{args.dataset_name} has no column {missing[0]!r}; it has {', '.join(there)}")
+        columns |= {"name": "name"} if "name" in there and "name" not in columns.values() else {}
+    settings |= {"dataset": identity, "config": config, "metric": metric, "threshold": threshold}
+    settings |= {name: getattr(args, name) for name in DATA_ARGUMENTS}
+    earlier = []
+    for path in sorted(cut.parent.glob(f"{cut.name.removesuffix(f'.{metric}_{threshold}')}.[cw]er_*")):
+        if path != cut and path.suffix != ".vectorized" and (path / record_name(settings)).exists():
+            old = json.loads((path / record_name(settings)).read_text(encoding="utf-8"))["settings"]
+            earlier += [path] if all(old.get(key) == settings[key] for key in REUSE_SETTINGS) else []
     extractor = None if args.skip_logmel else extractor
-    job = Job(settings, groups, columns, tokenizer, tokens, extractor, args.preprocessing_batch_size, cut, earlier=[])
-    for record in sorted(cut.parent.glob(f"{base.name}.[cw]er_*/{record_name(settings)}")):
-        old = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        other = record.parent != cut and record.parent.suffix != ".vectorized"
-        if other and all(old.get(key) == settings[key] for key in REUSE_SETTINGS):
-            job.earlier.append(record.parent)
-    return job
+    return Job(settings, groups, columns, tokenizer, tokens, extractor, args.preprocessing_batch_size, cut, earlier)
 
 
 def record_name(settings: dict) -> str:
@@ -806,12 +852,12 @@ def write_record(directory: Path, record: dict) -> None:
     os.replace(partial, path)
 
 
-def open_outputs(job: Job, overwrite: bool) -> None:
-    """Make the output directories and their records; refuse one that other settings have filled."""
+def open_outputs(job: Job, overwrite: list[Path]) -> None:
+    """Make the output directories and their records, those in `overwrite` afresh; refuse those of other settings."""
     for directory in job.outputs():
         path = directory / record_name(job.settings)
         shards = list((directory / job.settings["config"]).glob(f"{job.settings['split']}-*.parquet"))
-        if overwrite:
+        if directory in overwrite:
             for file in (*shards, path):
                 file.unlink(missing_ok=True)
         elif path.exists():
@@ -828,27 +874,21 @@ def open_outputs(job: Job, overwrite: bool) -> None:
 
 def create_repositories(args: argparse.Namespace, job: Job) -> dict[Path, str]:
     """The repository that each output is pushed to, made before the work, which proves the token; none stays local."""
-    local = local_directory(args.dataset_name)
-    base = args.hub_model_id or (None if local else args.dataset_name)
-    if args.push_to_hub and not base:
-        fail("--push_to_hub with a local dataset needs --hub_model_id org/name")
-    if args.push_to_hub is False or not base:
+    repository = name_results(args)[3]
+    if args.push_to_hub is False or not repository:
         return {}
-    suffix = f".{job.settings['metric']}_{job.settings['threshold']}"
-    repositories = dict(zip(job.outputs(), (f"{base}{suffix}", f"{base}{suffix}.vectorized"), strict=False))
-    own = Path(record_name(job.settings)).stem
+    repositories = dict(zip(job.outputs(), (repository, f"{repository}.vectorized"), strict=False))
+    if args.skip_filtering:
+        repositories.pop(job.cut)
     for directory, repository in repositories.items():
         try:
             HfApi().create_repo(repository, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
-            wanted = ["README.md", "filtering.*"]  # of other configurations and splits
-            if args.skip_filtering and directory == job.cut:
-                wanted, own = [*wanted, f"{job.settings['config']}/{job.settings['split']}-*"], "nothing"
-            snapshot_download(
+            snapshot_download(  # what it says of other configurations and splits
                 repository,
                 repo_type="dataset",
                 local_dir=directory,
-                allow_patterns=wanted,
-                ignore_patterns=[f"{own}.*"],
+                allow_patterns=["README.md", "filtering.*"],
+                ignore_patterns=[record_name(job.settings).replace(".json", ".*")],
             )
         except HUB_ERRORS as error:
             hub_fail(f"preparing {repository}", error)
@@ -864,17 +904,18 @@ def finish(job: Job, args: argparse.Namespace, repositories: dict[Path, str], ne
     libraries = ("datasets", "jiwer", "librosa", "numpy", "pyarrow", "soundfile", "torch", "transformers")
     record = {"stage": "filtering", "status": "complete", "settings": settings, "report": report}
     record |= {"arguments": vars(args), "versions": {name: version(name) for name in libraries}}
-    record |= {"seconds": round(seconds, 1), "clips_per_second": round(new * settings["shard_size"] / seconds, 1)}
+    clips, kept = report["clips"]
+    done = min(new * settings["shard_size"], clips)
+    record |= {"seconds": round(seconds, 1), "clips_per_second": round(done / seconds, 1)}
     for directory in job.outputs():
         path = directory / record_name(settings)
-        if new or json.loads(path.read_text(encoding="utf-8"))["status"] == "running":
+        if json.loads(path.read_text(encoding="utf-8"))["status"] == "running":
             write_record(directory, record)
         if directory == job.cut:
             draw(report, settings, path.with_suffix(".png"))
         else:
             shutil.copyfile(job.cut / path.with_suffix(".png").name, path.with_suffix(".png"))
         write_card(directory)
-    clips, kept = report["clips"]
     logger.info("kept %d of %d clips, %.3f of %.3f h: %s", kept, clips, *report["hours"][::-1], report["reasons"])
     logger.info("in %s", " and ".join(map(str, job.outputs())))
     if notice := exact_match_notice(report, settings):
@@ -968,11 +1009,8 @@ def main(argv: list[str] | None = None) -> int:
         with state.main_process_first():
             job = plan(args)
             repositories = create_repositories(args, job) if state.is_main_process else {}
-            if args.skip_filtering and not all(job.path(job.cut, shard).exists() for shard in job.shards()):
-                fail(
-                    f"--skip_filtering, but {job.cut} does not have all shards of {job.settings['split']}: filter first"
-                )
-            open_outputs(job, args.overwrite_output_dir and state.is_main_process)
+            afresh = args.overwrite_output_dir and state.is_main_process
+            open_outputs(job, job.outputs()[1 if args.skip_filtering else 0 :] if afresh else [])
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         missing = job.missing()
         workers = max(1, args.preprocessing_num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -983,6 +1021,10 @@ def main(argv: list[str] | None = None) -> int:
         return finish(job, args, repositories, len(missing), time.monotonic() - started)
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        fail(f"{error}: what is done stays; the same command continues")
 
 
 if __name__ == "__main__":

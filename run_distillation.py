@@ -71,6 +71,7 @@ WINDOW_FRAMES = 3_000  # log-mel frames of the encoder's 30 s window, 160 sample
 START = "<|startoftranscript|>"
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces: the CER counts none
 LOSS_CHUNK = 256  # tokens whose logits exist at the same time
+LED_BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the held-out loss
 CACHE_BLOCK = 8  # rows encoded together for the cache; fixed, because the last bits of a row depend on its batch
 RECORD = "training.json"
 MANIFEST = "manifest.json"  # of a checkpoint: what it holds; written last
@@ -285,8 +286,11 @@ class Rows(torch.utils.data.Dataset):
         if "labels" not in columns and "whisper_transcript" in columns:
             data = data.rename_column("whisper_transcript", "labels")
         elif "labels" not in columns and self.text and limit:
-            tokenizer.set_prefix_tokens(language=args.language, task=args.task, predict_timestamps=False)
-            data = data.map(lambda row: {"labels": tokenizer(row[self.text] or "").input_ids})
+            spoken = [f"<|{args.language}|>", f"<|{args.task}|>"] if args.language else []
+            prefix = tokenizer.convert_tokens_to_ids([START, *spoken, "<|notimestamps|>"])
+            texts = [tokenizer.encode(text or "", add_special_tokens=False) for text in data[self.text]]
+            labels = [[*prefix, *text, tokenizer.eos_token_id] for text in texts]
+            data = data.add_column("labels", labels)
         self.input = next((name for name in ("input_features", args.audio_column_name) if name in columns), None)
         if "labels" not in data.column_names or not self.input:
             fail(f"{self.name} lacks labels, or input_features or {args.audio_column_name}: its columns are {columns}")
@@ -333,15 +337,18 @@ class Rows(torch.utils.data.Dataset):
                 stored = len(row["input_features"]) / 2 / frames
                 fail(f"{self.name} has log-mels of {stored:g} bins, the student needs {mels}: filter it for this model")
 
-    def features(self, index: int) -> np.ndarray:
+    def features(self, index: int) -> np.ndarray | None:
         """Log-mels of a row, [mels, 3000] float16: also where they are computed, so that both train the same model."""
         value = self.data[int(self.usable[index])][self.input]
         if self.input == "input_features":
             return pad_features(np.frombuffer(value, "<f2").reshape(-1, self.extractor.feature_size))
-        waveform = decode_audio(value)
-        return (
-            self.extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features[0].astype("<f2")
-        )
+        try:
+            waveform = decode_audio(value)
+        except (soundfile.SoundFileError, OSError, TypeError) as error:
+            logger.warning("%s, row %d: its audio cannot be read and counts for nothing: %s", self.name, index, error)
+            return None
+        log_mel = self.extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features[0]
+        return log_mel.astype("<f2")
 
     def reference(self, index: int, tokenizer) -> str:
         """The text column's, or else the label's text."""
@@ -355,8 +362,13 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = int(self.usable[index])
-        item = {"tokens": np.array(self.labels[row]["labels"]), "first": int(self.starts[row])}
-        return item | (self.cache.read(index) if self.cache else {"features": self.features(index)})
+        tokens, first = np.array(self.labels[row]["labels"]), int(self.starts[row])
+        if self.cache:
+            return {"tokens": tokens, "first": first, **self.cache.read(index)}
+        features = self.features(index)
+        if features is None:  # in its place a row without targets
+            first, features = len(tokens) - 1, np.zeros((self.extractor.feature_size, WINDOW_FRAMES), "<f2")
+        return {"tokens": tokens, "first": first, "features": features}
 
 
 class Plan:
@@ -440,9 +452,8 @@ class Frozen:
         hidden = decode(self.teacher.model.decoder, states, batch)
         if self.encoder is None:
             return features, hidden
-        return states if self.encoder is self.teacher.model.encoder else self.encoder(
-            features
-        ).last_hidden_state, hidden
+        own = self.encoder is not self.teacher.model.encoder
+        return self.encoder(features).last_hidden_state if own else states, hidden
 
 
 class Trained(nn.Module):
@@ -498,6 +509,8 @@ class Cache:
 
     def write(self, block: int, states: torch.Tensor, hidden: torch.Tensor) -> None:
         maps, row = self.open(), block * CACHE_BLOCK
+        if len(hidden) != self.tokens[min(self.rows, row + CACHE_BLOCK)] - self.tokens[row]:
+            fail(f"--cache_encoder_outputs needs readable audio: that of one of the rows from {row} on is not")
         for name, start, value in (("states", row, states), ("hidden", self.tokens[row], hidden)):
             raw = value.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy()
             maps[name][start : start + len(value)] = raw.view(maps[name].dtype)
@@ -666,33 +679,39 @@ def choose_start(output_dir: Path, args: argparse.Namespace, settings: dict, tot
     What a run with other settings left there, or any run where --resume_from_checkpoint is False, is removed where
     --overwrite_output_dir allows that.
     """
-    wish, path = args.resume_from_checkpoint, output_dir / RECORD
-    if wish not in ("auto", "False"):
-        manifest = read_checkpoint(Path(wish)) or fail(f"--resume_from_checkpoint {wish} is no whole checkpoint")
-        if changed := differences(manifest["settings"], settings):
-            fail(f"--resume_from_checkpoint {wish} was made with other settings: {changed}")
-        return wish, manifest["state"]
+    wish, path, found = args.resume_from_checkpoint, output_dir / RECORD, (None, {})
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     changed = differences(record["settings"], settings) if record else ""
-    if record and not changed and wish == "auto":
-        if record["status"] == "complete" and record["steps"] >= total and (output_dir / "model.safetensors").exists():
+    auto, afresh = wish.lower() in ("auto", "true"), wish.lower() in ("false", "none")
+    if not auto and not afresh:
+        manifest = read_checkpoint(Path(wish)) or fail(f"--resume_from_checkpoint {wish} is no whole checkpoint")
+        if other := differences(manifest["settings"], settings):
+            fail(f"--resume_from_checkpoint {wish} was made with other settings: {other}")
+        found = (wish, manifest["state"])
+        if Path(wish).resolve().parent == output_dir.resolve():
+            return found
+    elif record and not changed and auto:
+        complete = record["status"] == "complete"
+        if complete and record["steps"] >= total and (output_dir / "model.safetensors").exists():
             return "done", {}
         for _, directory in reversed(checkpoints(output_dir)):
             manifest = read_checkpoint(directory)
             if manifest and not differences(manifest["settings"], settings):
                 return str(directory), manifest["state"]
-        return None, {}
+        if not complete:
+            return found
+        changed = f"{record['steps']} steps of {total}, and no checkpoint to go on from"
     there = [output_dir / name for name in TRAINING_FILES if (output_dir / name).exists()]
     there += [directory for _, directory in checkpoints(output_dir)]
     names = ", ".join(path.name for path in there)
     if there and not args.overwrite_output_dir:
-        why = f"a run with other settings ({changed})" if changed else f"earlier results ({names})"
+        why = f"another run ({changed})" if changed else f"earlier results ({names})"
         fail(f"{output_dir} holds {why}: pass --overwrite_output_dir to replace them, or choose another --output_dir")
     if there:
         logger.warning("replacing %s in %s%s", names, output_dir, f": {changed}" if changed else "")
     for path in there:
         remove_checkpoint(path) if path.is_dir() else path.unlink()
-    return None, {}
+    return found
 
 
 # ---- the world outside -----------------------------------------------------------------------------------------------
@@ -874,10 +893,9 @@ class Distillation:
         weights = (args.ce_weight, args.kl_weight, args.temperature)
         self.trained = self.model = Trained(self.student, args.freeze_encoder, weights)
         if args.torch_compile:
-            for module in {teacher.model.encoder, teacher.model.decoder, *self.trained.children()} - {
-                self.trained.proj_out
-            }:
-                module.compile()
+            for module in (teacher.model.encoder, teacher.model.decoder, self.trained.encoder, self.trained.decoder):
+                if module is not None:
+                    module.compile()
 
     def run(self, stop: Stop) -> int:
         """Train and publish, or only evaluate; the exit status."""
@@ -1004,6 +1022,7 @@ class Distillation:
             with self.accelerator.autocast():
                 cache.write(block, *self.frozen(self.to_device(batch)))
         self.accelerator.wait_for_everyone()
+        cache.maps = None  # mapped again by those who read, so that they see what other machines wrote
         return cache
 
     def to_device(self, batch: dict) -> dict:
@@ -1032,7 +1051,7 @@ class Distillation:
             if step % args.logging_steps == 0 or last:
                 rate, since, clips = clips / (time.monotonic() - since), time.monotonic(), 0
                 ce, kl = (value / state["window"][2] for value in state["window"][:2])
-                loss, lr = args.ce_weight * ce + args.kl_weight * kl, self.scheduler.get_last_lr()[0]
+                loss, lr = args.ce_weight * ce + args.kl_weight * kl, self.optimizer.param_groups[0]["lr"]
                 state["window"] = [0.0, 0.0, 0]
                 bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:.1f} clips/s")
                 figures = {"loss": loss, "ce_loss": ce, "kl_loss": kl, "learning_rate": lr, "grad_norm": norm}
@@ -1073,7 +1092,7 @@ class Distillation:
                     self.watch((args.ce_weight * ce + args.kl_weight * kl) / tokens, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if args.lr_scheduler_type not in LED_BY_LOSS:
             self.scheduler.step()
         return ce, kl, tokens, norm, signals > 0
 
@@ -1115,7 +1134,7 @@ class Distillation:
         figures = self.evaluate(of_teacher=False)
         logger.info(what, f"step {step}", figures["cer"], figures["wer"], figures["loss"])
         self.log(step, {f"eval_{name}": value for name, value in figures.items()})
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if self.args.lr_scheduler_type in LED_BY_LOSS:
             self.scheduler.step(figures["loss"])
         figure, best = figures[self.args.metric_for_best_model], self.state["best"]
         if step == 0 or (best and figure >= best["figure"]):
@@ -1276,16 +1295,6 @@ def sampling_weights(args: argparse.Namespace) -> list[float] | None:
     return weights
 
 
-def resume_choice(value: str) -> str:
-    """ "auto", "False" or a path, from what --resume_from_checkpoint takes."""
-    if value.lower() in ("auto", "none"):
-        return "auto" if value.lower() == "auto" else "False"
-    try:
-        return "auto" if boolean(value) else "False"
-    except argparse.ArgumentTypeError:
-        return value
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -1350,7 +1359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     overwrite = "what a run with other settings left there is replaced; with the same settings a run goes on"
     add("--overwrite_output_dir", **switch, help=overwrite)
     resume = "auto = the newest whole checkpoint, False = none: start afresh, or the path of one"
-    add("--resume_from_checkpoint", type=resume_choice, nargs="?", const="auto", default="auto", help=resume)
+    add("--resume_from_checkpoint", nargs="?", const="auto", default="auto", metavar="CHOICE", help=resume)
     add("--save_steps", **count, default=500, help="optimiser steps between checkpoints")
     add("--save_total_limit", **count, help="newest checkpoints to keep, beside the best (all)")
     add("--logging_steps", **count, default=50, help="optimiser steps between entries of metrics.jsonl")
@@ -1379,6 +1388,8 @@ def main(argv: list[str] | None = None) -> int:
         fail("--do_train needs --train_dataset_name")
     if args.cache_encoder_outputs and not args.freeze_encoder:
         fail("--cache_encoder_outputs needs --freeze_encoder: the outputs of an encoder in training change")
+    if args.lr_scheduler_type in LED_BY_LOSS and not args.eval_dataset_name:
+        fail(f"--lr_scheduler_type {args.lr_scheduler_type} follows the held-out loss: it needs --eval_dataset_name")
     if args.dtype == "float16" and not torch.cuda.is_available():
         fail("--dtype float16 needs a GPU: use bfloat16 or float32")
     if Path(args.output_dir).resolve() == Path(args.model_name_or_path).resolve():

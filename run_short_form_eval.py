@@ -122,7 +122,8 @@ def normalise_whisper(text: str) -> str:
 def text_normaliser(scorer: str, language: str, spellings: dict | None) -> Callable[[str], str]:
     """The scorer's function; `spellings`, British to American, come with a Whisper tokenizer."""
     if scorer == "whisper" and language == "en":
-        return EnglishTextNormalizer(spellings or {})
+        english = EnglishTextNormalizer(spellings or {})
+        return lambda text: english(text).strip()
     return {"kotoba": normalise_kotoba, "reazon": normalise_reazon, "whisper": normalise_whisper}[scorer]
 
 
@@ -278,7 +279,8 @@ del {{ background: #f556 }} ins {{ background: #3b66; text-decoration: none }}
 <table><tr><th><th>rate<th>95 % interval<th>{"<th>".join(COUNTS)}{"".join(rates)}</table>
 <h2>By length of the reference</h2>{chart.getvalue().partition("<svg")[1]}{chart.getvalue().partition("<svg")[2]}
 <h2>The run</h2><table>{"".join(f"<tr><th>{html.escape(name)}<td>{value}" for name, value in facts.items())}</table>
-<h2>The worst clips</h2><p><del>left out by the model</del> <ins>put in by the model</ins></p><ol>{"".join(clips)}</ol>
+<h2>The worst clips</h2><p><del>left out by the model</del> <ins>put in by the model</ins></p>
+<ol lang="{metrics["language"]}">{"".join(clips)}</ol>
 </body></html>
 """
 
@@ -489,10 +491,9 @@ def prompt_arguments(generation_config, language: str, task: str) -> dict[str, s
     if not getattr(generation_config, "is_multilingual", languages is not None):
         languages = {"<|en|>": None}
     if f"<|{language}|>" not in (languages or {}):
-        fail(
-            f"--language {language!r} is not one of the model's: {', '.join(sorted(t[2:-2] for t in languages or {}))}"
-        )
-    return {"language": f"<|{language}|>", "task": task} if len(languages) > 1 else {}
+        codes = ", ".join(sorted(token[2:-2] for token in languages or {}))
+        fail(f"--language {language!r} is not one of the model's: {codes}")
+    return {"language": language, "task": task} if len(languages) > 1 else {}
 
 
 def model_digest(model: WhisperForConditionalGeneration) -> str:
@@ -553,10 +554,10 @@ def predict(clips: Dataset, missing: dict[range, Path], transcriber: Transcriber
     """Write the missing shards, transcribed in batches of clips of similar length."""
     size, model = args.per_device_eval_batch_size, transcriber.model
     bar = tqdm(total=sum(map(len, missing)), unit="clip", disable=not show)
-    with ThreadPoolExecutor(max(2, args.dataloader_num_workers)) as pool:
+    with bar, ThreadPoolExecutor(max(2, args.dataloader_num_workers)) as pool:
+        started = time.perf_counter()
         shards = ahead(pool, lambda rows: read_rows(clips, rows), missing, 1)
         for path, rows in zip(missing.values(), shards, strict=True):
-            started = time.perf_counter()
             usable = sorted((row for row in rows if not row[0]["problem"]), key=lambda row: -row[0]["seconds"])
             batches = [usable[start : start + size] for start in range(0, len(usable), size)]
             features = ahead(pool, lambda batch: transcriber.extract([clip.waveform for _, clip in batch]), batches, 2)
@@ -564,7 +565,8 @@ def predict(clips: Dataset, missing: dict[range, Path], transcriber: Transcriber
                 for (prediction, _), text in zip(batch, transcriber.transcribe(input_features), strict=True):
                     prediction["hypothesis"] = text
                 bar.update(len(batch))
-            facts = {"process_seconds": time.perf_counter() - started, "parameters": model.num_parameters()}
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            facts = {"process_seconds": seconds, "parameters": model.num_parameters()}
             lines = [json.dumps(line, ensure_ascii=False) for line in (facts, *(prediction for prediction, _ in rows))]
             write_text("\n".join(lines), path)
             bar.update(len(rows) - len(usable))
@@ -617,7 +619,8 @@ def write_results(clips: Dataset, rows: list[dict], normalise: Callable[[str], s
         if row["problem"]:
             unusable[row["problem"]].append(row["id"])
     if unusable[TOO_LONG] and not args.skip_long_audio:
-        fail(f"clips are longer than 30 s, which --skip_long_audio leaves out: {', '.join(unusable[TOO_LONG])}")
+        names = ", ".join(unusable[TOO_LONG][:10]) + ", …" * (len(unusable[TOO_LONG]) > 10)
+        fail(f"{len(unusable[TOO_LONG])} clips are longer than 30 s, and --skip_long_audio leaves such out: {names}")
     usable = [index for index, row in enumerate(rows) if not row["problem"]]
     if not usable:
         fail(f"none of the {len(rows)} clips of {args.dataset_name} can be used: {', '.join(unusable)}")
@@ -625,7 +628,6 @@ def write_results(clips: Dataset, rows: list[dict], normalise: Callable[[str], s
     for index, columns in zip(usable, scored, strict=True):
         rows[index] |= columns
     metrics |= facts | {"unusable": {problem: names for problem, names in unusable.items() if names}}
-    evaluate.save(output_dir / f"metric.{split}.json", **metrics)
     wrong = [row for row in rows if row.get("normalised_reference") != row.get("normalised_hypothesis")]
     for name, chosen in (("all", rows), ("incorrect", wrong)):
         file = io.StringIO(newline="")
@@ -636,6 +638,10 @@ def write_results(clips: Dataset, rows: list[dict], normalise: Callable[[str], s
     worst = sorted((index for index in usable if rows[index].get("cer")), key=lambda index: -rows[index]["cer"])
     worst = [(rows[index], audio_bytes(clips[index]["audio"])) for index in worst[:WORST_CLIPS]]
     write_text(report_page(metrics, worst), output_dir / f"report.{split}.html")
+    try:
+        evaluate.save(output_dir / f"metric.{split}.json", **metrics)
+    except FileNotFoundError:  # it asks git for a commit, and here is no git
+        write_text(json.dumps(metrics), output_dir / f"metric.{split}.json")
     return metrics
 
 
@@ -682,16 +688,16 @@ def compare(directories: list[str], output_dir: Path) -> int:
             fail(f"{directory} has no metric.<split>.json: evaluate a model with --output_dir {directory} first")
         for path in found:
             predictions = path.with_name(path.name.replace("metric", "all_predictions", 1)).with_suffix(".csv")
+            if not predictions.is_file():
+                fail(f"{predictions} is missing: evaluate again with --output_dir {path.parent}")
             with open(predictions, encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["cer"]]
             counts = np.array([[int(row[f"character_{name}"]) for name in COUNTS] for row in rows])
             clips = [(row["id"], row["normalised_reference"]) for row in rows]
             saved.append((json.loads(path.read_text(encoding="utf-8")), clips, counts))
     models, names = (short_names(metrics[part] for metrics, _, _ in saved) for part in ("model", "dataset"))
-    lines = [
-        ["Model", "Parameters", "Dataset", "Clips", "CER %", "WER %", "CER against the first", "Seconds"],
-        ["---"] * 8,
-    ]
+    head = ["Model", "Parameters", "Dataset", "Clips", "CER %", "WER %", "CER against the first", "Seconds"]
+    lines = [head, ["---"] * len(head)]
     firsts, bars = {}, []
     for metrics, clips, counts in sorted(saved, key=lambda evaluation: evaluation[0]["dataset"]):
         model, dataset = models[metrics["model"]], names[metrics["dataset"]]
@@ -755,12 +761,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("generation").add_argument
     add("--language", default="ja", help="language code or name")
     add("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
-    add(
-        "--generation_max_length",
-        type=int,
-        default=256,
-        help="bound of a clip's output, tokens, prefix and end included",
-    )
+    add("--generation_max_length", type=int, default=256, help="bound of a clip's whole output, tokens")
     add("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
     add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
     add = parser.add_argument_group("work").add_argument
@@ -817,6 +818,7 @@ def evaluate_model(args: argparse.Namespace) -> int:
         "model": args.model_name_or_path,
         "model_digest": transcriber.digest,
         "dtype": args.dtype,
+        "language": args.language,
         "dataset": args.dataset_name,
         "dataset_config_name": args.dataset_config_name,
         "dataset_split_name": args.dataset_split_name,

@@ -74,7 +74,7 @@ def test_reazon_normalises_as_the_corpus_project_does(text, normalised):
 def test_whisper_normalises_english_by_its_own_rule_and_other_languages_by_the_basic_one():
     english = evaluation.text_normaliser("whisper", "en", {"colour": "color"})
     assert english("The colour of twenty-one cats, isn't it?") == "the color of 21 cats is not it"
-    assert evaluation.text_normaliser("whisper", "en", None)("Colour") == "colour"
+    assert evaluation.text_normaliser("whisper", "en", None)(" Colour ") == "colour"
     assert evaluation.text_normaliser("whisper", "fr", None)("Ça, c'est l'été !") == "ça c est l été"
 
 
@@ -83,7 +83,8 @@ def test_whisper_normalises_english_by_its_own_rule_and_other_languages_by_the_b
     ("number", "reading"),
     {
         "0": "零", "10": "十", "11": "十一", "100": "百", "110": "百十", "1001": "千一", "1100": "千百",
-        "2024": "二千二十四", "10000": "一万", "11000": "一万千", "20000": "二万", "12345678": "千二百三十四万五千六百七十八",
+        "2024": "二千二十四", "10000": "一万", "11000": "一万千", "20000": "二万",
+        "12345678": "千二百三十四万五千六百七十八",
         "100000000": "一億", "1000000000000": "一兆", "100000000000000000000": "一垓", "01": "一", "10.": "十",
         "1.5": "一点五", "0.05": "零点零五", "1.10": "一点一", "2.0": "二",
         "12345678901234567890123": "百二十三垓四千五百六十七京八千九百一兆二千三百四十五億六千七百八十九万百二十三",
@@ -341,14 +342,14 @@ def test_the_texts_are_those_that_the_model_gives_for_one_clip_at_a_time(evaluat
     tokenizer = WhisperTokenizer.from_pretrained(tiny_teacher)
     extractor = WhisperFeatureExtractor.from_pretrained(tiny_teacher)
     texts = []
-    for clip in clips[:12]:
+    for clip in clips[:6]:
         waveform, rate = soundfile.read(io.BytesIO(clip["audio"]), dtype="float32")
         features = extractor(waveform, sampling_rate=rate, return_tensors="pt").input_features
         with torch.inference_mode():
             tokens = model.generate(features, language="ja", task="transcribe", max_length=16)
         texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
-    assert [row["hypothesis"] for row in predictions(evaluated)[:12]] == texts
-    assert len(set(texts)) > 3
+    assert [row["hypothesis"] for row in predictions(evaluated)[:6]] == texts
+    assert len(set(texts)) > 2
 
 
 def test_a_second_run_keeps_what_the_model_said_and_can_score_it_by_another_rule(
@@ -382,6 +383,13 @@ def test_another_model_never_gets_the_saved_predictions(evaluated, tiny_teacher,
     evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name", "--overwrite_output_dir")
     assert [row["hypothesis"] for row in predictions(tmp_path / "results")] != [row["hypothesis"] for row in first]
     assert len(list((tmp_path / "results/.predictions.train").glob("*.jsonl"))) == 1
+
+
+def test_a_machine_without_git_gets_its_metrics_all_the_same(evaluated, tiny_teacher, loaded, tmp_path, monkeypatch):
+    shutil.copytree(evaluated, tmp_path / "again")
+    (tmp_path / "again/metric.train.json").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluate(tiny_teacher, loaded, tmp_path / "again", "--id_column_name", "name")["clips"] == 24
 
 
 def test_other_clips_under_the_same_name_are_refused(evaluated, tiny_teacher, loaded, clips, tmp_path):
@@ -499,7 +507,7 @@ def test_a_clip_over_30_s_is_an_error_by_name_unless_it_is_skipped(tiny_teacher,
         row("full.wav", wave(30), "全部"),
     ]
     dataset = write_dataset(tmp_path / "data", rows, loaded)
-    with pytest.raises(SystemExit, match=r"longer than 30 s, which --skip_long_audio leaves out: long\.wav$"):
+    with pytest.raises(SystemExit, match=r"1 clips are longer than 30 s, .*: long\.wav$"):
         evaluate(tiny_teacher, dataset, tmp_path / "results")
     metrics = evaluate(tiny_teacher, dataset, tmp_path / "results", "--skip_long_audio")
     assert metrics["unusable"] == {"longer than 30 s": ["long.wav"]}
@@ -568,7 +576,7 @@ def monolingual(tiny_teacher, tmp_path) -> Path:
 
 
 def test_a_model_without_japanese_is_refused_and_serves_its_own_language(monolingual, loaded, tmp_path):
-    with pytest.raises(SystemExit, match="--language 'ja' is not one of the model's: en$"):
+    with pytest.raises(SystemExit, match=r"--language 'ja' is not one of the model's: en$"):
         evaluate(monolingual, loaded, tmp_path / "results")
     metrics = evaluate(
         monolingual, loaded, tmp_path / "results", "--language", "English", "--max_samples_per_split", "3"
@@ -687,7 +695,7 @@ def test_a_browser_shows_the_texts_as_texts_and_runs_nothing_in_them(page, clips
     assert "changed" not in re.search(r"<title>(.*)</title>", page.read_text(encoding="utf-8"))[1]
     assert document.tags.count("audio") == 6
     assert not {"script", "img", "b", "iframe", "link"} & set(document.tags)
-    assert "document.title='changed'" in document.text.replace("</del>", "")
+    assert "document.title='changed'" in document.text
     assert all(source.startswith(("data:audio/", "#")) for source in document.sources)
 
 

@@ -549,7 +549,8 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_bytes_of_one_that_was_no
     assert contents(*outputs) == contents(*(tmp_path / "whole" / name for name in NAMES))
     assert not list((tmp_path / "killed").rglob("*.partial"))
     kept = record(outputs[0])["report"]["clips"][1]
-    assert [len(load_dataset(str(path), "tiny", split="train")) for path in outputs] == [kept] * 2  # some shards are empty
+    for path in outputs:  # some of whose shards are empty
+        assert len(load_dataset(str(path), "tiny", split="train")) == kept
 
 
 def test_the_same_command_again_writes_no_data(source, filtered, run, tmp_path):
@@ -588,7 +589,9 @@ def test_a_changed_dataset_is_not_mixed_and_overwriting_starts_afresh(source, ro
 
 
 def test_filtering_and_vectorising_apart_give_the_bytes_of_both_together(source, filtered, run, tmp_path):
-    with pytest.raises(SystemExit, match=r"--skip_filtering, but .* does not have all shards"):
+    with pytest.raises(
+        SystemExit, match=r"--skip_filtering, but .* has not one complete filtering.tiny.train.json: filter first"
+    ):
         run(source, *SAME, "--skip_filtering", output=tmp_path)
     assert run(source, *SAME, "--skip_logmel", output=tmp_path) == 0
     assert not (tmp_path / NAMES[1]).exists()
@@ -713,7 +716,7 @@ def test_the_record_has_settings_arguments_versions_and_no_token(filtered):
 
 
 def push(repository: str, dataset: Path) -> None:
-    HfApi().create_repo(repository, repo_type="dataset", private=True)
+    HfApi().create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
     HfApi().upload_folder(repo_id=repository, folder_path=dataset, repo_type="dataset")
 
 
@@ -751,7 +754,7 @@ def test_a_second_split_keeps_the_first_on_the_hub_also_from_another_machine(hub
 
 def test_a_failed_push_says_what_to_do_and_the_same_command_only_pushes(hub, source, run, tmp_path):
     given = [source, *SAME, "--hub_model_id", "acme/failing"]
-    hub.fault("/commit/", status=500, times=-1)
+    hub.fault("/commit/", status=403, times=-1)
     with pytest.raises(SystemExit, match=r"is complete; pushing it to acme/failing.* failed"):
         run(*given, output=tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
@@ -768,12 +771,16 @@ def test_a_token_without_rights_is_found_before_the_work(hub, source, run, tmp_p
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-def test_vectorising_takes_the_filtered_dataset_from_the_hub(hub, source, filtered, run, tmp_path):
+@pytest.mark.parametrize("given", ["acme/apart", "acme/apart.cer_10.0"])
+def test_vectorising_takes_the_filtered_dataset_from_the_hub(hub, source, filtered, run, tmp_path, given):
     push("acme/apart", source)
     assert run("acme/apart", *SAME, "--skip_logmel", output=tmp_path / "one") == 0
-    assert run("acme/apart", *SAME, "--skip_filtering", output=tmp_path / "two") == 0
+    hub.log.clear()
+    assert run(given, *SAME, "--skip_filtering", output=tmp_path / "two") == 0
     expected = {name.replace("speech", "apart"): value for name, value in contents(filtered / NAMES[1]).items()}
     assert contents(tmp_path / "two" / "apart.cer_10.0.vectorized") == expected
+    assert not [path for _, path, *_ in hub.log if "acme/apart/resolve" in path]  # the labelled one is not fetched
+    assert len(load_dataset("acme/apart.cer_10.0.vectorized", "tiny", split="train")) == len(read(filtered / NAMES[0]))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -540,7 +540,7 @@ def test_another_dataset_or_teacher_of_the_same_name_is_refused(tiny_teacher, ti
     assert script.main(arguments(teacher, source, tmp_path / "out")) == 0
     shutil.rmtree(source)
     dataset_of(clips[1:3], source)
-    with pytest.raises(SystemExit, match="rows_digest"):
+    with pytest.raises(SystemExit, match="dataset 2 rows"):
         script.main(arguments(teacher, source, tmp_path / "out"))
     shutil.rmtree(source)
     dataset_of(clips[:2], source)
@@ -575,7 +575,7 @@ def test_a_full_disk_costs_the_shard_in_flight(whole, tiny_teacher, loaded, tmp_
 def test_memory_that_runs_out_halves_the_batch_for_the_shard(caplog):
     sizes = []
 
-    def label(clips):
+    def label(clips, size):
         sizes.append(len(clips))
         if len(clips) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -584,13 +584,13 @@ def test_memory_that_runs_out_halves_the_batch_for_the_shard(caplog):
     with caplog.at_level(logging.WARNING):
         found, size = script.label_with_halving(list(range(10)), 16, label)
     assert [label.ids for label in found] == [[clip] for clip in range(10)]
-    assert sizes == [10, 5, 3, 3, 3, 1]
-    assert size == 3
-    assert "batches of 3 for the rest of this shard" in caplog.text
+    assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]
+    assert size == 2
+    assert "batches of 2 for the rest of this shard" in caplog.text
 
 
 def test_memory_that_one_clip_exhausts_ends_the_run_in_one_line():
-    def label(clips):
+    def label(clips, size):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SystemExit, match="not enough memory for one clip"):
@@ -600,10 +600,10 @@ def test_memory_that_one_clip_exhausts_ends_the_run_in_one_line():
 def test_memory_that_runs_out_changes_no_label(whole, tiny_teacher, loaded, tmp_path, monkeypatch):
     label = script.Teacher.label
 
-    def small_device(self, waveforms):
-        if len(waveforms) > 2:
+    def small_device(self, waveforms, rows):
+        if rows > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return label(self, waveforms)
+        return label(self, waveforms, rows)
 
     monkeypatch.setattr(script.Teacher, "label", small_device)
     assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE)) == 0

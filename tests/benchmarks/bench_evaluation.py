@@ -112,8 +112,10 @@ def main(argv: list[str] | None = None) -> int:
 
     model = options.model or str(whisper_base())
     args = evaluation.parse_args(
-        ["--model_name_or_path", model, "--dataset_name", "none", "--dtype", options.dtype]
-        + ["--per_device_eval_batch_size", str(options.batch_size)]
+        [
+            *("--model_name_or_path", model, "--dataset_name", "none", "--dtype", options.dtype),
+            *("--per_device_eval_batch_size", str(options.batch_size)),
+        ]
     )
     transcriber = evaluation.Transcriber(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as root:

@@ -17,6 +17,7 @@ import random
 import shutil
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -35,9 +36,6 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor  # noqa: E402
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer  # noqa: E402
 
 import run_data_filtering  # noqa: E402
-from tests.sandbox.corpus import build_corpus, cache_directory  # noqa: E402
-from tests.sandbox.sentences import sentences  # noqa: E402
-from tests.sandbox.teachers import tiny_whisper  # noqa: E402
 
 WORKERS = len(os.sched_getaffinity(0))
 MEAN_SECONDS, SHAPE = 5.74, 2.5  # of ReazonSpeech's clips: the mean, and the shape of a gamma distribution
@@ -45,7 +43,8 @@ MEAN_SECONDS, SHAPE = 5.74, 2.5  # of ReazonSpeech's clips: the mean, and the sh
 
 def labelled_dataset(root: Path, clips: int, teacher: Path) -> Path:
     """Clips cut from the sandbox's speech, a third of them with an exact label, those of 4.3 s in the mean."""
-    import tarfile
+    from tests.sandbox.corpus import build_corpus, cache_directory
+    from tests.sandbox.sentences import sentences
 
     corpus = build_corpus(cache_directory() / "corpus-test", {"000": 24, "fff": 8})
     with tarfile.open(corpus / "data" / "000.tar") as tar:
@@ -83,16 +82,16 @@ def labelled_dataset(root: Path, clips: int, teacher: Path) -> Path:
     return root
 
 
-def ours(dataset: Path, output: Path, teacher: Path, *more: str) -> Path:
+def ours(dataset: Path, output: Path, teacher: Path, threshold: float = 10.0) -> Path:
     """The stage; returns the directory with the vectorised parquet files."""
     size = str(
         max(1, min(1000, sum(pq.read_metadata(f).num_rows for f in dataset.rglob("*.parquet")) // (4 * WORKERS)))
     )
     given = ["-d", str(dataset), "--model", str(teacher), "--output_dir", str(output), "--max_label_length", "448"]
+    given += ["--shard_size", size, "--preprocessing_num_workers", str(WORKERS), "--wer_threshold", str(threshold)]
     with contextlib.redirect_stderr(io.StringIO()):
-        run_data_filtering.main([*given, "--shard_size", size, "--preprocessing_num_workers", str(WORKERS), *more])
-    metric = "cer_10.0" if more else "wer_10.0"
-    return output / f"{dataset.name}.{metric}.vectorized" / "default"
+        run_data_filtering.main(given)
+    return output / f"{dataset.name}.wer_{threshold}.vectorized" / "default"
 
 
 def plain(dataset: Path, output: Path, teacher: Path) -> Path:
@@ -158,6 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ours_only", action="store_true", help="leave the plain way out, for many clips")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
+    from tests.sandbox.corpus import cache_directory  # here: workers import this module, and need nothing of these
+    from tests.sandbox.teachers import tiny_whisper
+
     teacher = tiny_whisper(cache_directory() / "tiny-whisper-v3", arrangement="large-v3")
     dataset = labelled_dataset(WORK / "speech", args.clips, teacher)
     cache = Path(datasets.config.HF_DATASETS_CACHE)
@@ -185,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             shutil.rmtree(cache, ignore_errors=True)
             if name == "ours":
                 started = time.perf_counter()
-                ours(dataset, output, teacher, "--cer_threshold", "10")
+                ours(dataset, output, teacher, 5.0)
                 values["another threshold, s"] = time.perf_counter() - started
             for key, value in values.items():
                 measured[name].setdefault(key, []).append(value)
