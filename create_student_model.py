@@ -469,6 +469,7 @@ def create_student(args: argparse.Namespace) -> int:
 def main(argv=None) -> int:
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return create_student(args)

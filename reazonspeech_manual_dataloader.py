@@ -499,6 +499,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     # 1. What there is, and whether it may be pushed.

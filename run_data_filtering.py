@@ -64,7 +64,8 @@ from accelerate import PartialState
 from datasets import Audio, Features, List, Value, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi, metadata_load, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
@@ -80,7 +81,7 @@ TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces: none counts in the CER
 OTHER_THRESHOLDS = (0, 5, 10, 15, 20, 30, 40, 80, 100)  # per cent; in the report
 LENGTHS = (1, 8, 16, 32, 64, 128)  # characters; where the report's classes of reference length begin
-HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError)
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
 # Scores that the labeller can leave in columns: flag, column, and the reason given for a drop.
 SCORE_COLUMNS = {
     "min_avg_logprob": ("avg_logprob", "mean log-probability under the minimum"),
@@ -720,10 +721,12 @@ def find_input(args: argparse.Namespace) -> tuple[str, list[Path]]:
     local = local_directory(args.dataset_name)
     try:
         builder = load_dataset_builder(str(local or args.dataset_name), args.dataset_config_name)
-    except (*HUB_ERRORS, DatasetNotFoundError) as error:
+    except DatasetNotFoundError as error:
         hub_fail(f"reading {args.dataset_name}", error)
     except (ValueError, FileNotFoundError) as error:
         fail(f"can't read {args.dataset_name} ({args.dataset_config_name}): {str(error).splitlines()[0]}")
+    except HUB_ERRORS as error:
+        hub_fail(f"reading {args.dataset_name}", error)
     files = builder.config.data_files or {}
     if args.split not in files:
         fail(f"{args.dataset_name} ({builder.config.name}) has no split {args.split!r}; it has {', '.join(files)}")
@@ -747,6 +750,7 @@ def find_input(args: argparse.Namespace) -> tuple[str, list[Path]]:
 
 def load_teacher(args: argparse.Namespace) -> tuple[Any, Tokens, WhisperFeatureExtractor, dict]:
     """Tokenizer, special tokens and feature extractor, never the weights, and the settings that follow from them."""
+    local_directory(args.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         extractor = WhisperFeatureExtractor.from_pretrained(args.model)
@@ -1004,6 +1008,7 @@ def main(argv: list[str] | None = None) -> int:
     state = PartialState(cpu=True, timeout=timedelta(days=30))
     level = logging.INFO if state.is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     started = time.monotonic()
     try:
         with state.main_process_first():

@@ -54,7 +54,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import EvalResult, HfApi, ModelCardData, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
@@ -66,6 +67,7 @@ from transformers.utils import is_flash_attn_2_available
 
 logger = logging.getLogger(__name__)
 
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
 SAMPLING_RATE = 16_000  # Whisper's
 WINDOW_FRAMES = 3_000  # log-mel frames of the encoder's 30 s window, 160 samples each
 START = "<|startoftranscript|>"
@@ -591,15 +593,26 @@ def rotate(directory: Path, step: int, limit: int | None, best: int | None) -> N
 
 
 def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
-    """Save a processor with the files that CTranslate2, whisper.cpp and older transformers look for as well."""
+    """Save a processor with the files that CTranslate2, whisper.cpp and transformers 4 look for as well."""
     tokenizer = processor.tokenizer
     processor.save_pretrained(directory)
     processor.feature_extractor.save_pretrained(directory)  # preprocessor_config.json
-    tokenizer.save_vocabulary(str(directory))  # vocab.json, merges.txt, normalizer.json
-    added = dict(sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1]))
-    for name, content in (("added_tokens", added), ("special_tokens_map", tokenizer.special_tokens_map)):
-        text = json.dumps(content, ensure_ascii=False, indent=2)
-        (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # transformers 4 fails over 5's name
+    contents = {
+        "vocab": model["vocab"],
+        "added_tokens": tokenizer.get_added_vocab(),
+        "normalizer": tokenizer.english_spelling_normalizer,
+        "special_tokens_map": tokenizer.special_tokens_map,
+        "tokenizer_config": config,
+    }
+    for name, content in contents.items():
+        if content is not None:
+            text = json.dumps(content, ensure_ascii=False, indent=2)
+            (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
@@ -738,7 +751,7 @@ class Publisher:
         try:
             self.repo_id = args.hub_model_id or default_hub_id(output_dir)
             self.api.create_repo(self.repo_id, private=args.hub_private_repo, exist_ok=True)
-        except (HfHubHTTPError, LocalTokenNotFoundError, HFValidationError, OSError) as error:
+        except HUB_ERRORS as error:
             hub_fail("--push_to_hub: creating the repository", error)
         self.patterns = [*OWN_FILES, *SCRIPTS]
         student, here = Path(args.model_name_or_path).resolve(), output_dir.resolve()
@@ -768,7 +781,7 @@ class Publisher:
             paths = [self.output_dir / name for name in (*OWN_FILES, *SCRIPTS) if (self.output_dir / name).exists()]
             if missing := [path.name for path in paths if there.get(path.name) != path.stat().st_size]:
                 raise RuntimeError(f"{', '.join(missing)} did not arrive whole")
-        except (HfHubHTTPError, OSError, RuntimeError) as error:
+        except HUB_ERRORS as error:
             reason = str(error).strip().splitlines()[0]
             fail(f"pushing to {self.repo_id} failed: {reason}; {self.output_dir} is whole: the same command pushes it")
         logger.info("pushed to %s/%s", constants.ENDPOINT, self.repo_id)
@@ -843,6 +856,7 @@ class Distillation:
         self.offset = args.per_device_train_batch_size * self.accelerator.process_index
         level = logging.INFO if self.is_main else logging.WARNING
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
         logging.getLogger("accelerate").setLevel(logging.WARNING)
         if not self.is_main:
             transformers.logging.disable_progress_bar()

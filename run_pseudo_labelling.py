@@ -59,7 +59,8 @@ from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import httpx
 from tqdm import tqdm
 from transformers import LogitsProcessor, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
@@ -75,7 +76,7 @@ BATCHES_AHEAD = 3  # whose audio is decoded while the device works
 ROWS_PER_GROUP = 100  # of the parquet files, as `datasets` writes audio: ~10 MB to read for one row
 LABEL = "whisper_transcript"
 SCORES = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as openai-whisper's `transcribe` names them
-HUB_ERRORS = (HfHubHTTPError, LocalTokenNotFoundError, HFValidationError, ConnectionError)
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
 NEW_CARD = """---
 license: other
 task_categories:
@@ -455,16 +456,17 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
     workers = args.preprocessing_num_workers if args.preprocessing_num_workers > 1 else None
     try:
         if name.endswith(".py"):
-            dataset = build_dataset(Path(name).expanduser(), config, split, workers)
+            dataset = build_dataset(Path(name).expanduser(), config, args.dataset_dir_suffix, split, workers)
         elif directory := local_directory(name):
             dataset = read_directory(directory, config, split)
         elif isinstance(datasets.load_dataset_builder(name, config), AudioFolder):
             dataset = read_directory(Path(snapshot_download(name, repo_type="dataset")), config, split)
         else:
             dataset = datasets.load_dataset(name, config, split=split, num_proc=workers)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        reason = first_line(error.__cause__ or error)
-        fail(f"can't load {config or 'the default configuration'}, {split} of {name}: {reason}")
+    except (ValueError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+        what = f"can't load {config or 'the default configuration'}, {split} of {name}"
+        hint = "" if Path(name).expanduser().exists() else "; check the name, and `hf auth login` for a private one"
+        fail(f"{what}: {first_line(error.__cause__ or error)}{hint}")
     for flag in ("audio_column_name", "text_column_name", "id_column_name"):
         column = getattr(args, flag)
         if column is not None and column not in dataset.column_names:
@@ -477,8 +479,11 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
     return dataset.cast_column(args.audio_column_name, Audio(sampling_rate=SAMPLING_RATE, decode=False))
 
 
-def build_dataset(path: Path, config: str | None, split: str, workers: int | None) -> Dataset:
-    """A split made by the `datasets.DatasetBuilder` that a Python file defines; `load_dataset` runs none any more."""
+def build_dataset(path: Path, config: str | None, suffix: str | None, split: str, workers: int | None) -> Dataset:
+    """A split made by the `datasets.DatasetBuilder` that a Python file defines; `load_dataset` runs none any more.
+
+    `suffix`: which part of a download in parts, as the builder's `dataset_dir_suffix`.
+    """
     if not path.is_file():
         fail(f"--dataset_name {path} does not exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -488,7 +493,7 @@ def build_dataset(path: Path, config: str | None, split: str, workers: int | Non
     builders = [cls for cls in classes if issubclass(cls, datasets.DatasetBuilder)]
     if len(builders) != 1:
         fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, not {len(builders)}")
-    builder = builders[0](config_name=config)
+    builder = builders[0](config_name=config, **({"dataset_dir_suffix": suffix} if suffix else {}))
     builder.download_and_prepare(num_proc=workers)
     return builder.as_dataset(split)
 
@@ -895,7 +900,7 @@ def push(repository: str, shards: Shards, section: str, language: str | None) ->
             text = None
         text = card(text, shards.config, shards.split, section, language)
         api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", **to)
-    except (*HUB_ERRORS, OSError) as error:
+    except HUB_ERRORS as error:
         fail(
             f"the push to {repository} failed: {first_line(error)}; all labels are in {shards.directory}, "
             "and the same command again only pushes"
@@ -946,6 +951,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("input")
     group.add_argument("--dataset_name", required=True, help="builder file, local directory or Hub id")
     group.add_argument("--dataset_config_name", help="configuration; the default one if unset")
+    group.add_argument("--dataset_dir_suffix", metavar="START_END", help="part of a download in parts; all if unset")
     group.add_argument("--dataset_split_name", default="train", help="split")
     group.add_argument("--audio_column_name", default="audio", help="column of audio")
     group.add_argument("--text_column_name", help="column of reference texts, which must be there; none if unset")
@@ -996,6 +1002,7 @@ def main(argv: list[str] | None = None) -> int:
     main_process, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
     level = logging.INFO if main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     transformers.utils.logging.set_verbosity_error()
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     if on_cpu:  # `accelerate launch` allows a process one thread

@@ -62,6 +62,7 @@ from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import EvalResult, HfApi, metadata_update, snapshot_download
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
@@ -328,8 +329,10 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
             dataset = read_directory(directory, config, split)
         else:
             dataset = read_hub(name, config, split, args.preprocessing_num_workers)
-    except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
-        fail(f"can't load {config or 'the default configuration'}, {split} of {name}: {first_line(error)}")
+    except (ValueError, KeyError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+        what = f"can't load {config or 'the default configuration'}, {split} of {name}"
+        hint = "" if Path(name).expanduser().exists() else "; check the name, and `hf auth login` for a private one"
+        fail(f"{what}: {first_line(error.__cause__ or error)}{hint}")
     columns = {"audio": args.audio_column_name, "reference": args.text_column_name, "id": args.id_column_name}
     columns = {column: part for part, column in columns.items() if column is not None}
     if missing := [column for column in columns if column not in dataset.column_names]:
@@ -795,6 +798,7 @@ def evaluate_model(args: argparse.Namespace) -> int:
     )
     level = logging.INFO if accelerator.is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     transformers.utils.logging.set_verbosity_error()
     if accelerator.device.type == "cpu":
         args.dtype = args.dtype or "float32"
