@@ -18,7 +18,7 @@ Work is done in shards: the same command again does only what is missing, and an
 features of the results that lie beside it. One machine, then one of two with a common file system:
 
     python run_data_filtering.py -d org/dataset --dataset_config_name tiny --wer_threshold 10
-    accelerate launch --cpu --num_machines 2 --num_processes 2 --machine_rank 0 --main_process_ip HOST \\
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank 0 --main_process_ip HOST \\
         --main_process_port 29500 run_data_filtering.py -d /shared/dataset --preprocessing_num_workers 32
 """
 
@@ -1019,7 +1019,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         missing = job.missing()
         workers = max(1, args.preprocessing_num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        filter_shards(job, missing[state.process_index :: state.num_processes], workers, state.is_main_process)
+        mine = [shard for shard in missing if shard % state.num_processes == state.process_index]
+        filter_shards(job, mine, workers, state.is_main_process)
         state.wait_for_everyone()
         if not state.is_main_process:
             return 0

@@ -74,6 +74,7 @@ SAMPLING_RATE = 16_000
 WINDOW = 30 * SAMPLING_RATE  # what Whisper hears, in samples
 BATCHES_AHEAD = 3  # whose audio is decoded while the device works
 ROWS_PER_GROUP = 100  # of the parquet files, as `datasets` writes audio: ~10 MB to read for one row
+FILES_IN_FOLDER = 10_000  # https://huggingface.co/docs/hub/storage-limits
 LABEL = "whisper_transcript"
 SCORES = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as openai-whisper's `transcribe` names them
 HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
@@ -266,7 +267,7 @@ class Teacher:
     def __init__(self, args: argparse.Namespace, device: torch.device):
         reference = args.model_name_or_path
         local_directory(reference)
-        self.attention = attention_implementation(args.attn_type, device, args.dtype)
+        self.attention = attention_implementation(args, device)
         try:
             self.config = transformers.AutoConfig.from_pretrained(reference)
             if self.config.model_type != "whisper":
@@ -387,14 +388,15 @@ class Teacher:
         }
 
 
-def attention_implementation(attn_type: str, device: torch.device, dtype: str) -> str:
-    """What `transformers` calls it; flash attention only where it can run."""
-    if attn_type != "flash_attn":
-        return attn_type
+def attention_implementation(args: argparse.Namespace, device: torch.device) -> str:
+    """What `transformers` calls `--attn_type`; flash attention only where it can run."""
+    if args.attn_type != "flash_attn":
+        return args.attn_type
     needs = {
         "a CUDA GPU": device.type == "cuda",
-        "--dtype bfloat16 or float16": dtype != "float32",
+        "--dtype bfloat16 or float16": args.dtype != "float32",
         "the package flash-attn": is_flash_attn_2_available(),
+        "no --torch_compile": not args.torch_compile,  # it doesn't mask what a static cache has yet to be filled with
     }
     if all(needs.values()):
         return "flash_attention_2"
@@ -1004,6 +1006,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     transformers.utils.logging.set_verbosity_error()
+    if not main_process:
+        datasets.disable_progress_bars()
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     if on_cpu:  # `accelerate launch` allows a process one thread
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -1019,6 +1023,9 @@ def main(argv: list[str] | None = None) -> int:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     config = args.dataset_config_name or "default"
     shards = Shards(args.output_dir, config, args.dataset_split_name, len(dataset), args.shard_size, digest)
+    if repository and shards.number > FILES_IN_FOLDER:
+        size = math.ceil(shards.rows / FILES_IN_FOLDER)
+        fail(f"the Hub takes {FILES_IN_FOLDER:,} files a folder, not {shards.number:,}: --shard_size {size} or more")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(args.output_dir / f".{shards.record.stem}.lock")
     try:

@@ -526,7 +526,7 @@ class Transcriber:
         self.digest = model_digest(self.model)
         self.model.to(device).eval()
         self.flags = prompt_arguments(self.model.generation_config, args.language, args.task) | {
-            "max_length": min(args.generation_max_length, self.model.config.max_target_positions),
+            "max_new_tokens": min(args.generation_max_length, self.model.config.max_target_positions - 4),  # prefix
             "num_beams": args.generation_num_beams,
             "return_timestamps": args.return_timestamps,
         }
@@ -764,7 +764,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("generation").add_argument
     add("--language", default="ja", help="language code or name")
     add("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
-    add("--generation_max_length", type=int, default=256, help="bound of a clip's whole output, tokens")
+    add("--generation_max_length", type=int, default=256, help="bound of a clip's text and its end, tokens")
     add("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
     add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
     add = parser.add_argument_group("work").add_argument

@@ -346,7 +346,7 @@ def test_the_texts_are_those_that_the_model_gives_for_one_clip_at_a_time(evaluat
         waveform, rate = soundfile.read(io.BytesIO(clip["audio"]), dtype="float32")
         features = extractor(waveform, sampling_rate=rate, return_tensors="pt").input_features
         with torch.inference_mode():
-            tokens = model.generate(features, language="ja", task="transcribe", max_length=16)
+            tokens = model.generate(features, language="ja", task="transcribe", max_new_tokens=16)
         texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
     assert [row["hypothesis"] for row in predictions(evaluated)[:6]] == texts
     assert len(set(texts)) > 2

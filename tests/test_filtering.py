@@ -519,10 +519,11 @@ def test_four_workers_give_the_bytes_of_one(source, filtered, run, tmp_path):
 
 
 def test_two_launched_processes_give_the_bytes_of_one(source, filtered, arguments, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     given = arguments(source, *SAME, output=tmp_path)
-    done = subprocess.run([*launch, *given], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *launch, SCRIPT, *given], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+    assert "4/4" in done.stderr  # shards of the eight, in the first process's bar
     assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
     assert record(tmp_path / NAMES[0])["report"] == record(filtered / NAMES[0])["report"]
 

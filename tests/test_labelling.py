@@ -14,11 +14,13 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import librosa
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -472,13 +474,20 @@ def test_the_input_is_never_overwritten(tiny_teacher, loaded):
 # -------------------------------------------------------------------------------------------------------------- restart
 
 
+def wait_for_shards(output: Path, number: int, alive: Callable[[], bool]) -> None:
+    """Until so many shards are there, or the process has ended."""
+    while len(list(output.glob("tiny/train-*"))) < number and alive():
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_runs_killed_at_random_moments_end_with_the_same_bytes(whole, tiny_teacher, loaded, tmp_path, seed):
     chance = random.Random(seed)
     flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE)
-    for _ in range(3):
+    for number in range(3):
         process = in_process(flags)
-        process.join(chance.uniform(0.5, 5))
+        wait_for_shards(tmp_path, chance.randint(0, number + 1), process.is_alive)
+        process.join(chance.uniform(0, 1))
         if process.exitcode is None:
             os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGTERM]))
         process.join()
@@ -491,13 +500,30 @@ def test_runs_killed_at_random_moments_end_with_the_same_bytes(whole, tiny_teach
     assert record(tmp_path)["status"] == "complete"
 
 
-def test_two_processes_give_the_same_bytes_as_one(whole, tiny_teacher, loaded, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+def launch(output: Path, flags: list[str]) -> subprocess.Popen:
+    """The script on two processes, under `accelerate launch`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return subprocess.Popen([*command, script.__file__, *flags], cwd=output)
+
+
+def test_two_processes_one_of_which_dies_and_then_two_again_give_the_bytes_of_one(
+    whole, tiny_teacher, loaded, tmp_path
+):
     flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--scores")
-    subprocess.run([*launch, script.__file__, *flags], check=True, cwd=tmp_path, timeout=300)
-    assert script.main(arguments(tiny_teacher, loaded, tmp_path / "one", *TWELVE, "--scores")) == 0
-    assert files(tmp_path) == files(tmp_path / "one")
+    process = launch(tmp_path, flags)
+    wait_for_shards(tmp_path, 1, lambda: process.poll() is None)
+    children = psutil.Process(process.pid).children(recursive=True)
+    [child for child in children if "run_pseudo_labelling.py" in " ".join(child.cmdline())][-1].kill()
+    assert process.wait(timeout=120) != 0
+    survivors = {path: path.read_bytes() for path in tmp_path.glob("tiny/train-*")}
+    assert len(survivors) in range(1, 4)
+    assert launch(tmp_path, flags).wait(timeout=300) == 0
+    one = tmp_path / "one"
+    assert script.main(arguments(tiny_teacher, loaded, one, *TWELVE, "--scores")) == 0
+    shards = {name: content for name, content in files(tmp_path).items() if not name.startswith(".")}
+    assert shards == files(one)
+    assert all(path.read_bytes() == content for path, content in survivors.items())
     assert labels(tmp_path) == labels(whole)
 
 
@@ -692,9 +718,7 @@ def test_flash_attention_falls_back_with_one_line(tiny_teacher, loaded, whole, t
 def test_an_interrupt_ends_with_130_and_no_traceback(tiny_teacher, loaded, tmp_path):
     command = [sys.executable, script.__file__, *arguments(tiny_teacher, loaded, tmp_path, "--shard_size", 2)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("tiny/train-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_shards(tmp_path, 1, lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
