@@ -191,6 +191,7 @@ for model in ${EVAL_MODELS}; do
       --dataset_split_name "${EVAL_SPLIT}" \
       --text_column_name "transcription" \
       --output_dir "${evaluation}" \
+      --overwrite_output_dir \
       --per_device_eval_batch_size "${EVAL_BATCH}" \
       --dataloader_num_workers "${DATALOADER_WORKERS}" \
       --preprocessing_num_workers "${WORKERS}" \

@@ -74,7 +74,7 @@ SAMPLING_RATE = 16_000
 WINDOW = 30 * SAMPLING_RATE  # what Whisper hears, in samples
 BATCHES_AHEAD = 3  # whose audio is decoded while the device works
 ROWS_PER_GROUP = 100  # of the parquet files, as `datasets` writes audio: ~10 MB to read for one row
-FILES_IN_FOLDER = 10_000  # https://huggingface.co/docs/hub/storage-limits
+FILES_IN_FOLDER = 10_000  # https://huggingface.co/docs/hub/repositories-recommendations
 LABEL = "whisper_transcript"
 SCORES = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as openai-whisper's `transcribe` names them
 HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
@@ -592,8 +592,9 @@ class Shards:
     def facts(self, shard: int) -> dict | None:
         """What is known of a finished shard; None where it is missing or was made with other settings."""
         try:
-            facts = json.loads(pq.read_metadata(self.path(shard)).metadata.get(b"kotoba", b"{}"))
-        except FileNotFoundError:
+            metadata = pq.read_metadata(self.path(shard)).metadata or {}
+            facts = json.loads(metadata.get(b"kotoba", b"{}"))
+        except (FileNotFoundError, pa.ArrowInvalid):  # the latter of a damaged file
             return None
         return facts if facts.get("settings") == self.settings else None
 
@@ -1025,7 +1026,7 @@ def main(argv: list[str] | None = None) -> int:
     shards = Shards(args.output_dir, config, args.dataset_split_name, len(dataset), args.shard_size, digest)
     if repository and shards.number > FILES_IN_FOLDER:
         size = math.ceil(shards.rows / FILES_IN_FOLDER)
-        fail(f"the Hub takes {FILES_IN_FOLDER:,} files a folder, not {shards.number:,}: --shard_size {size} or more")
+        logger.warning("the Hub advises against %d files in a folder: --shard_size %d is better", shards.number, size)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(args.output_dir / f".{shards.record.stem}.lock")
     try:

@@ -86,6 +86,20 @@ def stock_labels(teacher: Path, audio: list[bytes], length=128, **generate) -> l
     return found
 
 
+def assert_stock_labels(teacher: Path, audio: list[bytes], found: list[list[int]], **generate) -> None:
+    """The labels are those of `stock_labels`, or part from them where two logits of float32 are as good as equal."""
+    expected = stock_labels(teacher, audio, **generate)
+    for clip, ours, stock in zip(audio, found, expected, strict=True):
+        if ours != stock:
+            place = next(i for i, (a, b) in enumerate(zip(ours, stock, strict=False)) if a != b)
+            model = WhisperForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32).eval()
+            extractor = WhisperFeatureExtractor.from_pretrained(teacher)
+            features = extractor(waveform(clip), sampling_rate=16000, return_tensors="pt").input_features
+            logits = model(features, decoder_input_ids=torch.tensor([stock[:place]])).logits[0, -1]
+            assert generate.get("num_beams", 1) == 1, (ours, stock)
+            assert abs(logits[ours[place]] - logits[stock[place]]) < 1e-4, (place, ours, stock)
+
+
 def dataset_of(rows: list[dict], root: Path) -> Path:
     """A local dataset directory with these rows (`name`, `audio`: bytes, `transcription`)."""
     audio = datasets.Audio(sampling_rate=16000, decode=False)
@@ -139,13 +153,11 @@ def test_a_label_is_what_the_stock_call_gives_for_the_clip_alone(
     assert [row["name"] for row in rows] == [clip["name"] for clip in clips[:6]]
     audio = [clip["audio"] for clip in clips[:6]]
     assert [row["audio"]["bytes"] for row in rows] == audio
-    expected = stock_labels(
-        teacher, audio, language="ja", task="transcribe", num_beams=beams, return_timestamps=timestamps
-    )
-    assert labels(tmp_path) == expected
+    generate = {"language": "ja", "task": "transcribe", "num_beams": beams, "return_timestamps": timestamps}
+    assert_stock_labels(teacher, audio, labels(tmp_path), **generate)
     tokenizer = WhisperTokenizerFast.from_pretrained(teacher)
     prefix = ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>", *([] if timestamps else ["<|notimestamps|>"])]
-    for label in expected:
+    for label in labels(tmp_path):
         assert tokenizer.convert_ids_to_tokens(label)[: len(prefix)] == prefix
         assert label.count(tokenizer.eos_token_id) == 1
 
@@ -183,7 +195,7 @@ def test_a_clip_over_30_seconds_is_labelled_on_its_first_30(tiny_teacher, clips,
     assert script.main(arguments(tiny_teacher, source, tmp_path / "out")) == 0
     long, wide, cut = labels(tmp_path / "out")
     assert long == cut
-    assert wide == stock_labels(tiny_teacher, [rows[1]["audio"]], language="ja", task="transcribe")[0]
+    assert_stock_labels(tiny_teacher, [rows[1]["audio"]], [wide], language="ja", task="transcribe")
     assert record(tmp_path / "out")["over_30_s"] == 2
     assert record(tmp_path / "out")["hours"] == pytest.approx((41 + 41 + 30) / 3600, abs=1e-4)
 
@@ -210,13 +222,13 @@ def test_a_teacher_of_english_only_takes_no_language(tiny_teacher_v2, loaded, cl
         script.main(flags)
     flags = [flag for flag in flags if flag not in ("--language", "ja")]
     assert script.main(flags) == 0
-    assert labels(tmp_path / "out") == stock_labels(teacher, [clip["audio"] for clip in clips[:3]])
+    assert_stock_labels(teacher, [clip["audio"] for clip in clips[:3]], labels(tmp_path / "out"))
 
 
 def test_without_a_language_the_teacher_hears_it(tiny_teacher, loaded, clips, tmp_path):
     flags = arguments(tiny_teacher, loaded, tmp_path, "--max_samples", 3, "--scores")
     assert script.main([flag for flag in flags if flag not in ("--language", "ja")]) == 0
-    assert labels(tmp_path) == stock_labels(tiny_teacher, [clip["audio"] for clip in clips[:3]], task="transcribe")
+    assert_stock_labels(tiny_teacher, [clip["audio"] for clip in clips[:3]], labels(tmp_path), task="transcribe")
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -330,7 +342,7 @@ def test_audio_that_cannot_be_used_is_left_out_and_named(tiny_teacher, clips, tm
     assert script.main(arguments(tiny_teacher, source, tmp_path / "out", *flags)) == 0
     assert [row["name"] for row in read(tmp_path / "out")] == [clip["name"] for clip in clips[:4]]
     audio = [clip["audio"] for clip in clips[:4]]
-    assert labels(tmp_path / "out") == stock_labels(tiny_teacher, audio, language="ja", task="transcribe")
+    assert_stock_labels(tiny_teacher, audio, labels(tmp_path / "out"), language="ja", task="transcribe")
     found = record(tmp_path / "out")
     assert [name for name, _ in found["unusable"]] == list(bad)
     assert len(datasets.load_dataset(str(tmp_path / "out"), "tiny", split="train")) == 4  # two shards have no row
@@ -368,7 +380,7 @@ def test_stereo_at_44_khz_and_lossy_formats_are_labelled_as_decoded(tiny_teacher
     assert [row["name"] for row in found] == [row["name"] for row in rows]
     assert [row["audio"]["bytes"] for row in found] == [row["audio"] for row in rows]
     audio = [row["audio"] for row in rows]
-    assert labels(tmp_path / "out") == stock_labels(tiny_teacher, audio, language="ja", task="transcribe")
+    assert_stock_labels(tiny_teacher, audio, labels(tmp_path / "out"), language="ja", task="transcribe")
 
 
 def test_the_result_is_a_dataset_directory_that_a_label_run_can_read_again(whole, tiny_teacher, tmp_path):
@@ -546,6 +558,14 @@ def test_only_missing_shards_are_made(whole, tiny_teacher, loaded, tmp_path):
     assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE)) == 0
     assert files(output) == files(whole)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_shard_that_was_damaged_is_made_again(whole, tiny_teacher, loaded, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "out")
+    with open(output / "tiny" / "train-00002-of-00004.parquet", "r+b") as file:
+        file.truncate(1000)
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE)) == 0
+    assert files(output) == files(whole)
 
 
 def test_other_settings_are_refused_and_named_and_overwriting_starts_afresh(whole, tiny_teacher, loaded, tmp_path):
