@@ -59,6 +59,7 @@ EVAL_CONFIG="${EVAL_CONFIG:-}"
 EVAL_SPLIT="${EVAL_SPLIT:-test}"
 EVAL_BATCH="${EVAL_BATCH:-32}"
 EVAL_MODELS="${EVAL_MODELS:-teacher init student}"
+EVAL_ARGS="${EVAL_ARGS:-}"              # more flags for run_short_form_eval.py
 
 # ---- names that follow from these ------------------------------------------------------------------------------------
 mkdir -p "${WORK_DIR}"
@@ -184,6 +185,7 @@ for model in ${EVAL_MODELS}; do
     stage "evaluate ${path} on ${dataset}"
     evaluation="${WORK_DIR}/eval/$(basename "${path}")/$(basename "${dataset}" .py)"
     EVALUATIONS+=("${evaluation}")
+    # shellcheck disable=SC2086  # EVAL_ARGS holds several words
     launch run_short_form_eval.py \
       --model_name_or_path "${path}" \
       --dataset_name "${dataset}" \
@@ -198,7 +200,7 @@ for model in ${EVAL_MODELS}; do
       --generation_max_length 256 \
       --attn_type "${ATTN_TYPE}" \
       --dtype "${DTYPE}" \
-      --language "${LANGUAGE}"
+      --language "${LANGUAGE}" ${EVAL_ARGS}
   done
 done
 
