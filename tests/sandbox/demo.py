@@ -26,7 +26,7 @@ SCRIPT = ROOT / "kotoba_whisper_training_v1.0.sh"
 CLIPS = {"000": 280, "fff": 120}  # to train on, and held out
 TOKEN, ORGANISATION = "hf_demo", "demo"
 
-# What differs from v1.0: the sizes, a filter that keeps enough of a few hundred clips, and no prompts from unrelated neighbours.
+# What differs from v1.0: the sizes, a filter that keeps enough of so few clips, and no prompts from strangers.
 SETTINGS = {
     "TARGET": "tiny",
     "DOWNLOADS": "tiny test",
