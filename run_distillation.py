@@ -125,7 +125,10 @@ class DistillationLoss(torch.autograd.Function):
                     slope.add_(soft.exp_().sub_(teacher_probs), alpha=kl_weight * temperature)
                     slope = slope if dtype == torch.float16 else slope.to(dtype)  # float16 would lose small ones
                     grad_hidden[rows] = slope @ head.to(slope.dtype)
-                    grad_head += slope.T @ inputs.to(slope.dtype)
+                    if slope.dtype == grad_head.dtype:
+                        grad_head.addmm_(slope.T, inputs.to(slope.dtype))
+                    else:
+                        grad_head += slope.T @ inputs
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(ce, kl)
         return ce_weight * ce + kl_weight * kl, ce, kl
@@ -133,7 +136,7 @@ class DistillationLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), *[None] * 7
+        return grad_hidden.mul_(grad), grad_head.mul_(grad), *[None] * 7  # in place: as large as the head
 
 
 def epoch_order(sizes: list[int], weights: list[float] | None, seed: int, epoch: int) -> np.ndarray:
