@@ -4,8 +4,12 @@ The Hub clients read `HF_*` when they are first imported, so the Hub starts here
 """
 
 import os
+import signal
 import sys
 import tempfile
+
+# A shell's background job ignores Ctrl-C, and so would every script that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 assert not {"huggingface_hub", "datasets", "transformers"} & set(sys.modules), "a Hub client was imported too early"
 

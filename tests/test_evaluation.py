@@ -749,7 +749,7 @@ def test_the_chart_is_drawn_in_the_browser(page, tmp_path):
 def test_help_names_every_flag_of_the_readme_and_its_default(capsys):
     with pytest.raises(SystemExit, match="0"):
         evaluation.main(["--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())  # wrapped to the terminal's width
     for flag in (
         *("model_name_or_path", "dataset_name", "dataset_split_name", "text_column_name", "output_dir", "language"),
         *("per_device_eval_batch_size", "dataloader_num_workers", "preprocessing_num_workers", "generation_max_length"),

@@ -10,6 +10,7 @@ arrays of 3,000 frames. Imports are not timed; the start of the workers is.
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import os
@@ -22,20 +23,22 @@ import tempfile
 import time
 from pathlib import Path
 
-WORK = Path(tempfile.mkdtemp(prefix="kotoba-bench-"))
-os.environ.update(HF_HOME=str(WORK / "hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+if __name__ == "__main__":  # before any Hub client is imported; not in the workers, which import this module too
+    WORK = Path(tempfile.mkdtemp(prefix="kotoba-bench-filtering-"))
+    atexit.register(shutil.rmtree, WORK, ignore_errors=True)
+    os.environ.update(HF_HOME=str(WORK / "hf"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
-import datasets  # noqa: E402
-import jiwer  # noqa: E402
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import soundfile  # noqa: E402
-from datasets import Audio, Features, List, Value, load_dataset  # noqa: E402
-from transformers import AutoTokenizer, WhisperFeatureExtractor  # noqa: E402
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer  # noqa: E402
+import datasets
+import jiwer
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
+from datasets import Audio, Features, List, Value, load_dataset
+from transformers import AutoTokenizer, WhisperFeatureExtractor
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-import run_data_filtering  # noqa: E402
+import run_data_filtering
 
 WORKERS = len(os.sched_getaffinity(0))
 MEAN_SECONDS, SHAPE = 5.74, 2.5  # of ReazonSpeech's clips: the mean, and the shape of a gamma distribution
@@ -203,7 +206,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"| {key} | {mine:.2f} | {other:.2f} | {ratio:.1f} |")
         else:
             print(f"| {key} | {mine:.2f} | | |")
-    shutil.rmtree(WORK)
     return 0
 
 
