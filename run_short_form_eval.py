@@ -1,14 +1,18 @@
 #!/usr/bin/env python
-"""Measure the error rates of a Whisper model on clips of at most 30 s, and show its mistakes.
+"""Measure the error rates of a Whisper model, and show its mistakes.
 
 In: a model (Hub id or local directory), and clips with their texts: a Hub dataset, a local dataset directory, a data
 loader (`.py`), or a manifest (`.csv` or `.jsonl`, a clip a row, audio paths relative to it). Out, in --output_dir:
 
-    metric.<split>.json                 every figure: rates, counts, 95 % intervals, by length; speed; settings
-    all_predictions.<split>.csv         a row a clip, in the dataset's order, with the clip's own counts
-    incorrect_predictions.<split>.csv   those rows whose normalised texts differ
-    report.<split>.html                 one page: figures, chart, the worst clips to hear with each difference marked
-    .predictions.<split>/               what the model said, in shards; the same command goes on where it was stopped
+    metric.<name>.json                 every figure: rates, counts, 95 % intervals, by length; speed; settings
+    all_predictions.<name>.csv         a row a clip, in the dataset's order, with the clip's own counts
+    incorrect_predictions.<name>.csv   those rows whose normalised texts differ
+    report.<name>.html                 one page: figures, chart, the worst clips to hear with each difference marked
+    .predictions.<name>/               what the model said, in shards; the same command goes on where it was stopped
+
+<name> is the split. Clips are of at most 30 s, one at a time. `--concatenate_audio` evaluates windows of several whole
+clips, drawn by seed (<split>.windows_30), and `--long_form` takes audio of any length: what is over 30 s is decoded
+sequentially, as Whisper does (<split>.long_form), greedily and without the text of the window before.
 
 Japanese is scored as in the published tables: Whisper's basic normaliser, then no spaces. So a clip is one word, and
 its word error rate the share of clips with a mistake: the character error rate is the one to look at.
@@ -31,27 +35,24 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import re
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NoReturn
 
 import datasets
-import evaluate
 import jiwer
 import librosa
 import matplotlib
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 import soundfile
 import torch
 import transformers
@@ -60,12 +61,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from datasets import Audio, Dataset
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import EvalResult, HfApi, metadata_update, snapshot_download
-from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub import HfApi, metadata_update, snapshot_download
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import is_flash_attn_2_available
@@ -80,6 +80,12 @@ METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # of normalised texts, and of te
 COUNTS = ("substitutions", "deletions", "insertions", "reference")
 DRAWS = 1_000  # of the bootstrap
 WORST_CLIPS = 20  # on the page, which holds their audio
+LONGEST_PLAYED = 4 * WINDOW  # samples of a clip on the page; of longer ones it shows the text alone
+SAMPLE = 8  # clips that --dry_run looks at
+LONG_FORM_SHARD = 8  # recordings in a shard, all in memory at once
+GAP = (0, round(0.4 * SAMPLING_RATE))  # samples of silence between the clips of a window
+OPEN_WINDOWS = 16  # that a clip may go into
+UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces
 # What ReazonSpeech's own scorer removes and narrows: its pkg/evaluation/src/utils.py.
 REAZON_TABLE = dict.fromkeys(map(ord, "、。「」『』，,？！!?")) | {
     wide: wide - 0xFEE0 for wide in range(0xFF10, 0xFF5B) if chr(wide - 0xFEE0).isalnum()
@@ -215,11 +221,8 @@ def mark_differences(reference: str, hypothesis: str) -> str:
     for chunk in jiwer.process_characters([reference], [hypothesis]).alignments[0]:
         left_out = html.escape(reference[chunk.ref_start_idx : chunk.ref_end_idx])
         put_in = html.escape(hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx])
-        if chunk.type == "equal":
-            marked += left_out
-        else:
-            marked += (f"<del>{left_out}</del>" if left_out else "") + (f"<ins>{put_in}</ins>" if put_in else "")
-    return marked
+        marked += left_out if chunk.type == "equal" else f"<del>{left_out}</del><ins>{put_in}</ins>"
+    return marked.replace("<del></del>", "").replace("<ins></ins>", "")
 
 
 def draw_rates(bars: list[tuple[str, dict]], file: IO | Path, **options) -> None:
@@ -237,15 +240,18 @@ def draw_rates(bars: list[tuple[str, dict]], file: IO | Path, **options) -> None
         figure.savefig(file, **options)
 
 
-def audio_uri(content: bytes) -> str:
-    """A `data:` address of an audio file."""
-    kind = soundfile.info(io.BytesIO(content)).format.lower().replace("mp3", "mpeg")
-    return f"data:audio/{kind};base64,{base64.b64encode(content).decode()}"
+def audio_player(waveform: np.ndarray) -> str:
+    """HTML that plays a clip, which it holds; nothing for one that is too long for a page."""
+    if len(waveform) > LONGEST_PLAYED:
+        return ""
+    file = io.BytesIO()
+    soundfile.write(file, waveform, SAMPLING_RATE, format="FLAC")
+    return f'<audio controls src="data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"></audio>'
 
 
-def report_page(metrics: dict, worst: list[tuple[dict, bytes]]) -> str:
-    """One page that needs nothing from outside and runs no script; `worst` pairs rows of clips with their audio."""
-    title = html.escape(f"{metrics['model']} on {metrics['dataset']} ({metrics['dataset_split_name']})")
+def report_page(metrics: dict, worst: list[tuple[dict, np.ndarray]]) -> str:
+    """One page that needs nothing from outside and runs no script; `worst` pairs rows of clips with waveforms."""
+    title = html.escape(f"{metrics['model']} on {metrics['dataset']} ({metrics['name']})")
     rates = [
         f"<tr><th>{name.upper().replace('_RAW', ' of the raw text')}<td>{cell['rate']:.2f} %"
         f"<td>{cell['low']:.2f} to {cell['high']:.2f} %{''.join(f'<td>{cell[count]:,}' for count in COUNTS)}"
@@ -264,9 +270,9 @@ def report_page(metrics: dict, worst: list[tuple[dict, bytes]]) -> str:
     facts |= {"normalisation": metrics["scorer"], "precision": metrics["dtype"]}
     clips = [
         f"<li><p>{mark_differences(row['normalised_reference'], row['normalised_hypothesis'])}</p>"
-        f'<audio controls src="{audio_uri(audio)}"></audio>'
+        f"{audio_player(waveform)}"
         f"<small>{row['cer']:.0f} % of {row['character_reference']} characters · {html.escape(row['id'])}</small>"
-        for row, audio in worst
+        for row, waveform in worst
     ]
     return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
@@ -320,18 +326,21 @@ def first_line(error: BaseException) -> str:
 def open_dataset(args: argparse.Namespace) -> Dataset:
     """Columns `audio` (not decoded), `reference` and, where one is named, `id`, in the dataset's order."""
     name, config, split = args.dataset_name, args.dataset_config_name, args.dataset_split_name
+    workers = args.preprocessing_num_workers if args.preprocessing_num_workers > 1 else None
     try:
         if name.endswith((".csv", ".jsonl")):
-            dataset = read_manifest(Path(name).expanduser(), args.audio_column_name)
+            dataset = read_manifest(Path(name), args.audio_column_name)
         elif name.endswith(".py"):
-            dataset = build_dataset(Path(name).expanduser(), config, split, args.preprocessing_num_workers)
+            dataset = build_dataset(Path(name), config, split, workers)
         elif directory := local_directory(name):
             dataset = read_directory(directory, config, split)
+        elif isinstance(datasets.load_dataset_builder(name, config), AudioFolder):
+            dataset = read_directory(Path(snapshot_download(name, repo_type="dataset")), config, split)
         else:
-            dataset = read_hub(name, config, split, args.preprocessing_num_workers)
+            dataset = datasets.load_dataset(name, config, split=split, num_proc=workers)
     except (ValueError, KeyError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"can't load {config or 'the default configuration'}, {split} of {name}"
-        hint = "" if Path(name).expanduser().exists() else "; check the name, and `hf auth login` for a private one"
+        hint = "" if Path(name).exists() else "; check the name, and `hf auth login` for a private one"
         fail(f"{what}: {first_line(error.__cause__ or error)}{hint}")
     columns = {"audio": args.audio_column_name, "reference": args.text_column_name, "id": args.id_column_name}
     columns = {column: part for part, column in columns.items() if column is not None}
@@ -340,10 +349,12 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
     dataset = dataset.select_columns(list(columns))
     dataset = dataset.rename_columns({column: part for column, part in columns.items() if column != part})
     dataset = dataset.select(range(min(args.max_samples_per_split or len(dataset), len(dataset))))
+    if not len(dataset):
+        fail(f"{split} of {name} has no rows")
     return dataset.cast_column("audio", Audio(sampling_rate=SAMPLING_RATE, decode=False))
 
 
-def build_dataset(path: Path, config: str | None, split: str, workers: int) -> Dataset:
+def build_dataset(path: Path, config: str | None, split: str, workers: int | None) -> Dataset:
     """A split made by the `datasets.DatasetBuilder` that a Python file defines; `load_dataset` runs none any more."""
     if not path.is_file():
         fail(f"--dataset_name {path} does not exist")
@@ -355,7 +366,7 @@ def build_dataset(path: Path, config: str | None, split: str, workers: int) -> D
     if len(builders) != 1:
         fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, not {len(builders)}")
     builder = builders[0](config_name=config)
-    builder.download_and_prepare(num_proc=workers if workers > 1 else None)
+    builder.download_and_prepare(num_proc=workers)
     return builder.as_dataset(split)
 
 
@@ -372,36 +383,16 @@ def read_directory(directory: Path, config: str | None, split: str) -> Dataset:
     if split not in files:
         raise ValueError(f"its splits are {', '.join(files)}")
     if isinstance(builder, AudioFolder):
-        return list_audio(list(files[split]))
+        manifests = [Path(file) for file in files[split] if Path(file).stem == "metadata"]
+        rows = [read_manifest(path, "file_name").rename_column("file_name", "audio") for path in manifests]
+        return datasets.concatenate_datasets(rows)
     if isinstance(builder, Parquet):
         return datasets.load_dataset("parquet", data_files={split: list(files[split])}, split=split)
     return datasets.load_dataset(str(directory), config, split=split)
 
 
-def read_hub(name: str, config: str | None, split: str, workers: int) -> Dataset:
-    if isinstance(datasets.load_dataset_builder(name, config), AudioFolder):
-        return read_directory(Path(snapshot_download(name, repo_type="dataset")), config, split)
-    return datasets.load_dataset(name, config, split=split, num_proc=workers if workers > 1 else None)
-
-
-def list_audio(files: list[str]) -> Dataset:
-    """Rows of audio files and their metadata.csv or .jsonl, as `audiofolder` has them; it can't without torchcodec."""
-    metadata: dict[Path, dict] = {}
-    for path in sorted(Path(file) for file in files if Path(file).stem == "metadata"):
-        table = {".csv": pa.csv.read_csv, ".jsonl": pa.json.read_json, ".parquet": pq.read_table}[path.suffix](path)
-        metadata |= {path.parent / row.pop("file_name"): row for row in table.to_pylist()}
-    audio = sorted(Path(file) for file in files if Path(file).suffix.lower() in AudioFolder.EXTENSIONS)
-    if metadata:
-        audio = [path for path in audio if path in metadata]
-    columns = list(dict.fromkeys(column for row in metadata.values() for column in row))
-    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    rows = {"audio": pa.array([{"bytes": None, "path": str(path)} for path in audio], struct)}
-    rows |= {column: pa.array([metadata[path].get(column) for path in audio]) for column in columns}
-    return Dataset(pa.table(rows))
-
-
 def read_manifest(path: Path, audio_column: str) -> Dataset:
-    """The rows of a CSV or JSONL file, with audio paths relative to it."""
+    """The rows of a CSV or JSONL file, with audio paths relative to it, as `audiofolder` has them too."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
     for row in rows:
@@ -420,12 +411,6 @@ def clips_digest(clips: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-class Clip(NamedTuple):
-    waveform: np.ndarray | None  # mono float32 at 16 kHz, no more than 30 s; None where there is a problem
-    seconds: float  # of the whole clip
-    problem: str | None = None
-
-
 def audio_bytes(audio: dict | None) -> bytes | None:
     """The file of an audio value that is not decoded, None where there is none."""
     if audio and audio["bytes"] is None and audio["path"] and Path(audio["path"]).is_file():
@@ -433,59 +418,88 @@ def audio_bytes(audio: dict | None) -> bytes | None:
     return audio and audio["bytes"]
 
 
-def load_clip(audio: bytes | None) -> Clip:
-    """Decode an audio file, mix it to mono and resample it to 16 kHz; past its first 31 s only its length counts."""
+def load_clip(audio: bytes | None, long_form: bool = False) -> tuple[np.ndarray | None, float, str | None]:
+    """Waveform (mono float32 at 16 kHz), seconds, and the problem with an audio file that has no waveform.
+
+    Over 30 s is a problem, unless `long_form`.
+    """
     if not audio:
-        return Clip(None, 0.0, "no audio")
+        return None, 0.0, "no audio"
     try:
         with soundfile.SoundFile(io.BytesIO(audio)) as file:
-            seconds = file.frames / file.samplerate
-            waveform = file.read(31 * file.samplerate, dtype="float32", always_2d=True).mean(axis=1)
-            rate = file.samplerate
+            rate, seconds = file.samplerate, file.frames / file.samplerate
+            waveform = file.read(-1 if long_form else 31 * rate, dtype="float32", always_2d=True).mean(axis=1)
     except soundfile.LibsndfileError as error:
-        return Clip(None, 0.0, f"undecodable: {error.error_string}")
+        return None, 0.0, f"undecodable: {error.error_string}"
     if not len(waveform):
-        return Clip(None, 0.0, "zero length")
+        return None, 0.0, "zero length"
     if not np.isfinite(waveform).all():
-        return Clip(None, 0.0, "samples that are not finite numbers")
+        return None, 0.0, "samples that are not finite numbers"
+    if long_form or len(waveform) < 31 * rate:  # headers of damaged files promise more
+        seconds = len(waveform) / rate
+    if seconds > WINDOW / SAMPLING_RATE and not long_form:
+        return None, seconds, TOO_LONG
     if rate != SAMPLING_RATE:
         waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-    return Clip(waveform[:WINDOW], max(seconds, len(waveform) / SAMPLING_RATE) if seconds < 31 else seconds)
+    return waveform, seconds, None
 
 
-def read_rows(clips: Dataset, rows: range) -> list[tuple[dict, Clip]]:
-    """The predictions of these rows, still to be made, and their audio."""
-    result = []
-    for row, values in zip(rows, clips.select(rows), strict=True):
-        name = values.get("id") or (values["audio"] or {}).get("path") or row
-        reference = "" if values["reference"] is None else str(values["reference"])
-        clip = load_clip(audio_bytes(values["audio"]))
-        problem = TOO_LONG if clip.seconds > WINDOW / SAMPLING_RATE else clip.problem
-        prediction = {"id": str(name), "seconds": round(clip.seconds, 3), "problem": problem}
-        result.append((prediction | {"reference": reference, "hypothesis": None}, clip))
-    return result
+def pack_clips(lengths: Sequence[int | None], limit: int, seed: int) -> list[list[int]]:
+    """Rows of windows with room for `limit`: whole clips, drawn in any order, into the first open window with room.
+
+    A clip without a length can't be used and is left alone, and so is one that is longer than a window.
+    """
+    windows: list[list[int]] = []
+    room: list[int] = []
+    for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        length = limit if lengths[row] is None else min(limit, lengths[row])
+        fitting = (place for place in range(max(0, len(windows) - OPEN_WINDOWS), len(windows)) if room[place] >= length)
+        place = next(fitting, len(windows))
+        if place == len(windows):
+            windows.append([])
+            room.append(limit)
+        windows[place].append(row)
+        room[place] -= length
+    return windows
+
+
+def silence(row: int, seed: int) -> np.ndarray:
+    """What is before a clip that follows another in a window."""
+    return np.zeros(np.random.default_rng([seed, row]).integers(*GAP), np.float32)
+
+
+def plan_items(clips: Dataset, args: argparse.Namespace) -> list[list[int]]:
+    """The rows of each item that is evaluated: a clip, or a window of several."""
+
+    def length(row: int) -> int | None:
+        waveform = read_item(clips, [row], args)[1]
+        return None if waveform is None else len(silence(row, args.seed)) + len(waveform)
+
+    if not args.concatenate_audio:
+        return [[row] for row in range(len(clips))]
+    with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
+        lengths = list(pool.map(length, range(len(clips))))
+    return pack_clips(lengths, round(args.concatenate_seconds * SAMPLING_RATE), args.seed)
+
+
+def read_item(clips: Dataset, rows: list[int], args: argparse.Namespace) -> tuple[dict, np.ndarray | None]:
+    """The prediction of an item, still to be made, and its waveform, None where there is a problem."""
+    names, texts, pieces, seconds, problem = [], [], [], 0.0, None
+    for row in rows:
+        values = clips[row]
+        names.append(str(values.get("id") or (values["audio"] or {}).get("path") or row))
+        texts.append("" if values["reference"] is None else str(values["reference"]))
+        waveform, duration, found = load_clip(audio_bytes(values["audio"]), args.long_form)
+        if args.concatenate_audio and not any(map(str.isalnum, texts[-1])):
+            found = found or "empty reference"
+        pieces += [silence(row, args.seed), waveform]
+        seconds, problem = seconds + duration, problem or found
+    reference = ("" if args.language in UNSPACED else " ").join(texts)
+    prediction = {"id": " + ".join(names), "seconds": round(seconds, 3), "problem": problem, "reference": reference}
+    return prediction | {"hypothesis": None}, None if problem else np.concatenate(pieces[1:])
 
 
 # ----------------------------------------------------------------------------------------------- what the model says
-
-
-def attention_implementation(attn_type: str, device: torch.device, dtype: str) -> str:
-    """What `transformers` calls it; flash attention only where it can run."""
-    if attn_type != "flash_attn":
-        return attn_type
-    missing = [
-        what
-        for what, there in (
-            ("a CUDA GPU", device.type == "cuda"),
-            ("--dtype bfloat16 or float16", dtype != "float32"),
-            ("the package flash-attn", is_flash_attn_2_available()),
-        )
-        if not there
-    ]
-    if not missing:
-        return "flash_attention_2"
-    logger.warning("--attn_type flash_attn needs %s: using sdpa", " and ".join(missing))
-    return "sdpa"
 
 
 def prompt_arguments(generation_config, language: str, task: str) -> dict[str, str]:
@@ -499,7 +513,7 @@ def prompt_arguments(generation_config, language: str, task: str) -> dict[str, s
     return {"language": language, "task": task} if len(languages) > 1 else {}
 
 
-def model_digest(model: WhisperForConditionalGeneration) -> str:
+def model_digest(model: transformers.WhisperForConditionalGeneration) -> str:
     """Digest of a few numbers of each weight and of the generation settings, to tell models of one name apart."""
     settings = {name: value for name, value in model.generation_config.to_dict().items() if "version" not in name}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -509,37 +523,85 @@ def model_digest(model: WhisperForConditionalGeneration) -> str:
 
 
 class Transcriber:
-    """A Whisper on its device, from waveforms to texts."""
+    """A Whisper on its device, from waveforms to texts. It has no weights before `load`."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device, self.assistance = args, device, {}
         name, where = args.model_name_or_path, {"revision": args.model_revision, "subfolder": args.subfolder}
         local_directory(name)
-        attention = attention_implementation(args.attn_type, device, args.dtype)
         try:
-            self.extractor = WhisperFeatureExtractor.from_pretrained(name, **where)
-            self.tokenizer = WhisperTokenizerFast.from_pretrained(name, **where)
-            self.model = WhisperForConditionalGeneration.from_pretrained(
-                name, dtype=getattr(torch, args.dtype), attn_implementation=attention, **where
-            )
+            self.extractor = transformers.WhisperFeatureExtractor.from_pretrained(name, **where)
+            self.tokenizer = transformers.WhisperTokenizerFast.from_pretrained(name, **where)
+            self.config = transformers.WhisperConfig.from_pretrained(name, **where)
+            generation_config = transformers.GenerationConfig.from_pretrained(name, **where)
         except (OSError, ValueError) as error:
             fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
-        self.digest = model_digest(self.model)
-        self.model.to(device).eval()
-        self.flags = prompt_arguments(self.model.generation_config, args.language, args.task) | {
-            "max_new_tokens": min(args.generation_max_length, self.model.config.max_target_positions - 4),  # prefix
+        self.flags = prompt_arguments(generation_config, args.language, args.task) | {
+            "max_new_tokens": min(args.generation_max_length, self.config.max_target_positions - 4),  # prefix
             "num_beams": args.generation_num_beams,
-            "return_timestamps": args.return_timestamps,
+            "return_timestamps": args.return_timestamps or args.long_form,
         }
 
+    def load(self) -> str:
+        """Load the weights; returns the digest of the model."""
+        args, name = self.args, self.args.model_name_or_path
+        attention = args.attn_type
+        if attention == "flash_attn":
+            able = self.device.type == "cuda" and args.dtype != "float32" and is_flash_attn_2_available()
+            attention = "flash_attention_2" if able else "sdpa"
+            if not able:
+                logger.warning(
+                    "--attn_type flash_attn needs a CUDA GPU, 16 bits and the package flash-attn: using sdpa"
+                )
+        options = {"dtype": getattr(torch, args.dtype), "attn_implementation": attention}
+        where = {"revision": args.model_revision, "subfolder": args.subfolder}
+        try:
+            self.model = transformers.WhisperForConditionalGeneration.from_pretrained(name, **where, **options)
+            if args.assistant_model:
+                name = args.assistant_model
+                local_directory(name)
+                student = transformers.WhisperForConditionalGeneration.from_pretrained(name, **options)
+                weights, others = (list(whisper.model.encoder.parameters()) for whisper in (student, self.model))
+                same = len(weights) == len(others) and all(map(torch.equal, weights, others))
+                if not same or student.config.vocab_size != self.config.vocab_size:
+                    fail(
+                        f"--assistant_model {name} has another encoder or vocabulary than the model, so it can't assist"
+                    )
+                assistant = transformers.WhisperForCausalLM.from_pretrained(name, **options)  # without the encoder
+        except (OSError, ValueError, pickle.UnpicklingError) as error:
+            fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
+        self.model.to(self.device).eval()
+        if args.assistant_model:
+            self.assistance = {"assistant_model": assistant.to(self.device).eval()}
+            if tokens := self.model.generation_config.begin_suppress_tokens:  # which `generate` then leaves out
+                processor = transformers.SuppressTokensAtBeginLogitsProcessor(tokens, 0, str(self.device))
+                self.assistance["logits_processor"] = [processor]
+        return model_digest(self.model)
+
     def extract(self, waveforms: list[np.ndarray]) -> torch.Tensor:
-        """Log-mel, (clips, mels, 3000)."""
-        return self.extractor(waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
+        """Log-mel, (clips, mels, 3000): frames after the longest clip are all equal, and computed once."""
+        samples = min(WINDOW, max(map(len, waveforms)) + 2 * self.extractor.n_fft)
+        mel = self.extractor(
+            waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=str(self.device)
+        ).input_features
+        return torch.nn.functional.pad(mel, (0, self.extractor.nb_max_frames - mel.shape[2]), mode="replicate")
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """States of log-mels; on a CPU one by one, because what one takes fits its caches."""
+        parts = features.split(1 if self.device.type == "cpu" else len(features))
+        return torch.cat([self.model.model.encoder(part)[0] for part in parts])
 
     @torch.inference_mode()
-    def transcribe(self, input_features: torch.Tensor) -> list[str]:
-        """Texts of log-mels, in one call that takes each window once."""
-        features = input_features.to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(features, force_unique_generate_call=True, **self.flags)  # (clips, tokens)
+    def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
+        """Texts of a batch, which takes each 30 s once; of longer audio by Whisper's sequential decoding."""
+        if max(map(len, waveforms)) > WINDOW:
+            how = {"padding": "longest", "truncation": False, "return_attention_mask": True, "return_tensors": "pt"}
+            inputs = self.extractor(waveforms, sampling_rate=SAMPLING_RATE, **how).to(self.device, self.model.dtype)
+            inputs = {**inputs, "condition_on_prev_tokens": False, "temperature": 0.0}
+        else:
+            features = self.extract(waveforms).to(self.device, self.model.dtype)
+            inputs = {"encoder_outputs": BaseModelOutput(self.encode(features)), "force_unique_generate_call": True}
+        tokens = self.model.generate(**inputs, **self.assistance, **self.flags)  # (clips, tokens)
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
@@ -553,26 +615,29 @@ def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: 
     yield from (future.result() for future in waiting)
 
 
-def predict(clips: Dataset, missing: dict[range, Path], transcriber: Transcriber, args, show: bool) -> None:
-    """Write the missing shards, transcribed in batches of clips of similar length."""
-    size, model = args.per_device_eval_batch_size, transcriber.model
-    bar = tqdm(total=sum(map(len, missing)), unit="clip", disable=not show)
-    with bar, ThreadPoolExecutor(max(2, args.dataloader_num_workers)) as pool:
+def predict(clips: Dataset, missing: dict[Path, list[list[int]]], transcriber: Transcriber, args, show: bool) -> None:
+    """Write the missing shards, transcribed in batches of similar length."""
+    size = 1 if args.assistant_model else args.per_device_eval_batch_size  # `generate` assists one at a time
+    bar = tqdm(total=sum(map(len, missing.values())), unit="clip", disable=not show)
+    with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
         started = time.perf_counter()
-        shards = ahead(pool, lambda rows: read_rows(clips, rows), missing, 1)
-        for path, rows in zip(missing.values(), shards, strict=True):
-            usable = sorted((row for row in rows if not row[0]["problem"]), key=lambda row: -row[0]["seconds"])
-            batches = [usable[start : start + size] for start in range(0, len(usable), size)]
-            features = ahead(pool, lambda batch: transcriber.extract([clip.waveform for _, clip in batch]), batches, 2)
-            for batch, input_features in zip(batches, features, strict=True):
-                for (prediction, _), text in zip(batch, transcriber.transcribe(input_features), strict=True):
+        items = itertools.chain.from_iterable(missing.values())
+        depth = max(map(len, missing.values()), default=0)
+        loaded = ahead(pool, lambda rows: read_item(clips, rows, args), items, depth)
+        for path, of_shard in missing.items():
+            shard = list(itertools.islice(loaded, len(of_shard)))
+            usable = sorted((item for item in shard if item[1] is not None), key=lambda item: -len(item[1]))
+            parts = [[item for item in usable if (len(item[1]) > WINDOW) is long] for long in (True, False)]
+            for batch in (part[start : start + size] for part in parts for start in range(0, len(part), size)):
+                texts = transcriber.transcribe([waveform for _, waveform in batch])
+                for (prediction, _), text in zip(batch, texts, strict=True):
                     prediction["hypothesis"] = text
                 bar.update(len(batch))
             seconds, started = time.perf_counter() - started, time.perf_counter()
-            facts = {"process_seconds": seconds, "parameters": model.num_parameters()}
-            lines = [json.dumps(line, ensure_ascii=False) for line in (facts, *(prediction for prediction, _ in rows))]
-            write_text("\n".join(lines), path)
-            bar.update(len(rows) - len(usable))
+            facts = {"process_seconds": seconds, "parameters": transcriber.model.num_parameters()}
+            lines = [facts, *(prediction for prediction, _ in shard)]
+            write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), path)
+            bar.update(len(shard) - len(usable))
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -586,17 +651,6 @@ def write_text(text: str, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def check_settings(record: Path, settings: dict, overwrite: bool) -> None:
-    """Refuse to put these results where those of other settings are."""
-    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() and not overwrite else settings
-    for name, value in settings.items():
-        if before.get(name) != value:
-            fail(
-                f"{record.parent} has predictions with {name} {before.get(name)}, this run has {value}: take another "
-                "--output_dir, or replace them with --overwrite_output_dir"
-            )
 
 
 def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
@@ -614,16 +668,33 @@ def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     return rows, facts
 
 
-def write_results(clips: Dataset, rows: list[dict], normalise: Callable[[str], str], facts: dict, args) -> dict:
+def save_metrics(path: Path, metrics: dict) -> None:
+    """`evaluate.save`, without what git says of a directory that is no repository."""
+    import evaluate  # takes as long as all the others
+
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        evaluate.save(path, **metrics)
+    except OSError:  # there is no git, which it asks for a commit, or it can't write
+        write_text(json.dumps(metrics), path)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def write_results(clips: Dataset, items, rows: list[dict], normalise: Callable, facts: dict, args) -> dict:
     """Score the predictions and write the four files; returns the metrics."""
-    output_dir, split = Path(args.output_dir), args.dataset_split_name
+    output_dir, name = Path(args.output_dir), args.name
     unusable = collections.defaultdict(list)
     for row in rows:
         if row["problem"]:
             unusable[row["problem"]].append(row["id"])
     if unusable[TOO_LONG] and not args.skip_long_audio:
         names = ", ".join(unusable[TOO_LONG][:10]) + ", …" * (len(unusable[TOO_LONG]) > 10)
-        fail(f"{len(unusable[TOO_LONG])} clips are longer than 30 s, and --skip_long_audio leaves such out: {names}")
+        ways = "--skip_long_audio leaves such out, --long_form takes them"
+        fail(f"{len(unusable[TOO_LONG])} clips are longer than 30 s, and {ways}: {names}")
     usable = [index for index, row in enumerate(rows) if not row["problem"]]
     if not usable:
         fail(f"none of the {len(rows)} clips of {args.dataset_name} can be used: {', '.join(unusable)}")
@@ -632,40 +703,61 @@ def write_results(clips: Dataset, rows: list[dict], normalise: Callable[[str], s
         rows[index] |= columns
     metrics |= facts | {"unusable": {problem: names for problem, names in unusable.items() if names}}
     wrong = [row for row in rows if row.get("normalised_reference") != row.get("normalised_hypothesis")]
-    for name, chosen in (("all", rows), ("incorrect", wrong)):
+    for which, chosen in (("all", rows), ("incorrect", wrong)):
         file = io.StringIO(newline="")
         writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(chosen)
-        write_text(file.getvalue(), output_dir / f"{name}_predictions.{split}.csv")
+        write_text(file.getvalue(), output_dir / f"{which}_predictions.{name}.csv")
     worst = sorted((index for index in usable if rows[index].get("cer")), key=lambda index: -rows[index]["cer"])
-    worst = [(rows[index], audio_bytes(clips[index]["audio"])) for index in worst[:WORST_CLIPS]]
-    write_text(report_page(metrics, worst), output_dir / f"report.{split}.html")
-    try:
-        evaluate.save(output_dir / f"metric.{split}.json", **metrics)
-    except FileNotFoundError:  # it asks git for a commit, and here is no git
-        write_text(json.dumps(metrics), output_dir / f"metric.{split}.json")
+    worst = [(rows[index], read_item(clips, items[index], args)[1]) for index in worst[:WORST_CLIPS]]
+    write_text(report_page(metrics, worst), output_dir / f"report.{name}.html")
+    save_metrics(output_dir / f"metric.{name}.json", metrics)
     return metrics
 
 
 def publish(metrics: dict) -> None:
     """Write the two rates into the model card's `model-index`, where the Hub shows them."""
     dataset, model = metrics["dataset"], metrics["model"]
-    source = {
-        "task_type": "automatic-speech-recognition",
-        "dataset_type": dataset if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else Path(dataset).stem,
-        "dataset_name": Path(dataset).stem,
-        "dataset_config": metrics["dataset_config_name"],
-        "dataset_split": metrics["dataset_split_name"],
+    result = {
+        "task": {"type": "automatic-speech-recognition"},
+        "dataset": {
+            "type": dataset if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else Path(dataset).stem,
+            "name": Path(dataset).stem,
+            "config": metrics["dataset_config_name"],
+            "split": metrics["name"],
+        },
+        "metrics": [
+            {"type": name, "name": f"{name.upper()} ({metrics['scorer']})", "value": round(metrics[name], 2)}
+            for name in ("cer", "wer")
+        ],
     }
-    results = [
-        EvalResult(metric_type=name, metric_name=f"{name.upper()} ({metrics['scorer']})", metric_value=value, **source)
-        for name, value in (("cer", round(metrics["cer"], 2)), ("wer", round(metrics["wer"], 2)))
-    ]
     try:
-        metadata_update(model, {"model-index": eval_results_to_model_index(model, results)}, overwrite=True)
+        metadata_update(model, {"model-index": [{"name": model, "results": [result]}]}, overwrite=True)
     except (OSError, ValueError) as error:
         fail(f"the results are written, but not on the card of {model}: {first_line(error)}; run this again to push")
+
+
+def print_plan(clips: Dataset, shards: dict[Path, list[list[int]]], transcriber: Transcriber, args) -> None:
+    """What a run would do, from a sample of what it would read."""
+    items, started = list(itertools.chain.from_iterable(shards.values())), time.perf_counter()
+    sample = [read_item(clips, items[index], args) for index in range(0, len(items), -(-len(items) // SAMPLE))]
+    for _, waveform in sample:
+        if waveform is not None:
+            transcriber.extract([waveform])
+    each = (time.perf_counter() - started) / len(sample)
+    seconds = statistics.mean(prediction["seconds"] for prediction, _ in sample)
+    text = statistics.mean(len(json.dumps(prediction)) for prediction, _ in sample)
+    written = 4 * text * len(items) + 25_000 * seconds * min(len(items), WORST_CLIPS)  # FLAC in base 64 on the page
+    left = sum(len(items) for path, items in shards.items() if not path.exists())
+    what = f"{len(items):,} windows of " if args.concatenate_audio else ""
+    hours = seconds * len(items) / 3600
+    print(f"input: {args.dataset_name}, {args.dataset_split_name}, {what}{len(clips):,} clips, about {hours:.2f} h")
+    print(f"done: {sum(path.exists() for path in shards)} of {len(shards)} shards")
+    print(f"writes: {args.output_dir}, about {written / 1e6:.1f} MB")
+    print(f"pushes: {f'two rates to the card of {args.model_name_or_path}' if args.push_to_hub else 'nothing'}")
+    print(f"time: {left * each / 60:.1f} min of a thread to read what is left (from a sample of {len(sample)}), and")
+    print(f"      30 s of encoder for each of {left:,} by {args.model_name_or_path}, which depends on the device")
 
 
 def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, float, float, float]:
@@ -682,10 +774,10 @@ def short_names(references: Iterable[str]) -> dict[str, str]:
     return names if len(set(names.values())) == len(names) else {reference: reference for reference in names}
 
 
-def compare(directories: list[str], output_dir: Path) -> int:
+def compare(args: argparse.Namespace) -> int:
     """Print a table of saved evaluations, each with a test against the first on the same clips, and draw it."""
     saved = []
-    for directory in directories:
+    for directory in args.compare:
         found = sorted(Path(directory).rglob("metric.*.json"))
         if not found:
             fail(f"{directory} has no metric.<split>.json: evaluate a model with --output_dir {directory} first")
@@ -702,9 +794,10 @@ def compare(directories: list[str], output_dir: Path) -> int:
     head = ["Model", "Parameters", "Dataset", "Clips", "CER %", "WER %", "CER against the first", "Seconds"]
     lines = [head, ["---"] * len(head)]
     firsts, bars = {}, []
-    for metrics, clips, counts in sorted(saved, key=lambda evaluation: evaluation[0]["dataset"]):
-        model, dataset = models[metrics["model"]], names[metrics["dataset"]]
-        first_clips, first_counts = firsts.setdefault(metrics["dataset"], (clips, counts))
+    for metrics, clips, counts in sorted(saved, key=lambda saved: (saved[0]["dataset"], saved[0]["name"])):
+        kind = metrics["name"].removeprefix(metrics["dataset_split_name"]).replace(".", " ").replace("_", " ")
+        model, dataset = models[metrics["model"]], names[metrics["dataset"]] + kind
+        first_clips, first_counts = firsts.setdefault((metrics["dataset"], metrics["name"]), (clips, counts))
         against = "" if counts is first_counts else "other clips"
         if against and clips == first_clips:
             against = "{:+.2f} ({:+.2f} to {:+.2f}, p = {:.3f})".format(*paired_difference(first_counts, counts))
@@ -714,29 +807,13 @@ def compare(directories: list[str], output_dir: Path) -> int:
         size, seconds = f"{metrics['parameters'] / 1e6:.1f} M", f"{metrics['process_seconds']:.0f}"
         lines.append([model, size, dataset, f"{metrics['clips']:,}", *rates, against, seconds])
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    draw_rates(bars, output_dir / "comparison.png", dpi=150)
+    if not args.dry_run:
+        os.makedirs(args.output_dir, exist_ok=True)
+        draw_rates(bars, Path(args.output_dir) / "comparison.png", dpi=150)
     return 0
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-
-
-def start_tracker(accelerator: Accelerator, args: argparse.Namespace) -> bool:
-    """Whether there is a tracker to report to; one that can't be had is worth one warning."""
-    if args.report_to == "none" or not accelerator.is_main_process:
-        return False
-    try:
-        if args.report_to == "wandb" and "WANDB_MODE" not in os.environ:
-            import wandb
-
-            if not wandb.login(prompt=False):
-                raise RuntimeError("no login: `wandb login`, or WANDB_MODE=offline")
-        accelerator.init_trackers(args.wandb_project, config={name: str(value) for name, value in vars(args).items()})
-    except Exception as error:  # of whatever kind: what watches the work must not end it
-        logger.warning("no tracking by %s: %s", args.report_to, first_line(error))
-        return False
-    return True
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -752,6 +829,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--subfolder", default="", help="folder of the model in its repository")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU if unset, else float32")
     add("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
+    add(
+        "--assistant_model",
+        help="student with the model's own encoder, to draft for it: same texts, one clip at a time",
+    )
     add = parser.add_argument_group("clips").add_argument
     add("--dataset_name", help="builder file, local directory, Hub id, or .csv or .jsonl manifest")
     add("--dataset_config_name", help="configuration; the default one if unset")
@@ -761,6 +842,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--id_column_name", help="column that names clips; their paths or else row numbers if unset")
     add("--max_samples_per_split", type=int, help="rows to take from the start; all if unset")
     add("--skip_long_audio", help="leave out and count clips over 30 s, in place of failing", **flag)
+    add("--long_form", help="take them all the same, by Whisper's sequential decoding with timestamps", **flag)
+    add("--concatenate_audio", help="evaluate windows of several whole clips", **flag)
+    add("--concatenate_seconds", type=float, default=30, help="length of a window; over 30 s with --long_form")
+    add("--seed", type=int, default=0, help="seed of what goes together, and of the silence between")
     add = parser.add_argument_group("generation").add_argument
     add("--language", default="ja", help="language code or name")
     add("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
@@ -779,14 +864,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--push_to_hub", help="write the rates into the model's card on the Hub", **flag)
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
     add("--wandb_project", default="kotoba-whisper-evaluation", help="project of the tracker")
+    add("--dry_run", help="say what would be read, written and pushed, and what is done; change nothing", **flag)
     args = parser.parse_args(argv)
     for name in ("generation_num_beams", "per_device_eval_batch_size", "max_samples_per_split"):
         if (getattr(args, name) or 1) < 1:
             parser.error(f"--{name} must be at least 1")
     if not args.compare and not (args.model_name_or_path and args.dataset_name):
         parser.error("--model_name_or_path and --dataset_name are needed, or --compare")
+    if args.concatenate_audio and not 0 < args.concatenate_seconds <= (30 if not args.long_form else 3600):
+        parser.error(
+            f"--concatenate_seconds {args.concatenate_seconds:g}: Whisper's window is 30 s without --long_form"
+        )
+    if args.assistant_model and args.generation_num_beams > 1:
+        parser.error("--assistant_model goes with greedy decoding only: leave --generation_num_beams out")
+    for name in ("model_name_or_path", "assistant_model", "dataset_name", "output_dir"):
+        setattr(args, name, getattr(args, name) and os.path.expanduser(getattr(args, name)))
     args.language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
     args.scorer = args.scorer or ("kotoba" if args.language == "ja" else "whisper")
+    windows = f".windows_{args.concatenate_seconds:g}" if args.concatenate_audio else ""
+    args.name = args.dataset_split_name + windows + (".long_form" if args.long_form else "")  # of the results' files
     return args
 
 
@@ -811,16 +907,19 @@ def evaluate_model(args: argparse.Namespace) -> int:
         if local_directory(args.model_name_or_path):
             fail(f"--push_to_hub writes into a model's card on the Hub; {args.model_name_or_path} is a local directory")
         try:
-            HfApi().create_repo(args.model_name_or_path, exist_ok=True)
+            HfApi().whoami() if args.dry_run else HfApi().create_repo(args.model_name_or_path, exist_ok=True)
         except (OSError, ValueError) as error:
             fail(f"can't push to {args.model_name_or_path}: {first_line(error)} (see `hf auth whoami`)")
     clips = open_dataset(args)
-    if not len(clips):
-        fail(f"{args.dataset_split_name} of {args.dataset_name} has no rows")
+    items = plan_items(clips, args)
     transcriber = Transcriber(args, accelerator.device)
+    directory = Path(args.output_dir) / f".predictions.{args.name}"
+    record = directory / "settings.json"
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() and not args.overwrite_output_dir else {}
     settings = {
         "model": args.model_name_or_path,
-        "model_digest": transcriber.digest,
+        "model_digest": before.get("model_digest") if args.dry_run else transcriber.load(),
+        "assistant_model": args.assistant_model,
         "dtype": args.dtype,
         "language": args.language,
         "dataset": args.dataset_name,
@@ -828,37 +927,51 @@ def evaluate_model(args: argparse.Namespace) -> int:
         "dataset_split_name": args.dataset_split_name,
         "rows": len(clips),
         "rows_digest": clips_digest(clips),
+        "seed": args.seed if args.concatenate_audio else None,
         **transcriber.flags,
     }
-    directory = Path(args.output_dir) / f".predictions.{args.dataset_split_name}"
-    directory.mkdir(parents=True, exist_ok=True)
-    check_settings(directory / "settings.json", settings, args.overwrite_output_dir)
-    if accelerator.is_main_process:
-        write_text(json.dumps(settings, indent=2, ensure_ascii=False), directory / "settings.json")
-
-    # 2. This process transcribes its part of what is not there yet. Shards depend on the clips and settings alone.
+    for name, value in settings.items():
+        if before and before.get(name) != value:
+            fail(
+                f"{directory} has predictions with {name} {before.get(name)}, this run has {value}: take another "
+                "--output_dir, or replace them with --overwrite_output_dir"
+            )
+    # Shards depend on the clips and settings alone.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    size = min(512, max(64, -(-len(clips) // 64)))
-    starts = range(0, len(clips), size)
-    shards = {
-        range(start, min(start + size, len(clips))): directory / f"{digest}-{index:05d}-of-{len(starts):05d}.jsonl"
-        for index, start in enumerate(starts)
-    }
+    size = LONG_FORM_SHARD if args.long_form else min(512, max(64, -(-len(items) // 64)))
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    shards = {directory / f"{digest}-{index:05d}-of-{len(parts):05d}.jsonl": part for index, part in enumerate(parts)}
+    if args.dry_run:
+        if accelerator.is_main_process:
+            print_plan(clips, shards, transcriber, args)
+        return 0
+    directory.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        write_text(json.dumps(settings, indent=2, ensure_ascii=False), record)
+
+    # 2. This process transcribes its part of what is not there yet.
     mine = itertools.islice(shards.items(), accelerator.process_index, None, accelerator.num_processes)
-    missing = {rows: path for rows, path in mine if not path.exists()}
+    missing = {path: part for path, part in mine if not path.exists()}
     predict(clips, missing, transcriber, args, accelerator.is_main_process)
 
     # 3. The first and last time that processes wait for each other.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for path in set(directory.glob("*.jsonl")) - set(shards.values()):
+        for path in set(directory.glob("*.jsonl")) - set(shards):
             path.unlink()
-        rows, facts = read_predictions(shards.values())
+        rows, facts = read_predictions(shards)
         normalise = text_normaliser(args.scorer, args.language, transcriber.tokenizer.english_spelling_normalizer)
-        metrics = write_results(clips, rows, normalise, settings | facts | {"scorer": args.scorer}, args)
+        facts |= settings | {"name": args.name, "scorer": args.scorer}
+        metrics = write_results(clips, items, rows, normalise, facts, args)
         logger.info("CER %.2f %%, WER %.2f %%; more in %s", metrics["cer"], metrics["wer"], args.output_dir)
-        if start_tracker(accelerator, args):
-            accelerator.log({name: metrics[name] for name in METRICS})
+        if args.report_to != "none":
+            try:
+                accelerator.init_trackers(
+                    args.wandb_project, config={key: str(value) for key, value in vars(args).items()}
+                )
+                accelerator.log({name: metrics[name] for name in METRICS})
+            except Exception as error:  # of whatever kind: what watches the work must not end it
+                logger.warning("no tracking by %s: %s", args.report_to, first_line(error))
         if args.push_to_hub:
             publish(metrics)
     accelerator.end_training()
@@ -868,7 +981,10 @@ def evaluate_model(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return compare(args.compare, Path(args.output_dir)) if args.compare else evaluate_model(args)
+    try:
+        return compare(args) if args.compare else evaluate_model(args)
+    except OSError as error:  # a full disk, a place where nothing may be written
+        fail(f"can't go on with {args.output_dir}: {first_line(error)}; when that is mended, run the same command")
 
 
 if __name__ == "__main__":

@@ -266,13 +266,13 @@ def test_differences_are_marked_and_the_texts_escaped():
 # ------------------------------------------------------------------------------------------------------------ the world
 
 
-def evaluate(teacher, dataset, output_dir, *flags) -> dict:
+def evaluate(teacher, dataset, output_dir, *flags, name: str = "train") -> dict:
     """Run the script on `dataset` (config tiny, split train where it has them); returns the metrics."""
     arguments = ["--model_name_or_path", str(teacher), "--dataset_name", str(dataset), "--output_dir", str(output_dir)]
     columns = ["--dataset_split_name", "train", "--text_column_name", "transcription", "--generation_max_length", "16"]
     config = [] if str(dataset).endswith((".csv", ".jsonl")) else ["--dataset_config_name", "tiny"]
     assert evaluation.main([*arguments, *columns, *config, *flags]) == 0
-    return json.loads((output_dir / "metric.train.json").read_text(encoding="utf-8"))
+    return json.loads((output_dir / f"metric.{name}.json").read_text(encoding="utf-8"))
 
 
 def command(teacher, dataset, output_dir, *flags) -> list[str]:
@@ -283,8 +283,8 @@ def command(teacher, dataset, output_dir, *flags) -> list[str]:
     ]
 
 
-def predictions(output_dir: Path, name: str = "all") -> list[dict]:
-    with open(output_dir / f"{name}_predictions.train.csv", encoding="utf-8", newline="") as file:
+def predictions(output_dir: Path, which: str = "all", name: str = "train") -> list[dict]:
+    with open(output_dir / f"{which}_predictions.{name}.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -1,16 +1,18 @@
-"""Speed of run_short_form_eval.py beside a plain evaluation, and what its scoring takes.
+"""Speed of run_short_form_eval.py beside a plain evaluation, with a draft model, and what its scoring takes.
 
     python -m tests.benchmarks.bench_evaluation
     python -m tests.benchmarks.bench_evaluation --model org/model --clips 500 --rounds 1 --dtype bfloat16
+    python -m tests.benchmarks.bench_evaluation --assistant org/student --clips 16
 
-Three runs take turns on the same clips in one process, after a first batch of each that is not counted. Ours is the
-script's own `predict`, from stored audio to stored predictions. The plain one is what one writes first: log-mels padded
-to 30 s and mapped to the disk, then batches of 4 in the dataset's order. The encoder's own time is that of the same
-log-mels in batches of ours, ready in memory. CPU seconds are of all threads: on a busy machine they are the better
-ones to compare. With whisper-base, which ends its texts by itself as a trained model does.
+Runs take turns on the same clips in one process, after a first batch of each that is not counted. Ours is the
+script's own `predict`, from stored audio to stored predictions. The plain one is what one writes first, with nothing of
+ours: log-mels padded to 30 s and mapped to the disk, which counts, then batches of 4 in the dataset's order. The
+encoder's own time is that of the same windows, ready in memory, the way that ours calls it (on a CPU one by one, which
+is faster than in batches). With whisper-base, which ends its texts by itself as a trained model does.
 """
 
 import argparse
+import io
 import random
 import statistics
 import sys
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import soundfile
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,41 +52,42 @@ def make_clips(number: int, root: Path) -> datasets.Dataset:
     )
 
 
-def ours(clips, transcriber, args, root: Path) -> None:
-    size = 64  # the script's smallest shard
-    shards = {
-        range(start, min(start + size, len(clips))): root / f"{start}.jsonl" for start in range(0, len(clips), size)
-    }
+def ours(clips, transcriber, args, root: Path) -> list[str]:
+    shards = {root / "shard.jsonl": [[row] for row in range(len(clips))]}
     evaluation.predict(clips, shards, transcriber, args, show=False)
+    rows, _ = evaluation.read_predictions(shards)
+    return [row["hypothesis"] for row in rows]
 
 
-def plain(clips, transcriber, args, root: Path) -> None:
+def plain(clips, model, processor, root: Path) -> list[str]:
     def prepare(row: dict) -> dict:
-        waveform = evaluation.load_clip(evaluation.audio_bytes(row["audio"])).waveform
-        return {"input_features": transcriber.extract([waveform])[0].numpy()}
+        waveform, rate = soundfile.read(io.BytesIO(Path(row["audio"]["path"]).read_bytes()), dtype="float32")
+        return {"input_features": processor.feature_extractor(waveform, sampling_rate=rate).input_features[0]}
 
     mapped = clips.map(prepare, remove_columns=clips.column_names, cache_file_name=str(root / "features.arrow"))
-    loader = torch.utils.data.DataLoader(mapped.with_format("torch"), batch_size=PLAIN_BATCH)
     texts = []
-    for batch in loader:
-        texts += transcriber.transcribe(batch["input_features"])
+    for batch in torch.utils.data.DataLoader(mapped.with_format("torch"), batch_size=PLAIN_BATCH):
+        features = batch["input_features"].to(model.device, model.dtype)
+        with torch.inference_mode():
+            tokens = model.generate(features, language="ja", task="transcribe", max_new_tokens=256)
+        texts += processor.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
-def encoder_alone(batches: list[torch.Tensor], transcriber) -> None:
-    model = transcriber.model
+def encoder_alone(windows: torch.Tensor, transcriber) -> None:
     with torch.inference_mode():
-        for features in batches:
-            model.model.encoder(features.to(model.device, model.dtype))
-    if model.device.type == "cuda":
+        for start in range(0, len(windows), 32):
+            transcriber.encode(windows[start : start + 32].to(transcriber.device, transcriber.model.dtype))
+    if transcriber.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def clock(function: Callable, *arguments) -> tuple[float, float]:
-    """Seconds by the wall and of the CPU."""
+def clock(function: Callable) -> tuple[float, float, list[str] | None]:
+    """Seconds by the wall and of the CPU, and what came out."""
     with tempfile.TemporaryDirectory() as root:
         before = time.perf_counter(), time.process_time()
-        function(*arguments, Path(root))
-        return time.perf_counter() - before[0], time.process_time() - before[1]
+        result = function(Path(root))
+        return time.perf_counter() - before[0], time.process_time() - before[1], result
 
 
 def score_saved(number: int) -> float:
@@ -99,9 +103,10 @@ def score_saved(number: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="Whisper; whisper-base if unset")
-    parser.add_argument("--clips", type=int, default=32, help="clips a run")
+    parser.add_argument("--clips", type=int, default=48, help="clips a run")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each")
-    parser.add_argument("--batch_size", type=int, default=32, help="clips of a batch of ours")
+    parser.add_argument("--batch_size", type=int, help="clips of a batch of ours; the script's own choice if unset")
+    parser.add_argument("--assistant", help="student that drafts in one more run of ours")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice if unset")
     options = parser.parse_args(argv)
@@ -110,46 +115,63 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
-    model = options.model or str(whisper_base())
-    args = evaluation.parse_args(
-        [
-            *("--model_name_or_path", model, "--dataset_name", "none", "--dtype", options.dtype),
-            *("--per_device_eval_batch_size", str(options.batch_size)),
-        ]
-    )
-    transcriber = evaluation.Transcriber(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.model or str(whisper_base())
+    flags = ["--model_name_or_path", name, "--dataset_name", "none", "--dtype", options.dtype]
+    flags += ["--per_device_eval_batch_size", str(options.batch_size)] if options.batch_size else []
+
+    def load(*more: str) -> tuple:
+        args = evaluation.parse_args([*flags, *more])
+        transcriber = evaluation.Transcriber(args, device)
+        transcriber.load()
+        return transcriber, args
+
+    transcriber, args = load()
+    model, processor = transcriber.model, transformers.WhisperProcessor.from_pretrained(name)
     with tempfile.TemporaryDirectory() as root:
         clips = make_clips(options.clips, Path(root))
-        waveforms = [clip.waveform for _, clip in evaluation.read_rows(clips, range(len(clips)))]
-        batches = [
-            transcriber.extract(waveforms[start : start + options.batch_size])
-            for start in range(0, len(waveforms), options.batch_size)
-        ]
+        waveforms = [evaluation.read_item(clips, [row], args)[1] for row in range(len(clips))]
+        windows = torch.cat([transcriber.extract([waveform]) for waveform in waveforms])
         runs = {
             "run_short_form_eval.py": lambda root: ours(clips, transcriber, args, root),
-            "plain": lambda root: plain(clips, transcriber, args, root),
-            "encoder alone": lambda root: encoder_alone(batches, transcriber),
+            "plain": lambda root: plain(clips, model, processor, root),
+            "encoder alone": lambda root: encoder_alone(windows, transcriber),
         }
-        encoder_alone([batches[0][:PLAIN_BATCH]], transcriber)
-        transcriber.transcribe(batches[0][:PLAIN_BATCH])
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        if options.assistant:
+            assisted = load("--assistant_model", options.assistant)
+            runs["with the assistant"] = lambda root: ours(clips, *assisted, root)
+            alone = load("--per_device_eval_batch_size", "1")
+            runs["in batches of 1"] = lambda root: ours(clips, *alone, root)
+        warm = clips.select(range(PLAIN_BATCH))
+        for function in (lambda root: ours(warm, transcriber, args, root), lambda r: plain(warm, model, processor, r)):
+            clock(function)
+        times: dict[str, list[tuple]] = {name: [] for name in runs}
         for _ in range(options.rounds):
-            for name, function in runs.items():
-                times[name].append(clock(function))
+            for run, function in runs.items():
+                times[run].append(clock(function))
 
     first = next(iter(times))
-    print(f"{Path(model).name}, {options.dtype}, {len(clips)} clips, {torch.get_num_threads()} threads\n")
-    print(
-        "| | clips/s | wall s | CPU s | wall, ours / it | CPU, ours / it |\n| --- | ---: | ---: | ---: | ---: | ---: |"
-    )
-    for name, taken in times.items():
-        wall, cpu = (statistics.median(run[kind] for run in taken) for kind in (0, 1))
+    seconds = sum(map(len, waveforms)) / evaluation.SAMPLING_RATE
+    print(f"{Path(name).name}, {options.dtype}, {len(clips)} clips of {seconds / len(clips):.1f} s, ", end="")
+    print(f"{torch.get_num_threads()} threads, batches of {args.per_device_eval_batch_size}\n")
+    print("| | clips/s | wall s | CPU s | wall, it / ours | CPU, it / ours | same texts as ours |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for run, taken in times.items():
+        wall, cpu = (statistics.median(turn[kind] for turn in taken) for kind in (0, 1))
         ratios = [
-            statistics.median(mine[kind] / other[kind] for mine, other in zip(times[first], taken, strict=True))
+            statistics.median(other[kind] / mine[kind] for mine, other in zip(times[first], taken, strict=True))
             for kind in (0, 1)
         ]
-        print(f"| {name} | {len(clips) / wall:.2f} | {wall:.1f} | {cpu:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
-    print(f"\n10,000 predictions scored, with intervals: {score_saved(10_000):.1f} s of CPU time")
+        texts, mine = taken[0][2], times[first][0][2]
+        same = "" if texts is None else sum(map(str.__eq__, texts, mine))
+        print(
+            f"| {run} | {len(clips) / wall:.2f} | {wall:.1f} | {cpu:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {same} |"
+        )
+    ratio = statistics.median(
+        mine[0] / encoder[0] for mine, encoder in zip(times[first], times["encoder alone"], strict=True)
+    )
+    print(f"\nours / encoder alone, wall: {ratio:.2f}")
+    print(f"10,000 predictions scored, with intervals: {score_saved(10_000):.1f} s of CPU time")
     return 0
 
 
