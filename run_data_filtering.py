@@ -8,6 +8,12 @@ is there (`.cer_10.0` with `--cer_threshold 10`):
     <dataset>.wer_10.0             audio, text, whisper_transcript, labels, input_length (samples at 16 kHz), wer, cer
     <dataset>.wer_10.0.vectorized  input_features, labels, input_length
 
+and with --concatenate_audio, instead of the second, windows of several whole clips each, to train or evaluate on:
+
+    <dataset>.wer_10.0.packed      audio, text, whisper_transcript, labels, input_length, clips (rows of the labelled
+                                   dataset) and clip_starts (seconds)
+    <dataset>.wer_10.0.packed.vectorized
+
 `input_features` is binary: float16, little-endian, [frames, mels] in C order, only the frames that the clip fills and
 the first padded one. `np.frombuffer(value, "<f2").reshape(-1, mels)`, its last frame repeated up to 3,000, is what
 `WhisperFeatureExtractor` gives. A clip is dropped when its score, in per cent of Whisper-normalised text, is more than
@@ -34,18 +40,18 @@ import os
 import pickle
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import pairwise
@@ -61,9 +67,9 @@ import soundfile
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import Audio, Features, List, Value, load_dataset_builder
+from datasets import Audio, DownloadManager, Features, List, Value, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import HfApi, metadata_load, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, metadata_load, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
@@ -76,11 +82,14 @@ logger = logging.getLogger(__name__)
 
 SAMPLING_RATE = 16_000  # Whisper's
 HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200 samples to either side of its centre
-TIMESTAMP_STEP = 0.02  # seconds from one timestamp token to the next
+STEP = 320  # samples from one timestamp token to the next: 0.02 s
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces: none counts in the CER
 OTHER_THRESHOLDS = (0, 5, 10, 15, 20, 30, 40, 80, 100)  # per cent; in the report
 LENGTHS = (1, 8, 16, 32, 64, 128)  # characters; where the report's classes of reference length begin
+CLIP_LABEL, WINDOW_LABEL = 128, 256  # tokens; the longest label, where --max_label_length is not given
+PACKED_ROWS = 1000  # rows of the input, at least, that are packed together: fewer fill windows less well
+SAMPLE = 64  # rows that a dry run works on
 HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
 # Scores that the labeller can leave in columns: flag, column, and the reason given for a drop.
 SCORE_COLUMNS = {
@@ -96,28 +105,30 @@ UNUSABLE = (
 LIMITS = ("shorter than the minimum", "longer than the maximum", "label too long", "label repeats itself")
 SCORE, KEPT = "score over the threshold", "kept"
 REASONS = (*UNUSABLE, *LIMITS, *(reason for _, reason in SCORE_COLUMNS.values()), SCORE, KEPT)
-# What takes long to import, for the server that the workers are forked from.
-PRELOAD = [
-    "accelerate",
-    "datasets",
-    "jiwer",
-    "librosa",
-    "matplotlib.figure",
-    "transformers.models.auto.tokenization_auto",
-]
-# Arguments that change the data, and those settings on which scores, lengths and features depend.
+# Arguments that change the data, those that change the windows, and settings on which scores and features depend.
 DATA_ARGUMENTS = (
-    *("split", "text_column_name", "audio_column_name", "task", "shard_size", "seed", "max_label_length"),
+    *("split", "text_column_name", "audio_column_name", "speaker_id_column_name", "task", "shard_size", "seed"),
     *("min_duration_in_seconds", "max_duration_in_seconds", "max_ngram_repeats", *SCORE_COLUMNS),
     *("timestamp_probability", "condition_on_prev_probability"),
 )
+WINDOW_ARGUMENTS = ("concatenate_seconds", "concatenate_gap_seconds", "concatenate_probability")
 REUSE_SETTINGS = (
     *("dataset", "split", "text_column_name", "audio_column_name", "task", "language", "shard_size"),
     *("tokenizer", "feature_extractor"),
 )
-CARD = {
-    "": "Clips whose teacher label agrees with the reference, to train a student on. `labels` is the decoder sequence, "
-    "`input_length` the samples at 16 kHz; `wer` and `cer` compare normalised texts, in per cent.",
+COLUMNS = {
+    "audio": Audio(sampling_rate=SAMPLING_RATE, decode=False),
+    "text": Value("string"),
+    "whisper_transcript": List(Value("int32")),
+    "labels": List(Value("int32")),
+    "input_length": Value("int32"),
+}
+AUDIO_CARD = "`labels` is the decoder sequence, `input_length` the samples at 16 kHz. "
+CARDS = {
+    "": f"Clips whose teacher label agrees with the reference, to train a student on. {AUDIO_CARD}"
+    "`wer` and `cer` compare normalised texts, in per cent.",
+    ".packed": f"Windows of several whole clips with silence between them, to train a student on. {AUDIO_CARD}"
+    "`clips` are rows of the labelled dataset, `clip_starts` where they begin in the window, in seconds.",
     ".vectorized": "Log-mel features and labels for training. `input_features` is binary: little-endian float16, "
     '`[frames, mels]`, read with `np.frombuffer(value, "<f2").reshape(-1, mels)`. Repeat the last frame up to 3,000.',
 }
@@ -197,7 +208,7 @@ def label_body(label: list[int] | str | None, tokenizer: Any, tokens: Tokens) ->
         added, body = tokenizer.get_added_vocab(), []
         for piece in re.split(r"(<\|[^<>|]*\|>)", label):
             if timestamp := re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece):
-                body.append(tokens.no_timestamps + 1 + round(float(timestamp[1]) / TIMESTAMP_STEP))
+                body.append(tokens.no_timestamps + 1 + round(float(timestamp[1]) * SAMPLING_RATE / STEP))
             elif piece and piece not in added:
                 body += tokenizer(piece, add_special_tokens=False).input_ids
         label = [*tokens.prefix, *body, tokens.end]
@@ -221,8 +232,10 @@ def text_ids(body: list[int], tokens: Tokens) -> list[int]:
     return [token for token in body if token <= tokens.no_timestamps]
 
 
-def build_label(body: list[int], previous: list[int], row: int, tokens: Tokens, settings: dict) -> list[int]:
-    """Decoder sequence to train on: perhaps a prompt, the prefix, text with or without timestamps, the end.
+def build_label(
+    body: list[int], text: list[int], previous: list[int], row: int | str, tokens: Tokens, settings: dict
+) -> list[int]:
+    """Decoder sequence to train on: perhaps a prompt, the prefix, `body` or without its timestamps `text`, the end.
 
     What is drawn depends on the seed and the row alone. A prompt is the end of the text before: at most half of the
     decoder's positions, as Whisper has it, and no more than `max_label_length` leaves room for.
@@ -230,8 +243,7 @@ def build_label(body: list[int], previous: list[int], row: int, tokens: Tokens, 
     draw = random.Random(f"{settings['seed']}, {row}")
     keep_timestamps = draw.random() < settings["timestamp_probability"]
     add_prompt = draw.random() < settings["condition_on_prev_probability"]
-    text = text_ids(body, tokens)
-    if keep_timestamps and len(text) < len(body):
+    if keep_timestamps and len(body) > len(text_ids(body, tokens)):
         label = [*tokens.prefix, *body, tokens.end]
     else:
         label = [*tokens.prefix, tokens.no_timestamps, *text, tokens.end]
@@ -307,6 +319,111 @@ def vectorize(audio: list[bytes], samples: list[int], extractor: Any, batch_size
     return stored
 
 
+# ---- windows of several clips ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Window:
+    """Whole clips that are heard one after the other, and the steps of 0.02 s in which they start."""
+
+    alone: bool  # holds one clip, which was drawn to stay alone
+    clips: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    steps: int = 0  # taken by clips and silences
+    tokens: int = 0
+
+
+def fill_windows(
+    rows: list[int], samples: list[int], tokens: list[int], speakers: list, settings: dict
+) -> list[Window]:
+    """Put every clip into one window; `rows` number the clips, `tokens` is what each takes of a label.
+
+    In an order drawn by the seed, each clip goes into the fullest window of its speaker that has room for it, so that
+    windows fill well but long clips are heard with short ones, as they would not be if sorted by length. The order in a
+    window is drawn too. What is drawn for a clip depends on the seed and its row alone.
+    """
+    steps = [math.ceil(count / STEP) for count in samples]
+    capacity, longest_gap = (
+        int(settings[name] * SAMPLING_RATE / STEP + 1e-6) for name in ("concatenate_seconds", "concatenate_gap_seconds")
+    )
+    draws = [random.Random(f"{settings['seed']}, window, {row}") for row in rows]
+    order, place, share = ([draw.random() for draw in draws] for _ in range(3))
+    gaps = [draw.randint(0, longest_gap) for draw in draws]
+    windows, of_speaker = [], defaultdict(list)
+    for clip in sorted(range(len(rows)), key=order.__getitem__):
+        need = steps[clip] + gaps[clip]
+        alone = share[clip] >= settings["concatenate_probability"] or speakers[clip] is None
+        room = [
+            window
+            for window in of_speaker[speakers[clip]]
+            if not (alone or window.alone)
+            and window.steps + need <= capacity
+            and window.tokens + tokens[clip] <= settings["max_label_length"]
+        ]
+        if not room:
+            room = [Window(alone)]
+            windows += room
+            of_speaker[speakers[clip]] += room
+        window = max(room, key=lambda window: window.steps)
+        window.clips.append(clip)
+        window.steps += need
+        window.tokens += tokens[clip]
+    for window in windows:
+        window.clips.sort(key=place.__getitem__)
+        end = -gaps[window.clips[0]]
+        for clip in window.clips:
+            window.starts.append(end + gaps[clip])
+            end = window.starts[-1] + steps[clip]
+    return windows
+
+
+def place_body(body: list[int], start: int, samples: int, tokens: Tokens) -> list[int]:
+    """The body of a clip's label on the clock of the window in whose step `start` it begins.
+
+    The clip's own timestamps are shifted and kept within it. Where its text has none before or behind it, that is the
+    clip's start or end. A label without text stays out: Whisper has timestamps in pairs, with text between.
+    """
+    zero, end = tokens.no_timestamps + 1, start + round(samples / STEP)
+    text = [place for place, token in enumerate(body) if token < zero]
+    if not text:
+        return []
+    before, after = [zero, *body[: text[0]]][-1], [*body[text[-1] + 1 :], zero + TIMESTAMPS][0]
+    timed = [before, *body[text[0] : text[-1] + 1], after]
+    return [token if token < zero else zero + min(token - zero + start, end) for token in timed]
+
+
+def join_texts(texts: list[str], language: str) -> str:
+    """Texts one after the other, as the language writes them."""
+    return ("" if language in UNSPACED else " ").join(text.strip() for text in texts if text.strip())
+
+
+def join_ids(parts: list[list[int]], language: str, limit: int, tokenizer: Any, tokens: Tokens) -> list[int]:
+    """Ids of texts one after the other: those that the tokenizer gives for the joined text.
+
+    Where it can't (half a character, the spelling of a special token, more than `limit` ids), the texts' own ids.
+    """
+    texts = tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
+    joined = " " * texts[0].startswith(" ") + join_texts(texts, language)
+    ids = tokenizer(joined, add_special_tokens=False).input_ids
+    if len(parts) > 1 and "\ufffd" not in joined and len(ids) <= limit and max(ids, default=0) < tokens.end:
+        return ids
+    space = [] if language in UNSPACED else tokenizer(" ", add_special_tokens=False).input_ids
+    joined = []
+    for part, text in zip(parts, texts, strict=True):
+        joined += [*(space if joined and not text.startswith(" ") else []), *part]
+    return joined
+
+
+def join_audio(waveforms: list[np.ndarray], starts: list[int]) -> bytes:
+    """FLAC of waveforms that start in these steps, silence between them. Loses nothing of what had 16 bits."""
+    samples = np.zeros(starts[-1] * STEP + len(waveforms[-1]), np.int16)
+    for waveform, start in zip(waveforms, starts, strict=True):
+        samples[start * STEP :][: len(waveform)] = np.clip(np.rint(waveform * 32768), -32768, 32767)
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +432,9 @@ class Job:
     """What a worker needs to know; it travels to each of them once."""
 
     settings: dict
-    groups: list[tuple[int, int, Path, int]]  # row groups of the input: first row, row after the last, file, number
-    columns: dict[str, str]  # of the input, by role: audio, text, label, and where needed name and the teacher's scores
+    windows: dict | None  # the settings of windows; None: no windows
+    groups: list[tuple[int, int, str, int]]  # row groups of the input: first row, row after the last, file, number
+    columns: dict[str, str]  # of the input, by role: audio, text, label, and where needed name, speaker and scores
     tokenizer: Any
     tokens: Tokens
     extractor: WhisperFeatureExtractor | None  # None: only filter
@@ -324,45 +442,64 @@ class Job:
     cut: Path  # the filtered dataset
     earlier: list[Path]  # the same dataset filtered at other thresholds
 
-    def outputs(self) -> list[Path]:
-        return [self.cut, vectorized(self.cut)] if self.extractor else [self.cut]
+    def outputs(self) -> dict[Path, dict]:
+        """Directories and their settings."""
+        outputs = {self.cut: self.settings} | ({add_suffix(self.cut, "packed"): self.windows} if self.windows else {})
+        last = list(outputs)[-1]
+        return outputs | ({add_suffix(last, "vectorized"): outputs[last]} if self.extractor else {})
 
-    def shards(self) -> range:
-        return range(math.ceil(self.groups[-1][1] / self.settings["shard_size"]))
+    def steps(self) -> list[tuple[Callable, list[Path]]]:
+        """What is done in turn, and the directories that it fills."""
+        first, *others = self.outputs()
+        return [(filter_shard, [first]), (pack_shard, others)] if self.windows else [(filter_shard, [first, *others])]
+
+    def shards(self, directory: Path) -> range:
+        rows = self.outputs().get(directory, self.settings)["shard_size"]  # of the input, that make a shard
+        return range(math.ceil(self.groups[-1][1] / rows))
 
     def path(self, directory: Path, shard: int) -> Path:
-        split = self.settings["split"]
-        return directory / self.settings["config"] / f"{split}-{shard:05d}-of-{len(self.shards()):05d}.parquet"
+        name = f"{self.settings['split']}-{shard:05d}-of-{len(self.shards(directory)):05d}.parquet"
+        return directory / self.settings["config"] / name
 
-    def missing(self) -> list[int]:
-        return [i for i in self.shards() if not all(self.path(directory, i).exists() for directory in self.outputs())]
+    def paths(self, directory: Path) -> list[Path]:
+        return [self.path(directory, shard) for shard in self.shards(directory)]
+
+    def missing(self, directories: list[Path]) -> list[int]:
+        shards = zip(*map(self.paths, directories), strict=True)
+        return [number for number, paths in enumerate(shards) if not all(path.exists() for path in paths)]
+
+    def record(self, directory: Path) -> Path:
+        return directory / f"filtering.{self.settings['config']}.{self.settings['split']}.json"
 
 
-def vectorized(cut: Path) -> Path:
-    return cut.with_name(f"{cut.name}.vectorized")
+def add_suffix(directory: Path, suffix: str) -> Path:
+    return directory.with_name(f"{directory.name}.{suffix}")
 
 
-def find_groups(paths: list[Path]) -> tuple[list[tuple[int, int, Path, int]], str]:
+def open_parquet(path: str) -> pq.ParquetFile:
+    """A parquet file on this machine, or on the Hub (`hf://…`)."""
+    return pq.ParquetFile(HfFileSystem().open(path) if path.startswith("hf://") else path)
+
+
+def find_groups(paths: list[str]) -> tuple[list[tuple[int, int, str, int]], str]:
     """The row groups of parquet files, and an identity of the files from their footers, which hold sizes and minima."""
-    groups, rows, identity = [], 0, hashlib.sha256()
+    groups, rows, footers = [], 0, io.BytesIO()
     for path in paths:
-        with open(path, "rb") as file:
-            metadata = pq.read_metadata(file)
-            file.seek(-8 - metadata.serialized_size, os.SEEK_END)
-            identity.update(file.read())
+        metadata = open_parquet(path).metadata
+        metadata.write_metadata_file(footers)
         for number in range(metadata.num_row_groups):
             groups.append((rows, rows + metadata.row_group(number).num_rows, path, number))
             rows = groups[-1][1]
-    return groups, identity.hexdigest()[:16]
+    return groups, hashlib.sha256(footers.getvalue()).hexdigest()[:16]
 
 
-def read_rows(groups: list[tuple[int, int, Path, int]], start: int, stop: int, columns: list[str]) -> pa.Table:
+def read_rows(groups: list[tuple[int, int, str, int]], start: int, stop: int, columns: list[str]) -> pa.Table:
     """Rows `start` to `stop` of the input, or to its end."""
     tables = []
     for first, last, path, number in groups[bisect_right(groups, start, key=lambda group: group[1]) :]:
         if first >= stop:
             break
-        table = pq.ParquetFile(path).read_row_group(number, columns)
+        table = open_parquet(path).read_row_group(number, columns)
         tables.append(table.slice(max(start - first, 0), min(stop, last) - max(start, first)))
     return pa.concat_tables(tables)
 
@@ -384,27 +521,35 @@ def write_shard(table: pa.Table, path: Path) -> None:
     os.replace(partial, path)
 
 
+def make_table(rows: list[dict], types: dict, facts: dict) -> pa.Table:
+    """Columns of these types, with facts for `read_facts`."""
+    schema = Features(types).arrow_schema
+    schema = schema.with_metadata({**schema.metadata, b"kotoba": json.dumps(facts, ensure_ascii=False).encode()})
+    return pa.Table.from_pylist(rows, schema)
+
+
 def read_facts(path: Path) -> dict:
-    """What a shard knows of every row of its input, kept or not."""
+    """What a shard knows of every row of its input, kept or not, or of its windows."""
     return json.loads(pq.read_schema(path).metadata[b"kotoba"])
 
 
-def read_labels(job: Job, start: int, stored: list) -> list[tuple[list[int], list[int], str | None]]:
-    """Of each row from `start` on: the ids of its text, the label to train on, and why it can't be used, or None."""
-    found, previous, row = [], [], start
-    while not previous and row > 0:  # the nearest row before whose label says something, in whichever shard
-        row -= 1
-        with suppress(Unusable):
-            label = read_rows(job.groups, row, row + 1, [job.columns["label"]])[0][0].as_py()
-            previous = text_ids(label_body(label, job.tokenizer, job.tokens), job.tokens)
-    for row, label in enumerate(stored, start):
+def read_labels(job: Job, start: int, stop: int) -> list[tuple[list[int], list[int], str | None]]:
+    """Of each row: the ids of its text, the label to train on, and why it can't be used, or None.
+
+    A prompt is the text of the row before, where that can be used.
+    """
+    found, previous, first = [], [], max(start - 1, 0)
+    stored = read_rows(job.groups, first, stop, [job.columns["label"]])[0].to_pylist()
+    for row, label in enumerate(stored, first):
         try:
             body = label_body(label, job.tokenizer, job.tokens)
-            found.append((text_ids(body, job.tokens), build_label(body, previous, row, job.tokens, job.settings), None))
-            previous = found[-1][0] or previous
+            text = text_ids(body, job.tokens)
+            found.append((text, build_label(body, text, previous, row, job.tokens, job.settings), None))
+            previous = text
         except Unusable as problem:
             found.append(([], [], str(problem)))
-    return found
+            previous = []
+    return found[start - first :]
 
 
 def reason_of(row: dict, settings: dict) -> str:
@@ -426,74 +571,65 @@ def reason_of(row: dict, settings: dict) -> str:
     return next((reason for reason, holds in tests.items() if holds), KEPT)
 
 
-def judge_rows(job: Job, shard: int, table: pa.Table, earlier: dict[Path, dict]) -> tuple[list[dict], dict[int, dict]]:
+def judge_rows(job: Job, start: int, table: pa.Table, facts: dict | None) -> tuple[list[dict], dict[int, dict]]:
     """Everything known of each row of a shard, and the audio that had to be read for it.
 
-    Scores and lengths come from an earlier cut of the dataset if there is one: it knows them of all rows.
+    Scores and lengths come from the facts of an earlier cut of the dataset if there is one: it knows them of all rows.
     """
     settings, columns = job.settings, job.columns
-    start = shard * settings["shard_size"]
     spelling = job.tokenizer.english_spelling_normalizer or {}
     normalize = EnglishTextNormalizer(spelling) if settings["language"] == "en" else BasicTextNormalizer()
-    stored = table[columns["label"]].to_pylist()
-    labels = read_labels(job, start, stored)
+    labels = read_labels(job, start, start + len(table))
     hypotheses = job.tokenizer.batch_decode([ids for ids, _, _ in labels])
-    names = table["name"].to_pylist() if "name" in columns else [f"row {start + row}" for row in range(len(table))]
-    rows = []
-    for row, (_, label, problem) in enumerate(labels):
-        text = table[columns["text"]][row].as_py()
-        prompt = label.index(job.tokens.prefix[0]) if label else 0
-        known = {"name": names[row], "text": text, "whisper_transcript": stored[row], "labels": label}
-        known |= {column: table[column][row].as_py() for column, _ in SCORE_COLUMNS.values() if column in columns}
-        known |= {"reference": normalize(text or "").strip(), "hypothesis": normalize(hypotheses[row]).strip()}
-        rows.append({**known, "problem": problem, "label_length": len(label) - prompt})
-    audio = {}
-    if earlier:
-        facts = next(iter(earlier.values()))
-        lengths, counts = facts["input_length"], facts["counts"]
-    else:
+    audio, rows = {}, []
+    if not facts:
         audio = read_rows(job.groups, start, start + len(table), [columns["audio"]])
         audio = pick_audio(audio, {row: row for row in range(len(audio))})
-        lengths = [count_samples(clip["bytes"]) for clip in audio.values()]
-        spaced = settings["language"] not in UNSPACED
-        counts = [
-            error_counts(row["reference"], row["hypothesis"], spaced)
-            if row["reference"] and not row["problem"]
-            else [0] * 4
-            for row in rows
-        ]
-    for row, samples, errors in zip(rows, lengths, counts, strict=True):
-        row |= {"input_length": samples, "counts": errors, "wer": percent(*errors[:2]), "cer": percent(*errors[2:])}
-        row["reason"] = reason_of(row, settings)
+    for row, (stored, (_, label, problem)) in enumerate(zip(table.to_pylist(), labels, strict=True)):
+        text, speaker = stored[columns["text"]], stored.get(columns.get("speaker"))
+        known = {"name": stored.get("name", f"row {start + row}"), "text": text, "labels": label, "problem": problem}
+        known |= {"whisper_transcript": stored[columns["label"]], "speaker": speaker and str(speaker)}
+        known |= {column: stored.get(column) for column, _ in SCORE_COLUMNS.values()}
+        known |= {"reference": normalize(text or "").strip(), "hypothesis": normalize(hypotheses[row]).strip()}
+        known["label_length"] = len(label) - (label.index(job.tokens.prefix[0]) if label else 0)  # without a prompt
+        if facts:
+            samples, counts = facts["input_length"][row], facts["counts"][row]
+        else:
+            samples, counts = count_samples(audio[row]["bytes"]), [0] * 4
+            if known["reference"] and not problem:
+                counts = error_counts(known["reference"], known["hypothesis"], settings["language"] not in UNSPACED)
+        known |= {"input_length": samples, "counts": counts, "wer": percent(*counts[:2]), "cer": percent(*counts[2:])}
+        rows.append(known | {"reason": reason_of(known, settings)})
     return rows, audio
 
 
 def cut_shard(job: Job, shard: int) -> tuple[pa.Table, list[bytes]]:
     """The rows of a shard that are kept, with the facts on all of its rows, and the features of those kept."""
-    columns = job.columns
+    columns, extractor = job.columns, None if job.windows else job.extractor
     start, stop = shard * job.settings["shard_size"], (shard + 1) * job.settings["shard_size"]
     table = read_rows(job.groups, start, stop, [name for role, name in columns.items() if role != "audio"])
     source = digest(table.select([columns["text"], columns["label"]]).to_pydict())
-    earlier = {cut: read_facts(job.path(cut, shard)) for cut in job.earlier if job.path(cut, shard).exists()}
+    paths = {cut: job.path(cut, shard) for cut in job.earlier}
+    earlier = {cut: read_facts(path) for cut, path in paths.items() if path.exists()}
     earlier = {cut: facts for cut, facts in earlier.items() if facts["source"] == source}
-    rows, audio = judge_rows(job, shard, table, earlier)
+    rows, audio = judge_rows(job, start, table, next(iter(earlier.values()), None))
     kept = [row for row, known in enumerate(rows) if known["reason"] == KEPT]
 
     # Audio and features: from the earlier cut that shares most of what is kept, the rest from the input.
     features: dict[int, bytes | None] = {}
     if cut := max(earlier, key=lambda cut: len(set(kept).intersection(earlier[cut]["kept"])), default=None):
         places = {row: place for place, row in enumerate(earlier[cut]["kept"]) if rows[row]["reason"] == KEPT}
-        audio = pick_audio(pq.read_table(job.path(cut, shard), columns=["audio"]), places)
-        if not job.extractor:
+        audio = pick_audio(pq.read_table(paths[cut], columns=["audio"]), places)
+        if not extractor:
             features = dict.fromkeys(places, b"")
-        elif (path := job.path(vectorized(cut), shard)).exists():
+        elif (path := job.path(add_suffix(cut, "vectorized"), shard)).exists():
             column = pq.read_table(path, columns=["input_features"])[0]
             features = {row: column[place].as_py() for row, place in places.items()}
     if not audio.keys() >= set(kept):
         audio = pick_audio(read_rows(job.groups, start, stop, [columns["audio"]]), {row: row for row in kept})
     new = [row for row in kept if row not in features]
     clips = [audio[row]["bytes"] for row in new], [rows[row]["input_length"] for row in new]
-    features |= dict(zip(new, vectorize(*clips, job.extractor, job.batch_size), strict=True))
+    features |= dict(zip(new, vectorize(*clips, extractor, job.batch_size), strict=True))
     for row in kept:
         rows[row] |= {"audio": audio[row], "reason": "undecodable audio" if features[row] is None else KEPT}
     kept = [row for row in kept if rows[row]["reason"] == KEPT]
@@ -507,38 +643,83 @@ def cut_shard(job: Job, shard: int) -> tuple[pa.Table, list[bytes]]:
         "unusable": [(row["reason"], row["name"]) for row in rows if row["reason"] in UNUSABLE],
         "worst": [{key: row[key] for key in ("name", "reference", "hypothesis", "wer", "cer")} for row in dropped[:5]],
     }
-    text_label = pa.types.is_string(table[columns["label"]].type)
-    types = {
-        "audio": Audio(sampling_rate=SAMPLING_RATE, decode=False),
-        "text": Value("string"),
-        "whisper_transcript": Value("string") if text_label else List(Value("int32")),
-        "labels": List(Value("int32")),
-        "input_length": Value("int32"),
-        "wer": Value("float64"),
-        "cer": Value("float64"),
-    }
-    schema = Features(types).arrow_schema
-    schema = schema.with_metadata({**schema.metadata, b"kotoba": json.dumps(facts, ensure_ascii=False).encode()})
-    arrays = [pa.array([rows[row][field.name] for row in kept], field.type) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema), [features[row] for row in kept]
+    types = COLUMNS | {"wer": Value("float64"), "cer": Value("float64")}
+    if pa.types.is_string(table[columns["label"]].type):
+        types["whisper_transcript"] = Value("string")
+    if "speaker" in columns:
+        types["speaker"] = Value("string")
+    return make_table([rows[row] for row in kept], types, facts), [features[row] for row in kept]
+
+
+def make_windows(job: Job, shard: int) -> pa.Table:
+    """The clips of some filtered shards in windows, and as facts of each: left alone, clips, samples, label length."""
+    settings, tokens, size = job.windows, job.tokens, job.settings["shard_size"]
+    numbers = job.shards(job.cut)[shard * settings["shard_size"] // size : (shard + 1) * settings["shard_size"] // size]
+    paths = {number: job.path(job.cut, number) for number in numbers}
+    rows = [number * size + row for number, path in paths.items() for row in read_facts(path)["kept"]]
+    clips = pa.concat_tables(map(pq.read_table, paths.values()))
+    samples, texts = clips["input_length"].to_pylist(), clips["text"].to_pylist()
+    speakers = clips["speaker"].to_pylist() if settings["speaker_id_column_name"] else [""] * len(rows)
+    bodies = [label_body(label, job.tokenizer, tokens) for label in clips["whisper_transcript"].to_pylist()]
+    counts = [len(place_body(body, 0, 0, tokens)) for body in bodies]
+    limit = settings["max_label_length"] - len(tokens.prefix) - 2  # <|notimestamps|>, <|endoftext|>
+    windows, facts, previous = [], [], []
+    for window in fill_windows(rows, samples, counts, speakers, settings | {"max_label_length": limit}):
+        body, waveforms, lengths = [], [], [samples[clip] for clip in window.clips]
+        for clip, start in zip(window.clips, window.starts, strict=True):
+            body += place_body(bodies[clip], start, samples[clip], tokens)
+            waveforms.append(decode(clips["audio"][clip]["bytes"].as_py(), samples[clip]))
+        parts = [text_ids(bodies[clip], tokens) for clip in window.clips]
+        text = join_ids(parts, settings["language"], limit, job.tokenizer, tokens)
+        label = build_label(body, text, previous, f"window {rows[window.clips[0]]}", tokens, settings)
+        previous = text or previous
+        window_row = {
+            "audio": {"bytes": join_audio(waveforms, window.starts), "path": None},
+            "text": join_texts([texts[clip] for clip in window.clips], settings["language"]),
+            "whisper_transcript": [*tokens.prefix, *body, tokens.end],
+            "labels": label,
+            "input_length": window.starts[-1] * STEP + lengths[-1],
+            "clips": [rows[clip] for clip in window.clips],
+            "clip_starts": [round(start * STEP / SAMPLING_RATE, 2) for start in window.starts],
+        }
+        windows.append(window_row)
+        facts.append([window.alone, len(lengths), sum(lengths), len(label)])
+    types = COLUMNS | {"clips": List(Value("int32")), "clip_starts": List(Value("float64"))}
+    return make_table(windows, types, {"windows": facts})
+
+
+def vectorize_shard(job: Job, directory: Path, shard: int, features: list[bytes] | None = None) -> None:
+    """Write the features of a shard of this directory, unless they are there or not wanted."""
+    path = job.path(add_suffix(directory, "vectorized"), shard)
+    if not job.extractor or path.exists():
+        return
+    columns = ["labels", "input_length", *(["audio"] if features is None else [])]
+    table = pq.read_table(job.path(directory, shard), columns=columns)
+    if features is None:
+        audio = [clip["bytes"].as_py() for clip in table["audio"]]
+        features = vectorize(audio, table["input_length"].to_pylist(), job.extractor, job.batch_size)
+    types = {"input_features": Value("binary"), "labels": List(Value("int32")), "input_length": Value("int32")}
+    columns = [pa.array(features, pa.binary()), table["labels"], table["input_length"]]
+    write_shard(pa.Table.from_arrays(columns, schema=Features(types).arrow_schema), path)
 
 
 def filter_shard(job: Job, shard: int) -> None:
-    """Write what is missing of a shard."""
+    """Write what is missing of a filtered shard, and unless there shall be windows of its features."""
     path, features = job.path(job.cut, shard), None
-    if path.exists():
-        table = pq.read_table(path)
-    else:
+    if not path.exists():
         table, features = cut_shard(job, shard)
         write_shard(table, path)
-    path = job.path(vectorized(job.cut), shard)
-    if job.extractor and not path.exists():
-        if features is None:
-            audio = [clip["bytes"].as_py() for clip in table["audio"]]
-            features = vectorize(audio, table["input_length"].to_pylist(), job.extractor, job.batch_size)
-        types = {"input_features": Value("binary"), "labels": List(Value("int32")), "input_length": Value("int32")}
-        columns = [pa.array(features, pa.binary()), table["labels"], table["input_length"]]
-        write_shard(pa.Table.from_arrays(columns, schema=Features(types).arrow_schema), path)
+    if not job.windows:
+        vectorize_shard(job, job.cut, shard, features)
+
+
+def pack_shard(job: Job, shard: int) -> None:
+    """Write what is missing of a shard of windows, whose clips are filtered, and of its features."""
+    directory = add_suffix(job.cut, "packed")
+    path = job.path(directory, shard)
+    if not path.exists():
+        write_shard(make_windows(job, shard), path)
+    vectorize_shard(job, directory, shard)
 
 
 JOB: Job | None = None  # of this worker
@@ -554,33 +735,32 @@ def start_worker(path: str) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # don't outlive a killed parent
 
 
-def work(shard: int) -> None:
-    filter_shard(JOB, shard)
+def work(step: Callable, shard: int) -> None:
+    step(JOB, shard)
 
 
-def filter_shards(job: Job, shards: list[int], workers: int, show: bool) -> None:
+def run_step(job: Job, step: Callable, shards: list[int], workers: int, show: bool) -> None:
     """Write the shards, each of which is on the disk when the bar counts it."""
-    if not shards:
-        return
-    bar = tqdm(total=len(shards), desc="filtering", unit="shard", disable=not show)
+    bar = tqdm(total=len(shards), desc=step.__name__, unit="shard", disable=not show)
     if min(workers, len(shards)) <= 1:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in the workers
         for shard in shards:
-            filter_shard(job, shard)
+            step(job, shard)
             bar.update()
         torch.set_num_threads(threads)
         return
     # Workers are forked from a server that has the libraries and no threads: forked from here, where there are threads,
     # they would deadlock in the extractor, and spawned ones would each import it all.
-    multiprocessing.set_forkserver_preload(PRELOAD)
+    libraries = "accelerate datasets jiwer librosa matplotlib.figure transformers.models.auto.tokenization_auto"
+    multiprocessing.set_forkserver_preload(libraries.split())
     with tempfile.NamedTemporaryFile() as file:
         pickle.dump(job, file)
         file.flush()
         context = multiprocessing.get_context("forkserver")
         pool = ProcessPoolExecutor(min(workers, len(shards)), context, start_worker, (file.name,))
         try:
-            for future in as_completed([pool.submit(work, shard) for shard in shards]):
+            for future in as_completed([pool.submit(work, step, shard) for shard in shards]):
                 future.result()
                 bar.update()
         except BrokenProcessPool:
@@ -630,6 +810,33 @@ def summarize(shards: Iterable[dict], settings: dict) -> dict:
     }
 
 
+def summarize_windows(shards: Iterable[dict], settings: dict) -> dict:
+    """Windows, clips and labels, and how much of the windows that are not left to one clip is speech, per cent."""
+    found = np.array([row for facts in shards for row in facts["windows"]], np.int64).reshape(-1, 4)
+    alone, clips, samples, tokens = found.T
+    filled = samples[alone == 0] / (settings["concatenate_seconds"] * SAMPLING_RATE)
+    return {
+        "windows": len(found),
+        "clips": int(clips.sum()),
+        "clips_left_alone": int(alone.sum()),
+        "fill": round(100 * float(filled.sum()) / max(len(filled), 1), 2),
+        "label_tokens": [
+            round(float(tokens.sum()) / max(len(found), 1), 1),
+            int(tokens.max(initial=0)),
+        ],  # mean, longest
+    }
+
+
+def describe_windows(windows: dict, settings: dict) -> str:
+    mean, longest = windows["label_tokens"]
+    return (
+        f"{windows['windows']} windows hold {windows['clips']} clips, of which {windows['clips_left_alone']} are left "
+        f"alone in theirs; the clips of the others fill {windows['fill']:.1f} % of {settings['concatenate_seconds']:g} "
+        f"s in the mean. Labels have {mean} tokens in the mean and at most {longest}: train with `--max_label_length "
+        f"{settings['max_label_length']}`."
+    )
+
+
 def exact_match_notice(report: dict, settings: dict) -> str:
     """What a WER threshold means where words are not separated; empty for other languages and for the CER."""
     if settings["metric"] != "wer" or settings["language"] not in UNSPACED:
@@ -658,6 +865,7 @@ def describe(record: dict, figure: str) -> str:
             ("", "in", "out", "%"),
             *((key, *report[key], f"{percent(*report[key][::-1]):.1f}") for key in ("clips", "hours", "characters")),
         ),
+        *([describe_windows(report["windows"], settings)] if "windows" in report else []),
         f"![Scores, and keep rate by reference length]({figure})",
         markdown_table(("reason", "clips"), *report["reasons"].items()),
         markdown_table(
@@ -708,7 +916,7 @@ def write_card(directory: Path) -> None:
             languages.add(record["settings"]["language"])
     head = {"language": sorted(languages), "task_categories": ["automatic-speech-recognition"]}
     head["configs"] = [{"config_name": name, "data_files": files} for name, files in configs.items()]
-    about = CARD[".vectorized" if directory.suffix == ".vectorized" else ""]
+    about = CARDS[directory.suffix if directory.suffix in CARDS else ""]
     body = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {directory.name}", about, *sections]
     path.write_text("\n\n".join(body) + "\n", encoding="utf-8")
 
@@ -716,36 +924,27 @@ def write_card(directory: Path) -> None:
 # ---- input and output ------------------------------------------------------------------------------------------------
 
 
-def find_input(args: argparse.Namespace) -> tuple[str, list[Path]]:
-    """Name of the configuration, and the parquet files of the split, on this machine."""
+def find_input(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Name of the configuration, and the parquet files of the split: on this machine where they shall be read whole."""
     local = local_directory(args.dataset_name)
     try:
         builder = load_dataset_builder(str(local or args.dataset_name), args.dataset_config_name)
+        files = builder.config.data_files or {}
+        if args.split not in files:
+            name = f"{args.dataset_name} ({builder.config.name})"
+            fail(f"{name} has no split {args.split!r}; it has {', '.join(files)}")
+        paths = list(files[args.split])
+        if not all(path.endswith(".parquet") for path in paths):
+            fail(f"{args.dataset_name} is not stored as parquet: push it with `datasets`' push_to_hub")
+        if not (args.dry_run or args.skip_filtering):
+            paths = DownloadManager().download(paths)
     except DatasetNotFoundError as error:
         hub_fail(f"reading {args.dataset_name}", error)
     except (ValueError, FileNotFoundError) as error:
         fail(f"can't read {args.dataset_name} ({args.dataset_config_name}): {str(error).splitlines()[0]}")
     except HUB_ERRORS as error:
         hub_fail(f"reading {args.dataset_name}", error)
-    files = builder.config.data_files or {}
-    if args.split not in files:
-        fail(f"{args.dataset_name} ({builder.config.name}) has no split {args.split!r}; it has {', '.join(files)}")
-    paths = files[args.split]
-    if not all(path.endswith(".parquet") for path in paths):
-        fail(f"{args.dataset_name} is not stored as parquet: push it with `datasets`' push_to_hub, which stores it so")
-    if not local:
-        places = [re.fullmatch(r"hf://datasets/[^@]+@([^/]+)/(.+)", path) for path in paths]
-        try:
-            root = snapshot_download(
-                args.dataset_name,
-                repo_type="dataset",
-                revision=places[0][1],
-                allow_patterns=[place[2] for place in places],
-            )
-        except HUB_ERRORS as error:
-            hub_fail(f"downloading {args.dataset_name}", error)
-        paths = [Path(root, place[2]) for place in places]
-    return builder.config.name, [Path(path) for path in paths]
+    return builder.config.name, paths
 
 
 def load_teacher(args: argparse.Namespace) -> tuple[Any, Tokens, WhisperFeatureExtractor, dict]:
@@ -768,160 +967,193 @@ def load_teacher(args: argparse.Namespace) -> tuple[Any, Tokens, WhisperFeatureE
         tokens = find_tokens(tokenizer, names)
     except KeyError as error:
         fail(f"{args.model} has no token {error}: check --model, --language {args.language} and --task {args.task}")
-    if args.max_duration_in_seconds > extractor.chunk_length:
-        fail(f"--max_duration_in_seconds {args.max_duration_in_seconds} is over the model's {extractor.chunk_length} s")
-    if args.max_label_length > generation.max_length:
+    for flag in ("max_duration_in_seconds", "concatenate_seconds"):
+        if getattr(args, flag) > extractor.chunk_length:
+            fail(f"--{flag} {getattr(args, flag)} is over the model's {extractor.chunk_length} s")
+    if (args.max_label_length or 0) > generation.max_length:
         fail(f"--max_label_length {args.max_label_length} is over the decoder's {generation.max_length} positions")
-    return (
-        *(tokenizer, tokens, extractor),
-        {
-            "language": language,
-            "max_positions": generation.max_length,
-            "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
-            "feature_extractor": digest({k: v for k, v in extractor.to_dict().items() if k != "mel_filters"}),
-        },
-    )
+    settings = {"language": language, "max_positions": generation.max_length}
+    settings["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str())
+    settings["feature_extractor"] = digest({k: v for k, v in extractor.to_dict().items() if k != "mel_filters"})
+    return tokenizer, tokens, extractor, settings
 
 
-def name_results(args: argparse.Namespace) -> tuple[str, float, Path, str | None]:
-    """Metric, threshold, and the directory and Hub id of the filtered dataset (None: has no place on the Hub)."""
+def name_results(args: argparse.Namespace) -> tuple[dict, Path, str | None]:
+    """Metric and threshold, and the directory and Hub id of the filtered dataset (None: has no place on the Hub)."""
     metric = "wer" if args.cer_threshold is None else "cer"
     threshold = args.wer_threshold if metric == "wer" else args.cer_threshold
-    suffix = f".{metric}_{threshold}"
     local = local_directory(args.dataset_name)
     base = Path(os.path.abspath(local or args.dataset_name.rpartition("/")[2]))
     hub_base = args.hub_model_id or (None if local else args.dataset_name)
-    if args.skip_filtering:  # of which the filtered dataset may be given too
-        base, hub_base = base.with_name(base.name.removesuffix(suffix)), hub_base and hub_base.removesuffix(suffix)
     if args.push_to_hub and not hub_base:
         fail("--push_to_hub with a local dataset needs --hub_model_id org/name")
-    cut = Path(os.path.abspath(args.output_dir or base.parent)) / f"{base.name}{suffix}"
-    return metric, threshold, cut, hub_base and f"{hub_base}{suffix}"
-
-
-def find_filtered(args: argparse.Namespace, cut: Path, repository: str | None) -> dict:
-    """Settings of a dataset that was filtered before, which is fetched from the Hub if it is there."""
-    pattern = f"filtering.{args.dataset_config_name or '*'}.{args.split}"
-    if repository and not local_directory(args.dataset_name):
-        try:
-            wanted = ["README.md", f"{pattern}.*", f"{args.dataset_config_name or '*'}/{args.split}-*"]
-            snapshot_download(repository, repo_type="dataset", local_dir=cut, allow_patterns=wanted)
-        except HUB_ERRORS as error:
-            hub_fail(f"downloading {repository}", error)
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in cut.glob(f"{pattern}.json")]
-    if [record["status"] for record in records] != ["complete"]:
-        fail(f"--skip_filtering, but {cut} has not one complete {pattern}.json: filter first")
-    return records[0]
+    cut = Path(os.path.abspath(args.output_dir or base.parent)) / f"{base.name}.{metric}_{threshold}"
+    return {"metric": metric, "threshold": threshold}, cut, hub_base and f"{hub_base}.{metric}_{threshold}"
 
 
 def plan(args: argparse.Namespace) -> Job:
     """Load all that the work depends on, and refuse what does not go together."""
-    metric, threshold, cut, repository = name_results(args)
+    filter_settings, cut, _ = name_results(args)
     tokenizer, tokens, extractor, settings = load_teacher(args)
-    columns = {}
-    if args.skip_filtering:
-        record = find_filtered(args, cut, repository)
-        config, identity = (record["settings"][key] for key in ("config", "dataset"))
-        groups = [(0, record["report"]["clips"][0], cut, 0)]
-    else:
-        config, paths = find_input(args)
-        groups, identity = find_groups(paths)
-        if not groups or not groups[-1][1]:
-            fail(f"{args.dataset_name} ({config}, {args.split}) has no rows")
-        there = pq.read_schema(paths[0]).names
-        columns = {"audio": args.audio_column_name, "text": args.text_column_name, "label": "whisper_transcript"}
-        columns |= {column: column for flag, (column, _) in SCORE_COLUMNS.items() if getattr(args, flag) is not None}
-        if missing := [name for name in columns.values() if name not in there]:
-            fail(f"{args.dataset_name} has no column {missing[0]!r}; it has {', '.join(there)}")
-        columns |= {"name": "name"} if "name" in there and "name" not in columns.values() else {}
-    settings |= {"dataset": identity, "config": config, "metric": metric, "threshold": threshold}
+    config, paths = find_input(args)
+    groups, identity = find_groups(paths)
+    if not groups or not groups[-1][1]:
+        fail(f"{args.dataset_name} ({config}, {args.split}) has no rows")
+    there = open_parquet(paths[0]).schema_arrow.names
+    columns = {"audio": args.audio_column_name, "text": args.text_column_name, "label": "whisper_transcript"}
+    columns |= {"speaker": args.speaker_id_column_name} if args.speaker_id_column_name else {}
+    columns |= {column: column for flag, (column, _) in SCORE_COLUMNS.items() if getattr(args, flag) is not None}
+    if missing := [name for name in columns.values() if name not in there]:
+        fail(f"{args.dataset_name} has no column {missing[0]!r}; it has {', '.join(there)}")
+    columns |= {"name": "name"} if "name" in there and "name" not in columns.values() else {}
+    settings |= {"dataset": identity, "config": config, **filter_settings}
     settings |= {name: getattr(args, name) for name in DATA_ARGUMENTS}
-    earlier = []
-    for path in sorted(cut.parent.glob(f"{cut.name.removesuffix(f'.{metric}_{threshold}')}.[cw]er_*")):
-        if path != cut and path.suffix != ".vectorized" and (path / record_name(settings)).exists():
-            old = json.loads((path / record_name(settings)).read_text(encoding="utf-8"))["settings"]
-            earlier += [path] if all(old.get(key) == settings[key] for key in REUSE_SETTINGS) else []
+    settings["max_label_length"] = args.max_label_length or CLIP_LABEL
+    windows = None
+    if args.concatenate_audio:
+        windows = settings | {name: getattr(args, name) for name in WINDOW_ARGUMENTS}
+        windows["max_label_length"] = args.max_label_length or min(WINDOW_LABEL, settings["max_positions"])
+        windows["shard_size"] *= math.ceil(PACKED_ROWS / settings["shard_size"])
     extractor = None if args.skip_logmel else extractor
-    return Job(settings, groups, columns, tokenizer, tokens, extractor, args.preprocessing_batch_size, cut, earlier)
+    batch = args.preprocessing_batch_size
+    job = Job(settings, windows, groups, columns, tokenizer, tokens, extractor, batch, cut, [])
+    suffix = f".{settings['metric']}_{settings['threshold']}"
+    for path in sorted(cut.parent.glob(f"{cut.name.removesuffix(suffix)}.[cw]er_*")):
+        if path != cut and path.suffix not in CARDS and job.record(path).exists():
+            old = json.loads(job.record(path).read_text(encoding="utf-8"))["settings"]
+            job.earlier += [path] if all(old.get(key) == settings[key] for key in REUSE_SETTINGS) else []
+    return job
 
 
-def record_name(settings: dict) -> str:
-    return f"filtering.{settings['config']}.{settings['split']}.json"
-
-
-def write_record(directory: Path, record: dict) -> None:
-    path = directory / record_name(record["settings"])
+def write_record(path: Path, record: dict) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     os.replace(partial, path)
 
 
-def open_outputs(job: Job, overwrite: list[Path]) -> None:
-    """Make the output directories and their records, those in `overwrite` afresh; refuse those of other settings."""
-    for directory in job.outputs():
-        path = directory / record_name(job.settings)
-        shards = list((directory / job.settings["config"]).glob(f"{job.settings['split']}-*.parquet"))
-        if directory in overwrite:
-            for file in (*shards, path):
+def open_outputs(job: Job, overwrite: list[Path], check: bool = False) -> None:
+    """Make the output directories and their records, those in `overwrite` afresh; refuse those of other settings.
+
+    `check` only refuses.
+    """
+    for directory, settings in job.outputs().items():
+        record, shards = job.record(directory), [path for path in job.paths(directory) if path.exists()]
+        if directory in overwrite and not check:
+            for file in (*record.parent.glob(f"{settings['config']}/{settings['split']}-*.parquet"), record):
                 file.unlink(missing_ok=True)
-        elif path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            for key, value in job.settings.items():
+        elif directory not in overwrite and record.exists():
+            old = json.loads(record.read_text(encoding="utf-8"))["settings"]
+            for key, value in settings.items():
                 if old.get(key) != value:
                     fail(f"{directory} has {key} {old.get(key)}, not {value}; --overwrite_output_dir starts afresh")
-        elif shards:
-            fail(f"{directory} has shards but no {path.name}; --overwrite_output_dir starts afresh")
-        (directory / job.settings["config"]).mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_record(directory, {"stage": "filtering", "status": "running", "settings": job.settings})
+        elif directory not in overwrite and shards:
+            fail(f"{directory} has shards but no {record.name}; --overwrite_output_dir starts afresh")
+        if check:
+            continue
+        (directory / settings["config"]).mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            write_record(record, {"stage": "filtering", "status": "running", "settings": settings})
 
 
-def create_repositories(args: argparse.Namespace, job: Job) -> dict[Path, str]:
-    """The repository that each output is pushed to, made before the work, which proves the token; none stays local."""
-    repository = name_results(args)[3]
+def find_repositories(args: argparse.Namespace, job: Job) -> dict[Path, str]:
+    """The repository that each output is pushed to; none stays local."""
+    repository = name_results(args)[2]
     if args.push_to_hub is False or not repository:
         return {}
-    repositories = dict(zip(job.outputs(), (repository, f"{repository}.vectorized"), strict=False))
-    if args.skip_filtering:
-        repositories.pop(job.cut)
+    outputs = list(job.outputs())[1 if args.skip_filtering else 0 :]
+    return {output: repository + output.name.removeprefix(job.cut.name) for output in outputs}
+
+
+def create_repositories(job: Job, repositories: dict[Path, str], private: bool) -> None:
+    """Make the repositories before the work, which proves the token, and read what they say of other splits."""
     for directory, repository in repositories.items():
+        own = f"{job.record(directory).stem}.*"
+        wanted = {"allow_patterns": ["README.md", "filtering.*"], "ignore_patterns": own}
         try:
-            HfApi().create_repo(repository, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
-            snapshot_download(  # what it says of other configurations and splits
-                repository,
-                repo_type="dataset",
-                local_dir=directory,
-                allow_patterns=["README.md", "filtering.*"],
-                ignore_patterns=[record_name(job.settings).replace(".json", ".*")],
-            )
+            HfApi().create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+            snapshot_download(repository, repo_type="dataset", local_dir=directory, **wanted)
         except HUB_ERRORS as error:
             hub_fail(f"preparing {repository}", error)
-    return repositories
+
+
+def find_filtered(args: argparse.Namespace, job: Job) -> None:
+    """With --skip_filtering, make sure of the filtered dataset, which is fetched from the Hub if it is there."""
+    repository = name_results(args)[2]
+    if not args.dry_run and job.missing([job.cut]) and repository and not local_directory(args.dataset_name):
+        wanted = [job.record(job.cut).name, *(str(path.relative_to(job.cut)) for path in job.paths(job.cut))]
+        try:
+            snapshot_download(repository, repo_type="dataset", local_dir=job.cut, allow_patterns=wanted)
+        except HUB_ERRORS as error:
+            hub_fail(f"downloading {repository}", error)
+    if not args.dry_run and job.missing([job.cut]):
+        fail(f"--skip_filtering, but {job.cut} has not all shards of {job.record(job.cut).stem}: filter first")
+
+
+def preview(args: argparse.Namespace, job: Job, repositories: dict[Path, str], workers: int) -> int:
+    """Print what a run would read, write and push, and how long it would take from a sample, in a temporary place."""
+    settings, rows = job.settings, job.groups[-1][1]
+    count = min(rows, SAMPLE)
+    try:
+        if repositories:
+            HfApi().whoami()
+    except HUB_ERRORS as error:
+        hub_fail("logging in to push", error)
+    sizes, seconds = {}, 0.0
+    with tempfile.TemporaryDirectory() as directory:
+        path, size = str(Path(directory, "sample.parquet")), {"shard_size": count}
+        first = (rows - count) // 2
+        pq.write_table(read_rows(job.groups, first, first + count, list(job.columns.values())), path)
+        sample = replace(job, settings=settings | size, windows=job.windows and job.windows | size, earlier=[])
+        sample = replace(sample, groups=find_groups([path])[0], cut=Path(directory, "sample"))
+        open_outputs(sample, [])
+        for (step, written), (_, outputs) in zip(sample.steps(), job.steps(), strict=True):
+            started = time.monotonic()
+            step(sample, 0)
+            share = len(job.missing(outputs)) / len(job.shards(outputs[0]))
+            seconds += (time.monotonic() - started) / count * rows * share
+            sizes |= {o: sample.path(w, 0).stat().st_size / count for w, o in zip(written, outputs, strict=True)}
+        facts = read_facts(sample.path(sample.cut, 0))
+    hours = sum(max(samples, 0) for samples in facts["input_length"]) / count * rows / SAMPLING_RATE / 3600
+    lines = [f"input: {args.dataset_name} ({settings['config']}, {settings['split']}), {rows} clips, {hours:.2f} h"]
+    if remote := [path for path in {group[2] for group in job.groups} if path.startswith("hf://")]:
+        lines.append(f"download: {sum(HfFileSystem().size(path) for path in remote) / 1e6:.1f} MB")
+    lines.append(f"keeps: {percent(len(facts['kept']), count):.0f} % of a sample of {count} clips")
+    lines += [f"reuses: {path}" for path in job.earlier]
+    for output, row_size in sizes.items():
+        shards, missing = len(job.shards(output)), len(job.missing([output]))
+        lines.append(f"done: {shards - missing} of {shards} shards of {output}")
+        lines.append(f"writes: {output}, about {row_size * rows * missing / shards / 1e6:.1f} MB")
+    private = " (private)" if args.hub_private_repo else ""
+    lines += [f"pushes: {name}{private}" for name in repositories.values()] or ["pushes: nothing"]
+    minutes = f"{seconds / workers / 60:.1f} min on {workers} cores"
+    print(*lines, f"time: about {minutes} (from a sample of {count} clips)", sep="\n")
+    return 0
 
 
 def finish(job: Job, args: argparse.Namespace, repositories: dict[Path, str], new: int, seconds: float) -> int:
     """Write record, figure and card of what lies on the disk, and push it."""
-    settings = job.settings
-    if missing := job.missing():
-        fail(f"shard {missing[0]} is missing: do all machines see {job.cut}? The same command makes what is missing")
-    report = summarize((read_facts(job.path(job.cut, shard)) for shard in job.shards()), settings)
-    libraries = ("datasets", "jiwer", "librosa", "numpy", "pyarrow", "soundfile", "torch", "transformers")
-    record = {"stage": "filtering", "status": "complete", "settings": settings, "report": report}
-    record |= {"arguments": vars(args), "versions": {name: version(name) for name in libraries}}
+    settings, outputs = job.settings, job.outputs()
+    for directory in outputs:
+        if missing := job.missing([directory]):
+            fail(f"shard {missing[0]} of {directory} is missing: do all machines see it? The same command makes it")
+    report = summarize(map(read_facts, job.paths(job.cut)), settings)
     clips, kept = report["clips"]
-    done = min(new * settings["shard_size"], clips)
-    record |= {"seconds": round(seconds, 1), "clips_per_second": round(done / seconds, 1)}
-    for directory in job.outputs():
-        path = directory / record_name(settings)
+    libraries = ("datasets", "jiwer", "librosa", "numpy", "pyarrow", "soundfile", "torch", "transformers")
+    record = {"stage": "filtering", "status": "complete", "arguments": vars(args), "seconds": round(seconds, 1)}
+    record |= {"clips_per_second": round(min(new * settings["shard_size"], clips) / seconds, 1)}
+    record |= {"versions": {name: version(name) for name in libraries}}
+    for directory, own_settings in outputs.items():
+        path = job.record(directory)
+        if own_settings is job.windows and "windows" not in report:
+            packed = job.paths(add_suffix(job.cut, "packed"))
+            report = report | {"windows": summarize_windows(map(read_facts, packed), job.windows)}
+            logger.info(describe_windows(report["windows"], job.windows))
         if json.loads(path.read_text(encoding="utf-8"))["status"] == "running":
-            write_record(directory, record)
-        if directory == job.cut:
-            draw(report, settings, path.with_suffix(".png"))
-        else:
-            shutil.copyfile(job.cut / path.with_suffix(".png").name, path.with_suffix(".png"))
+            write_record(path, record | {"settings": own_settings, "report": report})
+        draw(report, settings, path.with_suffix(".png"))
         write_card(directory)
     logger.info("kept %d of %d clips, %.3f of %.3f h: %s", kept, clips, *report["hours"][::-1], report["reasons"])
-    logger.info("in %s", " and ".join(map(str, job.outputs())))
+    logger.info("in %s", " and ".join(map(str, outputs)))
     if notice := exact_match_notice(report, settings):
         logger.warning(notice)
     if sum(report["reasons"].get(reason, 0) for reason in UNUSABLE) == clips:
@@ -960,6 +1192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="train", help="split of the dataset")
     add("--text_column_name", default="transcription", help="column with the reference texts")
     add("--audio_column_name", default="audio", help="column with the audio")
+    add("--speaker_id_column_name", help="column with the speakers, so that a window has one (None: any)")
     add("--model", default="openai/whisper-large-v3", help="teacher, for its tokenizer and feature extractor")
     add("--language", default="ja", help="language of the labels, a Whisper code or name")
     add("--task", default="transcribe", choices=("transcribe", "translate"), help="task of the labels")
@@ -968,19 +1201,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cer_threshold", type=float, help="highest CER that is kept, per cent, instead of a WER")
     add("--min_duration_in_seconds", type=float, default=0.0, help="shortest clip that is kept")
     add("--max_duration_in_seconds", type=float, default=30.0, help="longest clip that is kept")
-    add("--max_label_length", type=int, default=128, help="longest label that is kept, in tokens with the special ones")
+    add("--max_label_length", type=int, help="longest label, in tokens with special ones (None: 128, of a window 256)")
     add("--max_ngram_repeats", type=int, help="most times that a piece of a label may stand in a row")
     for name, (column, _) in SCORE_COLUMNS.items():
         add(f"--{name}", type=float, help=f"{name[:3]}imum of the column {column}, which the labeller can write")
     add = parser.add_argument_group("labels").add_argument
     add("--timestamp_probability", type=float, default=0.2, help="share of the labels with timestamps that keep them")
-    add(
-        "--condition_on_prev_probability",
-        type=float,
-        default=0.0,
-        help="share with the text of the row before as prompt",
-    )
-    add("--seed", type=int, default=42, help="seed of both draws")
+    add("--condition_on_prev_probability", type=float, default=0.0, help="share with the row before as prompt")
+    add("--seed", type=int, default=42, help="seed of all draws")
+    add = parser.add_argument_group("windows").add_argument
+    add("--concatenate_audio", default=False, **flag, help="pack clips into windows of several")
+    add("--concatenate_seconds", type=float, default=30.0, help="longest window")
+    add("--concatenate_gap_seconds", type=float, default=0.4, help="silence between clips is drawn from 0 to this")
+    add("--concatenate_probability", type=float, default=0.95, help="share of the clips that are packed with others")
     add = parser.add_argument_group("work").add_argument
     add("--skip_filtering", default=False, **flag, help="vectorise what an earlier run has filtered")
     add("--skip_logmel", default=False, **flag, help="filter only")
@@ -993,10 +1226,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--push_to_hub", default=None, **flag, help="push the results (None: where the dataset is on the Hub)")
     add("--hub_model_id", help="Hub id to which .wer_10.0 and .wer_10.0.vectorized are added (None: the dataset's)")
     add("--hub_private_repo", default=True, **flag, help="make new repositories private")
+    add("--dry_run", default=False, **flag, help="change nothing, and say what a run would do and how long it takes")
     args = parser.parse_args(argv)
-    for name in ("timestamp_probability", "condition_on_prev_probability"):
+    for name in ("timestamp_probability", "condition_on_prev_probability", "concatenate_probability"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)} is not between 0 and 1")
+    if not 0 <= args.concatenate_gap_seconds < args.concatenate_seconds:
+        parser.error(f"--concatenate_gap_seconds {args.concatenate_gap_seconds} is not between 0 and a window's length")
     for name in ("preprocessing_num_workers", "preprocessing_batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is less than 1")
@@ -1010,21 +1246,35 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     started = time.monotonic()
+    workers = max(1, args.preprocessing_num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
-        with state.main_process_first():
+        if args.dry_run and not state.is_main_process:
+            return 0
+        with nullcontext() if args.dry_run else state.main_process_first():
             job = plan(args)
-            repositories = create_repositories(args, job) if state.is_main_process else {}
+            if args.skip_filtering and state.is_main_process:
+                find_filtered(args, job)
             afresh = args.overwrite_output_dir and state.is_main_process
-            open_outputs(job, job.outputs()[1 if args.skip_filtering else 0 :] if afresh else [])
+            overwrite = list(job.outputs())[1 if args.skip_filtering else 0 :] if afresh else []
+            open_outputs(job, overwrite, check=True)
+            repositories = find_repositories(args, job)
+            if args.dry_run:
+                return preview(args, job, repositories, workers * state.num_processes)
+            if state.is_main_process:
+                create_repositories(job, repositories, args.hub_private_repo)
+            open_outputs(job, overwrite)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        missing = job.missing()
-        workers = max(1, args.preprocessing_num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        mine = [shard for shard in missing if shard % state.num_processes == state.process_index]
-        filter_shards(job, mine, workers, state.is_main_process)
+        new = len(job.missing(job.steps()[0][1]))
+        for step, directories in job.steps():
+            size = job.outputs()[directories[0]]["shard_size"]
+            turn = (job.windows or job.settings)["shard_size"] // size  # what is packed together falls to one process
+            missing = job.missing(directories)
+            mine = [shard for shard in missing if shard // turn % state.num_processes == state.process_index]
+            run_step(job, step, mine, workers, state.is_main_process and bool(mine))
         state.wait_for_everyone()
         if not state.is_main_process:
             return 0
-        return finish(job, args, repositories, len(missing), time.monotonic() - started)
+        return finish(job, args, repositories, new, time.monotonic() - started)
     except KeyboardInterrupt:
         return 130
     except OSError as error:
