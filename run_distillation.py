@@ -5,7 +5,7 @@ In: a student from create_student_model.py, its teacher, and one or more dataset
 directory: `.vectorized` (log-mels), or labelled with audio, of which the features are computed while loading.
 
 Out, in --output_dir: the trained model with all that transformers, faster-whisper and whisper.cpp look for, its card,
-`metrics.jsonl`, `training_curves.png`, the record `training.json`, and `checkpoint-<step>-epoch-<epoch>/`.
+`metrics.jsonl`, `training_curves.png`, the record `distillation.json`, and `checkpoint-<step>-epoch-<epoch>/`.
 
     python run_distillation.py --model_name_or_path my-init --teacher_model_name_or_path openai/whisper-large-v3 \\
         --train_dataset_name my-org/my-data.wer_10.0.vectorized --language ja --freeze_encoder --do_train \\
@@ -17,7 +17,7 @@ the label tokens of the global batch: it does not depend on padding, accumulatio
 
 Batch k of an epoch is a function of the seed, the epoch and k. After a kill at any moment the same command goes on from
 the newest whole checkpoint and ends with the weights of a run that was never interrupted; when it has ended, the same
-command only pushes what is missing. Several machines need an --output_dir that all of them see.
+command only pushes what is missing. Several machines need an --output_dir (and an encoder cache) that all of them see.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -46,21 +47,23 @@ import librosa
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
+import safetensors.torch
 import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, send_to_device
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import EvalResult, HfApi, ModelCardData, constants
+from huggingface_hub import HfApi, HfFileSystem, ModelCardData, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor, get_scheduler
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import is_flash_attn_2_available
@@ -75,68 +78,50 @@ UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces
 LOSS_CHUNK = 256  # tokens whose logits exist at the same time
 LED_BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the held-out loss
 CACHE_BLOCK = 8  # rows encoded together for the cache; fixed, because the last bits of a row depend on its batch
-RECORD = "training.json"
+HEAD = 16  # first rows of a dataset, which stand for its inputs
+PACE = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two looks of a progress bar: in a log each is a line
+RECORD = "distillation.json"
 MANIFEST = "manifest.json"  # of a checkpoint: what it holds; written last
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)-epoch-(\d+)")
 SCRIPTS = ("create_student_model.py", "run_distillation.py")
 TRAINING_FILES = ("model.safetensors", "metrics.jsonl", "training_curves.png", RECORD)
-OWN_FILES = (
-    *TRAINING_FILES,
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "normalizer.json"),
-    *("added_tokens.json", "special_tokens_map.json", "README.md"),
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "normalizer.json", "added_tokens.json"),
+    *("special_tokens_map.json", "preprocessor_config.json", "processor_config.json"),
 )
+OWN_FILES = (*TRAINING_FILES, *TOKENIZER_FILES, *SCRIPTS, "config.json", "generation_config.json", "README.md")
 
 
 # ---- small pure functions --------------------------------------------------------------------------------------------
 
 
-class DistillationLoss(torch.autograd.Function):
-    """The sums of loss, cross-entropy and T² · KL over tokens, from hidden states rather than from logits.
+def token_losses(hidden, head, teacher_hidden, teacher_head, targets, temperature) -> torch.Tensor:
+    """Cross-entropy and T² · KL(teacher ‖ student), summed over some tokens, in float32 at least."""
+    logits, teacher_logits = F.linear(hidden, head), F.linear(teacher_hidden, teacher_head)  # (tokens, vocabulary)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    logits, teacher_logits = logits.to(exact), teacher_logits.to(exact)
+    ce = F.cross_entropy(logits, targets, reduction="sum")
+    log_probs, teacher_log_probs = ((each / temperature).log_softmax(dim=-1) for each in (logits, teacher_logits))
+    kl = F.kl_div(log_probs, teacher_log_probs, reduction="sum", log_target=True)
+    return torch.stack([ce, temperature**2 * kl])
 
-    Logits exist for LOSS_CHUNK tokens at a time, in float32, and their gradient is taken on the spot, so memory grows
-    neither with padding nor with the batch. Products are in autocast's precision, as a linear layer's would be.
+
+def distillation_losses(hidden, head, teacher_hidden, teacher_head, targets, temperature: float) -> torch.Tensor:
+    """Sums of cross-entropy and T² · KL over tokens, of which logits exist for LOSS_CHUNK at a time.
+
+    They are computed again for the gradient: a little more work, and memory grows neither with padding nor the batch.
+
+    Args:
+        hidden, teacher_hidden: last hidden states, (tokens, width).
+        head, teacher_head: output projections, (vocabulary, width).
+        targets: ids, (tokens).
     """
-
-    @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, ce_weight, kl_weight, temperature, train):
-        """`hidden` (tokens, width) and `head` (vocabulary, width), the same of the teacher; `targets` (tokens)."""
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        ce = kl = torch.zeros((), dtype=exact, device=hidden.device)
-        grad_hidden, grad_head = (torch.zeros_like(hidden), torch.zeros_like(head)) if train else (None, None)
-        with torch.autocast(kind, enabled=False):
-            head, teacher_head = head.to(dtype), teacher_head.to(dtype)
-            for part in range(0, len(targets), LOSS_CHUNK):
-                rows = slice(part, part + LOSS_CHUNK)
-                inputs, label = hidden[rows].to(dtype), targets[rows, None]
-                logits = F.linear(inputs, head).to(exact)  # (tokens, vocabulary)
-                soft = (logits / temperature).log_softmax(dim=-1)
-                log_probs = logits.log_softmax(dim=-1)
-                teacher = F.linear(teacher_hidden[rows].to(dtype), teacher_head).to(exact)
-                teacher = teacher.div_(temperature).log_softmax(dim=-1)
-                teacher_probs = teacher.exp()
-                ce = ce - log_probs.gather(1, label).sum()
-                kl = kl + temperature**2 * torch.dot(teacher_probs.flatten(), teacher.sub_(soft).flatten())
-                if train:
-                    slope = log_probs.exp_().mul_(ce_weight)
-                    slope.scatter_add_(1, label, torch.full_like(label, -ce_weight, dtype=exact))
-                    slope.add_(soft.exp_().sub_(teacher_probs), alpha=kl_weight * temperature)
-                    slope = slope if dtype == torch.float16 else slope.to(dtype)  # float16 would lose small ones
-                    grad_hidden[rows] = slope @ head.to(slope.dtype)
-                    if slope.dtype == grad_head.dtype:
-                        grad_head.addmm_(slope.T, inputs.to(slope.dtype))
-                    else:
-                        grad_head += slope.T @ inputs
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.mark_non_differentiable(ce, kl)
-        return ce_weight * ce + kl_weight * kl, ce, kl
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_head.mul_(grad), *[None] * 7  # in place: as large as the head
+    sums = torch.zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    parts = (each.split(LOSS_CHUNK) for each in (hidden, teacher_hidden, targets))
+    for part, teacher_part, ids in zip(*parts, strict=True):
+        given = (part, head, teacher_part, teacher_head, ids, temperature)
+        sums = sums + checkpoint(token_losses, *given, use_reentrant=False, preserve_rng_state=False)
+    return sums
 
 
 def epoch_order(sizes: list[int], weights: list[float] | None, seed: int, epoch: int) -> np.ndarray:
@@ -157,18 +142,16 @@ def epoch_order(sizes: list[int], weights: list[float] | None, seed: int, epoch:
     return rng.permutation(np.concatenate(parts))
 
 
-def scan_labels(column: pa.ChunkedArray, start_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row the number of tokens, the place of the first `start_id` (-1: none), and the token behind that."""
-    found = [np.empty((3, 0), np.int64)]
+def scan_labels(column: pa.ChunkedArray, start_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the number of tokens, and the place of the first `start_id` (-1: none)."""
+    found = [np.empty((2, 0), np.int64)]
     for chunk in column.chunks:
         lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        values, ends = pc.list_flatten(chunk).to_numpy(zero_copy_only=False), np.cumsum(lengths)
-        starts, languages = np.full((2, len(lengths)), -1)
-        hits = np.flatnonzero(values == start_id)[::-1]  # backwards, so that the first of a row is written last
-        rows = np.searchsorted(ends, hits, side="right")
-        starts[rows] = hits - (ends - lengths)[rows]
-        languages[rows] = values[np.minimum(hits + 1, len(values) - 1)]
-        found.append(np.stack([lengths, starts, languages]))
+        ends, starts = np.cumsum(lengths), np.full(len(lengths), -1)
+        hits = np.flatnonzero(pc.list_flatten(chunk).to_numpy(zero_copy_only=False) == start_id)
+        rows, first = np.unique(np.searchsorted(ends, hits, side="right"), return_index=True)
+        starts[rows] = hits[first] - (ends - lengths)[rows]
+        found.append(np.stack([lengths, starts]))
     return tuple(np.concatenate(found, axis=1))
 
 
@@ -208,14 +191,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def differences(then: dict, now: dict) -> str:
     """The settings that differ, for people to read; empty where none does."""
-    names = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in names)
-
-
-def count_errors(output: jiwer.WordOutput | jiwer.CharacterOutput) -> list[int]:
-    """Errors, and the length of the references."""
-    wrong = output.substitutions + output.deletions
-    return [wrong + output.insertions, wrong + output.hits]
+    names = [name for name in sorted(now) if then.get(name) != now[name]]
+    return "; ".join(f"{name} was {then.get(name)!r} and is now {now[name]!r}" for name in names)
 
 
 def boolean(value: str) -> bool:
@@ -258,21 +235,32 @@ def decode_audio(audio: dict) -> np.ndarray:
     return waveform if rate == SAMPLING_RATE else librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
 
 
-def load_rows(name: str, config: str | None, split: str, workers: int) -> datasets.Dataset:
-    """A split as memory-mapped Arrow: a random row takes 0.1 ms there, 240 ms in parquet groups of 1,000 rows."""
-    source, options = name, {"name": config, "split": split}
+def load_rows(source: tuple[str, str | None, str], args) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """A split as memory-mapped Arrow, and its first rows. A random row takes 0.1 ms there, 240 ms in parquet.
+
+    A dry run converts nothing: it reads the first rows, and of the others all but the column that is large.
+    """
+    name, config, split = source
+    path, options, workers = name, {"name": config, "split": split}, args.preprocessing_num_workers
     if directory := local_directory(name):
         pattern = f"{config or 'default'}/{split}-*.parquet"
         files = sorted(map(str, directory.glob(pattern)))
         if not files:
-            there = sorted(
-                {f"{path.parent.name}/{path.name.split('-')[0]}" for path in directory.glob("*/*-*.parquet")}
-            )
-            fail(f"{directory} has no {pattern}; it has {', '.join(there) or 'no parquet files'}")
+            there = {f"{file.parent.name}/{file.name.split('-')[0]}" for file in directory.glob("*/*-*.parquet")}
+            fail(f"{directory} has no {pattern}; it has {', '.join(sorted(there)) or 'no parquet files'}")
         # Not load_dataset(directory): its cache would hide that a file has changed.
-        source, options, workers = "parquet", {"data_files": files, "split": "train"}, min(workers, len(files))
+        path, options, workers = "parquet", {"data_files": files, "split": "train"}, min(workers, len(files))
     try:
-        return datasets.load_dataset(source, **options, num_proc=workers if workers > 1 else None)
+        if not args.dry_run:
+            data = datasets.load_dataset(path, **options, num_proc=workers if workers > 1 else None)
+            return data, data.select(range(min(HEAD, len(data))))
+        if not directory:
+            there = datasets.load_dataset_builder(name, config).config.data_files
+            files = [url.removeprefix("hf://") for url in there.get(split) or fail(f"{name} has no split {split}")]
+        table = pa.dataset.dataset(files, filesystem=None if directory else HfFileSystem())
+        small = [column for column in table.schema.names if column not in ("input_features", args.audio_column_name)]
+        head = table.head(HEAD, batch_size=HEAD, batch_readahead=0, fragment_readahead=0)
+        return datasets.Dataset(table.to_table(columns=small)), datasets.Dataset(head)
     except (DatasetNotFoundError, OSError, ValueError) as error:
         hub_fail(f"loading {name}", error)
 
@@ -280,80 +268,74 @@ def load_rows(name: str, config: str | None, split: str, workers: int) -> datase
 class Rows(torch.utils.data.Dataset):
     """The usable rows of one split of a dataset, numbered from 0."""
 
-    def __init__(
-        self, source: tuple[str, str | None, str], processor: WhisperProcessor, args, limit: int | None = None
-    ):
-        """`limit` is for held-out rows: at most so many, evenly spaced, labels made from text where there are none."""
+    def __init__(self, source: tuple[str, str | None, str], processor: WhisperProcessor, args, held_out: bool = False):
+        """Of held-out rows some, evenly spaced, are taken, with labels made from text where there are none."""
         self.name, self.extractor, self.cache = source[0], processor.feature_extractor, None
-        data, tokenizer = load_rows(*source, args.preprocessing_num_workers), processor.tokenizer
-        columns = data.column_names
+        (data, head), tokenizer = load_rows(source, args), processor.tokenizer
+        columns = head.column_names
         self.text = next((name for name in (args.text_column_name, "text", "transcription") if name in columns), None)
         if "labels" not in columns and "whisper_transcript" in columns:
             data = data.rename_column("whisper_transcript", "labels")
-        elif "labels" not in columns and self.text and limit:
+        elif "labels" not in columns and self.text and held_out:
             spoken = [f"<|{args.language}|>", f"<|{args.task}|>"] if args.language else []
             prefix = tokenizer.convert_tokens_to_ids([START, *spoken, "<|notimestamps|>"])
             texts = [tokenizer.encode(text or "", add_special_tokens=False) for text in data[self.text]]
-            labels = [[*prefix, *text, tokenizer.eos_token_id] for text in texts]
-            data = data.add_column("labels", labels)
+            data = data.add_column("labels", [[*prefix, *text, tokenizer.eos_token_id] for text in texts])
         self.input = next((name for name in ("input_features", args.audio_column_name) if name in columns), None)
         if "labels" not in data.column_names or not self.input:
             fail(f"{self.name} lacks labels, or input_features or {args.audio_column_name}: its columns are {columns}")
         if self.input != "input_features":
-            data = data.cast_column(self.input, datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False))
+            audio = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
+            head = head.cast_column(self.input, audio)
+            data = data if args.dry_run else data.cast_column(self.input, audio)
         self.data, self.labels = data, data.select_columns("labels")  # labels without the inputs, which are large
         column = data.data.column("labels")
         if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
             fail(f"{self.name}: labels are {column.type}, not token ids: label the data without --decode_token_ids")
-        lengths, self.starts, languages = scan_labels(column, tokenizer.convert_tokens_to_ids(START))
-        usable = (self.starts >= 0) & (lengths - 1 > self.starts) & (lengths <= args.max_label_length)
+        lengths, self.starts = scan_labels(column, tokenizer.convert_tokens_to_ids(START))
+        samples = np.zeros(len(lengths))
         if "input_length" in columns:
-            usable &= np.array(data.data.column("input_length")) <= WINDOW_FRAMES * 160
-        self.usable, self.left_out = np.flatnonzero(usable), np.flatnonzero(~usable)
-        reasons = f"no label, a label of more than {args.max_label_length} tokens, or more than 30 s of audio"
+            samples = np.array(data.data.column("input_length").fill_null(0))
+        longest = f"a label of more than {args.max_label_length} tokens, the longest of {lengths.max(initial=0)}"
+        reasons = {
+            "no label": (self.starts < 0) | (lengths - 1 <= self.starts),
+            f"{longest} (--max_label_length)": lengths > args.max_label_length,
+            "more than 30 s of audio": samples > WINDOW_FRAMES * 160,
+        }
+        left_out = np.any(list(reasons.values()), axis=0)
+        self.usable, self.left_out = np.flatnonzero(~left_out), np.flatnonzero(left_out)
+        self.reasons = {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
+        why = ", ".join(f"{count} with {reason}" for reason, count in self.reasons.items())
         if len(self.usable) == 0:
-            fail(f"none of the {len(usable)} rows of {self.name} ({source[2]}) can be used: {reasons}")
+            fail(f"none of the {len(lengths)} rows of {self.name} ({source[2]}) can be used: {why or 'it is empty'}")
         if len(self.left_out):
             first = ", ".join(map(str, self.left_out[:10]))
-            logger.warning("%s: %d rows left out (%s), the first: %s", self.name, len(self.left_out), reasons, first)
-        if limit and limit < len(self.usable):
-            self.usable = self.usable[np.linspace(0, len(self.usable) - 1, limit).astype(int)]
-        others = languages[self.usable] != tokenizer.convert_tokens_to_ids(f"<|{args.language}|>")
-        if args.language and others.any():
-            logger.warning(
-                "%s: %d of %d labels are not in --language %s", self.name, others.sum(), len(others), args.language
-            )
+            logger.warning("%s: %d rows left out (%s), the first: %s", self.name, len(self.left_out), why, first)
+        if held_out and 0 < args.eval_max_samples < len(self.usable):
+            self.usable = self.usable[np.linspace(0, len(self.usable) - 1, args.eval_max_samples).astype(int)]
         self.counts = (lengths - 1 - self.starts)[self.usable]  # targets of each usable row
-        self.check_features()
-        name = hashlib.sha256(lengths.tobytes() + self.usable.tobytes())  # of all labels, and a sample of the inputs
+        self.hours = samples[self.usable].sum() / SAMPLING_RATE / 3600  # 0 where the data does not tell
+        self.head, mels = list(head[self.input]), self.extractor.feature_size
+        frames = min(WINDOW_FRAMES, math.ceil((samples[0] + 200) / 160) + 1)
+        if self.input == "input_features" and samples[0] and len(self.head[0]) != 2 * frames * mels:
+            stored = len(self.head[0]) / 2 / frames  # they would train on noise
+            fail(f"{self.name} has log-mels of {stored:g} bins, the student needs {mels}: filter it for this model")
+        name = hashlib.sha256(lengths.tobytes() + self.usable.tobytes())  # of all labels, and of the first inputs
         for chunk in column.chunks:
             name.update(pc.list_flatten(chunk).to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
-        for row in np.unique(np.linspace(0, len(data) - 1, 256).astype(int)):
-            value = data[int(row)][self.input]
+        for value in self.head:
             name.update(value if isinstance(value, bytes) else value["bytes"] or value["path"].encode())
         self.fingerprint = name.hexdigest()[:16]
 
-    def check_features(self) -> None:
-        """Features of another number of mel bins would train on noise."""
-        row, mels = self.data[int(self.usable[0])], self.extractor.feature_size
-        if self.input == "input_features" and row.get("input_length"):
-            frames = min(WINDOW_FRAMES, math.ceil((row["input_length"] + 200) / 160) + 1)
-            if len(row["input_features"]) != 2 * frames * mels:
-                stored = len(row["input_features"]) / 2 / frames
-                fail(f"{self.name} has log-mels of {stored:g} bins, the student needs {mels}: filter it for this model")
-
-    def features(self, index: int) -> np.ndarray | None:
-        """Log-mels of a row, [mels, 3000] float16: also where they are computed, so that both train the same model."""
-        value = self.data[int(self.usable[index])][self.input]
+    def log_mel(self, value: bytes | dict) -> np.ndarray:
+        """[mels, 3000] float16, stored or computed: rounded alike, so that both train the same model."""
         if self.input == "input_features":
             return pad_features(np.frombuffer(value, "<f2").reshape(-1, self.extractor.feature_size))
-        try:
-            waveform = decode_audio(value)
-        except (soundfile.SoundFileError, OSError, TypeError) as error:
-            logger.warning("%s, row %d: its audio cannot be read and counts for nothing: %s", self.name, index, error)
-            return None
-        log_mel = self.extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features[0]
-        return log_mel.astype("<f2")
+        waveform = decode_audio(value)
+        if len(waveform) > WINDOW_FRAMES * 160:
+            raise ValueError(f"{len(waveform) / SAMPLING_RATE:.1f} s are more than 30")
+        features = self.extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features
+        return features[0].astype("<f2")
 
     def reference(self, index: int, tokenizer) -> str:
         """The text column's, or else the label's text."""
@@ -369,9 +351,12 @@ class Rows(torch.utils.data.Dataset):
         row = int(self.usable[index])
         tokens, first = np.array(self.labels[row]["labels"]), int(self.starts[row])
         if self.cache:
-            return {"tokens": tokens, "first": first, **self.cache.read(index)}
-        features = self.features(index)
-        if features is None:  # in its place a row without targets
+            stored = self.cache.read(index)
+            return {"tokens": tokens, "first": len(tokens) - 1 - len(stored["teacher_hidden"]), **stored}
+        try:
+            features = self.log_mel(self.data[row][self.input])
+        except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:  # in its place one without targets
+            logger.warning("%s, row %d: its audio cannot be read and counts for nothing: %s", self.name, row, error)
             first, features = len(tokens) - 1, np.zeros((self.extractor.feature_size, WINDOW_FRAMES), "<f2")
         return {"tokens": tokens, "first": first, "features": features}
 
@@ -416,15 +401,19 @@ def make_loader(rows: torch.utils.data.Dataset, batches, workers: int, pin: bool
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(reference: str, dtype: torch.dtype, attn_type: str) -> WhisperForConditionalGeneration:
-    implementation = "flash_attention_2" if attn_type == "flash_attn" else attn_type
-    if attn_type == "flash_attn" and not is_flash_attn_2_available():
+def load_model(reference: str, dtype: torch.dtype, args: argparse.Namespace) -> WhisperForConditionalGeneration:
+    """A model; of a dry run only its shape."""
+    attention = "flash_attention_2" if args.attn_type == "flash_attn" else args.attn_type
+    if args.attn_type == "flash_attn" and not is_flash_attn_2_available():
         logger.warning("flash-attn is not installed: --attn_type sdpa instead")
-        implementation = "sdpa"
+        attention = "sdpa"
     try:
-        source, options = str(local_directory(reference) or reference), {"attn_implementation": implementation}
-        return WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, HFValidationError) as error:
+        source = str(local_directory(reference) or reference)
+        if args.dry_run:
+            with torch.device("meta"):
+                return WhisperForConditionalGeneration(WhisperConfig.from_pretrained(source))
+        return WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    except (*HUB_ERRORS, ValueError) as error:
         hub_fail(f"loading the model {reference}", error)
 
 
@@ -464,73 +453,46 @@ class Frozen:
 class Trained(nn.Module):
     """What is trained, as one module: the decoder with its head, and the encoder unless it is frozen."""
 
-    def __init__(
-        self, student: WhisperForConditionalGeneration, freeze_encoder: bool, loss: tuple[float, float, float]
-    ):
+    def __init__(self, student: WhisperForConditionalGeneration, freeze_encoder: bool, temperature: float):
         super().__init__()
         self.encoder = None if freeze_encoder else student.model.encoder
-        self.decoder, self.loss = student.model.decoder, loss
+        self.decoder, self.temperature = student.model.decoder, temperature
         self.proj_out = None if student.proj_out.weight is self.decoder.embed_tokens.weight else student.proj_out
 
     def forward(self, inputs: torch.Tensor, teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, batch: dict):
+        """The sums of cross-entropy and T² · KL over the tokens of a batch."""
         states = inputs if self.encoder is None else self.encoder(inputs).last_hidden_state
-        head = (self.proj_out or self.decoder.embed_tokens).weight
-        common = (teacher_hidden, teacher_head, batch["targets"], *self.loss, torch.is_grad_enabled())
-        return DistillationLoss.apply(decode(self.decoder, states, batch), head, *common)
+        head, hidden = (self.proj_out or self.decoder.embed_tokens).weight, decode(self.decoder, states, batch)
+        return distillation_losses(hidden, head, teacher_hidden, teacher_head, batch["targets"], self.temperature)
 
 
 class Cache:
-    """The frozen encoder's outputs and the teacher's hidden states for all rows of a dataset, in memory-mapped files.
+    """The frozen encoder's outputs and the teacher's hidden states for a dataset, a file for each CACHE_BLOCK rows.
 
-    `<key>.states` (rows, frames, width), `<key>.hidden` (tokens, width), `<key>.done` a byte for each block of rows.
     Blocks are the same whoever encodes them, so that a cache finished by another run has the same bytes.
     """
 
-    def __init__(self, directory: Path, key: str, counts: np.ndarray, frames: int, widths: tuple[int, int], dtype):
-        self.dtype, self.rows, self.maps = dtype, len(counts), None
-        self.tokens = np.concatenate([[0], np.cumsum(counts)])
-        stored = np.dtype(f"i{dtype.itemsize}")  # numpy knows no bfloat16
-        self.files = {
-            "states": (directory / f"{key}.states", stored, (self.rows, frames, widths[0])),
-            "hidden": (directory / f"{key}.hidden", stored, (int(self.tokens[-1]), widths[1])),
-            "done": (directory / f"{key}.done", np.dtype("u1"), (math.ceil(self.rows / CACHE_BLOCK),)),
-        }
+    def __init__(self, directory: Path):
+        self.directory = directory
 
-    def bytes_needed(self) -> int:
-        """Bytes that its files do not have on the disk yet."""
-        total = sum(math.prod(shape) * kind.itemsize for _, kind, shape in self.files.values())
-        return total - sum(path.stat().st_blocks * 512 for path, _, _ in self.files.values() if path.exists())
+    def path(self, block: int) -> Path:
+        return self.directory / str(block // 1000) / f"{block}.safetensors"
 
-    def open(self) -> dict[str, np.ndarray]:
-        if self.maps is None:
-            for path, kind, shape in self.files.values():
-                if not path.exists() or path.stat().st_size != math.prod(shape) * kind.itemsize:
-                    path.touch()
-                    os.truncate(path, math.prod(shape) * kind.itemsize)  # sparse; keeps what is there
-            self.maps = {
-                name: np.memmap(path, kind, "r+", shape=shape) for name, (path, kind, shape) in self.files.items()
-            }
-        return self.maps
+    def missing(self, rows: int) -> list[int]:
+        there = {int(path.stem) for path in self.directory.glob("*/*.safetensors")}
+        return [block for block in range(math.ceil(rows / CACHE_BLOCK)) if block not in there]
 
-    def write(self, block: int, states: torch.Tensor, hidden: torch.Tensor) -> None:
-        maps, row = self.open(), block * CACHE_BLOCK
-        if len(hidden) != self.tokens[min(self.rows, row + CACHE_BLOCK)] - self.tokens[row]:
-            fail(f"--cache_encoder_outputs needs readable audio: that of one of the rows from {row} on is not")
-        for name, start, value in (("states", row, states), ("hidden", self.tokens[row], hidden)):
-            raw = value.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy()
-            maps[name][start : start + len(value)] = raw.view(maps[name].dtype)
-            maps[name].flush()
-        maps["done"][block] = 1  # only after what it vouches for is on the disk
-        maps["done"].flush()
+    def write(self, block: int, states: torch.Tensor, hidden: torch.Tensor, batch: dict) -> None:
+        counts = torch.bincount(batch["positions"] // batch["decoder_input_ids"].shape[1], minlength=len(states))
+        parts = {"states": states, "teacher_hidden": hidden.split(counts.tolist())}
+        tensors = {f"{name}.{i}": row.cpu().clone() for name, each in parts.items() for i, row in enumerate(each)}
+        self.path(block).parent.mkdir(exist_ok=True)
+        write_file(self.path(block), safetensors.torch.save(tensors))
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
-        maps = self.open()
-        tokens = slice(*self.tokens[index : index + 2])
-        parts = {"states": maps["states"][index], "teacher_hidden": maps["hidden"][tokens]}
-        return {name: torch.from_numpy(part.copy()).view(self.dtype) for name, part in parts.items()}
-
-    def __getstate__(self) -> dict:  # for the loader's workers
-        return self.__dict__ | {"maps": None}
+        block, row = divmod(index, CACHE_BLOCK)
+        with safetensors.safe_open(self.path(block), "pt") as file:  # a memory map
+            return {name: file.get_tensor(f"{name}.{row}") for name in ("states", "teacher_hidden")}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -576,14 +538,6 @@ def read_checkpoint(directory: Path) -> dict | None:
         return None
 
 
-def remove_checkpoint(directory: Path) -> None:
-    """Remove a checkpoint in such a way that no part of it ever looks like a whole one."""
-    doomed = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(directory, doomed)
-    shutil.rmtree(doomed)
-
-
 def rotate(directory: Path, step: int, limit: int | None, best: int | None) -> None:
     """Keep the newest `limit` checkpoints up to `step`, and the best. What is beyond `step` was found damaged."""
     for path in directory.glob(".checkpoint-*.partial"):  # a kill's
@@ -592,30 +546,7 @@ def rotate(directory: Path, step: int, limit: int | None, best: int | None) -> N
     keep = {*(past if limit is None else past[-max(1, limit) :]), best}
     for number, path in checkpoints(directory):
         if number not in keep:
-            remove_checkpoint(path)
-
-
-def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
-    """Save a processor with the files that CTranslate2, whisper.cpp and transformers 4 look for as well."""
-    tokenizer = processor.tokenizer
-    processor.save_pretrained(directory)
-    processor.feature_extractor.save_pretrained(directory)  # preprocessor_config.json
-    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [" ".join(pair) for pair in model["merges"]]
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # transformers 4 fails over 5's name
-    contents = {
-        "vocab": model["vocab"],
-        "added_tokens": tokenizer.get_added_vocab(),
-        "normalizer": tokenizer.english_spelling_normalizer,
-        "special_tokens_map": tokenizer.special_tokens_map,
-        "tokenizer_config": config,
-    }
-    for name, content in contents.items():
-        if content is not None:
-            text = json.dumps(content, ensure_ascii=False, indent=2)
-            (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+            shutil.rmtree(path)
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
@@ -627,123 +558,111 @@ def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
 
 def draw_curves(entries: list[dict], path: Path) -> None:
     """Training loss and its parts, held-out figures and the learning rate over the steps, as a PNG."""
-    panels = (("loss", "ce_loss", "kl_loss", "eval_loss"), ("eval_cer", "eval_wer"), ("learning_rate",))
-    panels = [names for names in panels if any(name in entry for entry in entries for name in names)]
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name in names:
+    panels = {
+        "loss per token": ("loss", "ce_loss", "kl_loss", "eval_loss"),
+        "held-out errors, %": ("eval_cer", "eval_wer"),
+        "learning rate": ("learning_rate",),
+    }
+    drawn = [what for what, names in panels.items() if any(name in entry for entry in entries for name in names)]
+    figure = Figure(figsize=(5 * max(1, len(drawn)), 4), layout="constrained")
+    for number, what in enumerate(drawn, start=1):
+        axes = figure.add_subplot(1, len(drawn), number, title=what, xlabel="optimiser step")
+        for name in panels[what]:
             steps = [entry["step"] for entry in entries if name in entry]
             axes.plot(steps, [entry[name] for entry in entries if name in entry], label=name, marker=".")
-        axes.set_xlabel("optimiser step")
         axes.legend()
     figure.savefig(path, format="png", dpi=100)
 
 
 def model_card(args: argparse.Namespace, record: dict, entries: list[dict]) -> str:
     """README.md: what the model was made from and how, its curves, and what was measured while it was made."""
-    on_hub = [name for name in args.train_dataset_name.split("+") if local_directory(name) is None]
-    teacher, held_out = args.teacher_model_name_or_path, [entry for entry in entries if "eval_loss" in entry]
-    source = {"dataset_type": args.eval_dataset_name, "dataset_name": args.eval_dataset_name}
-    source |= {"dataset_split": args.eval_split_name, "task_type": "automatic-speech-recognition"}
-    rates = [(name, round(held_out[-1][f"eval_{name}"], 2)) for name in ("cer", "wer") if held_out]
+    name, teacher = Path(args.output_dir).resolve().name, args.teacher_model_name_or_path
+    trained_on, held_out = args.train_dataset_name.split("+"), args.eval_dataset_name or ""
+    here = {reference: local_directory(reference) for reference in (teacher, *trained_on, held_out or teacher)}
+    shown = {reference: path.resolve().name if path else reference for reference, path in here.items()}  # no paths
     data = ModelCardData(
         language=args.language,
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "distillation"],
-        base_model=teacher if local_directory(teacher) is None else None,
-        datasets=on_hub or None,
-        model_name=Path(args.output_dir).resolve().name,
-        eval_results=[EvalResult(metric_type=name, metric_value=rate, **source) for name, rate in rates] or None,
+        base_model=None if here[teacher] else teacher,
+        datasets=[reference for reference in trained_on if not here[reference]] or None,
     )
-    table = ["| step | loss | CER % | WER % |", "| --- | --- | --- | --- |"]
-    for label, figures in [("teacher", record.get("teacher_evaluation")), *((e["step"], e) for e in held_out)]:
-        figures = {name.removeprefix("eval_"): value for name, value in (figures or {}).items()}
-        if figures:
-            table.append(f"| {label} | {figures['loss']:.3f} | {figures['cer']:.2f} | {figures['wer']:.2f} |")
-    what = f"on {args.eval_dataset_name} ({args.eval_split_name}), greedy decoding, normalised as Whisper does"
-    evaluation = "\n".join([f"\n## While it was trained\n\nHeld out, {what}:\n", *table, ""]) if held_out else ""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in record["settings"].items())
-    layers, epochs = record["layers"], record["steps"] / record["steps_per_epoch"]
+    measured = [{"step": "teacher", **(record.get("teacher_evaluation") or {})}, *entries]
+    columns = {"eval_loss": "loss", "eval_cer": "CER %", "eval_wer": "WER %"}
+    rows = [[entry["step"], *(f"{entry[key]:.3f}" for key in columns)] for entry in measured if "eval_loss" in entry]
+    what = f"Held out, on {shown.get(held_out)} ({args.eval_split_name}), greedy, normalised as Whisper does:"
+    evaluation = f"\n{what}\n\n{table(['step', *columns.values()], rows)}\n" if rows else ""
     return f"""---
 {data.to_yaml()}
 ---
 
-# {data.model_name}
+# {name}
 
-A Whisper with {layers["encoder"]} encoder and {layers["decoder"]} decoder layers, distilled from {teacher} on \
-{record["rows"]:,} clips of {args.train_dataset_name}: {record["steps"]:,} steps of \
-{record["settings"]["global_batch_size"]} clips, {epochs:.2f} epochs.
+A Whisper with {record["layers"]["encoder"]} encoder and {record["layers"]["decoder"]} decoder layers, distilled from \
+{shown[teacher]} on {record["rows"]:,} rows of {" and ".join(map(shown.get, trained_on))}: \
+{record["steps"]:,} steps of {record["settings"]["global_batch_size"]} rows, \
+{record["steps"] / record["steps_per_epoch"]:.2f} epochs.
 The loss is {args.ce_weight} · CE + {args.kl_weight} · T² · KL(teacher ‖ student) at T = {args.temperature}.
 Weights are float32.
 
 ![training curves](training_curves.png)
 {evaluation}
-## Settings
-
-| setting | value |
-| --- | --- |
-{settings}
+{table(["setting", "value"], record["settings"].items())}
 
 Made by `run_distillation.py`: `{RECORD}` has all arguments and library versions, `metrics.jsonl` every figure.
 """
 
 
-def choose_start(output_dir: Path, args: argparse.Namespace, settings: dict, total: int) -> tuple[str | None, dict]:
+def table(columns: list[str], rows) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def choose_start(output_dir: Path, args, settings: dict, total: int) -> tuple[str | None, dict, list[Path]]:
     """The checkpoint to go on from, if any, and its state; "done" where the result of these settings is there already.
 
-    What a run with other settings left there, or any run where --resume_from_checkpoint is False, is removed where
-    --overwrite_output_dir allows that.
+    And what is to be removed, where --overwrite_output_dir allows that: what a run with other settings left there, or
+    any run where --resume_from_checkpoint is False.
     """
-    wish, path, found = args.resume_from_checkpoint, output_dir / RECORD, (None, {})
+    wish, path, start, limit = args.resume_from_checkpoint, output_dir / RECORD, (None, {}), -1
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     changed = differences(record["settings"], settings) if record else ""
-    auto, afresh = wish.lower() in ("auto", "true"), wish.lower() in ("false", "none")
-    if not auto and not afresh:
+    if wish.lower() not in ("auto", "true", "false", "none"):
         manifest = read_checkpoint(Path(wish)) or fail(f"--resume_from_checkpoint {wish} is no whole checkpoint")
         if other := differences(manifest["settings"], settings):
             fail(f"--resume_from_checkpoint {wish} was made with other settings: {other}")
-        found = (wish, manifest["state"])
-        if Path(wish).resolve().parent == output_dir.resolve():
-            return found
-    elif record and not changed and auto:
-        complete = record["status"] == "complete"
-        if complete and record["steps"] >= total and (output_dir / "model.safetensors").exists():
-            return "done", {}
+        start = (wish, manifest["state"])
+        limit = manifest["state"]["step"] if Path(wish).resolve().parent == output_dir.resolve() else -1
+    elif record and not changed and wish.lower() in ("auto", "true"):
+        finished = record["status"] == "complete" and (output_dir / "model.safetensors").exists()
+        if finished and record["steps"] >= total:
+            return "done", {}, []
         for _, directory in reversed(checkpoints(output_dir)):
             manifest = read_checkpoint(directory)
             if manifest and not differences(manifest["settings"], settings):
-                return str(directory), manifest["state"]
-        if not complete:
-            return found
+                return str(directory), manifest["state"], []
+        if not finished:
+            return *start, []
         changed = f"{record['steps']} steps of {total}, and no checkpoint to go on from"
-    there = [output_dir / name for name in TRAINING_FILES if (output_dir / name).exists()]
-    there += [directory for _, directory in checkpoints(output_dir)]
-    names = ", ".join(path.name for path in there)
+    there = [directory for step, directory in checkpoints(output_dir) if step > limit]
+    if limit < 0:
+        there += [output_dir / name for name in TRAINING_FILES if (output_dir / name).exists()]
     if there and not args.overwrite_output_dir:
-        why = f"another run ({changed})" if changed else f"earlier results ({names})"
+        why = f"another run ({changed})" if changed else f"later results ({', '.join(path.name for path in there)})"
         fail(f"{output_dir} holds {why}: pass --overwrite_output_dir to replace them, or choose another --output_dir")
-    if there:
-        logger.warning("replacing %s in %s%s", names, output_dir, f": {changed}" if changed else "")
-    for path in there:
-        remove_checkpoint(path) if path.is_dir() else path.unlink()
-    return found
+    return *start, there
 
 
 # ---- the world outside -----------------------------------------------------------------------------------------------
 
 
-def default_hub_id(output_dir: Path) -> str:
-    """The repository that the output directory is a clone of; else its own name, behind its parent's where that is the
-    user or one of their organisations, and otherwise behind the user's."""
-    command = ["git", "-C", str(output_dir), "config", "remote.origin.url"]
+def cloned_repository(directory: Path) -> str | None:
+    """The model repository on the Hub of which a directory is a clone."""
+    command = ["git", "-C", str(directory), "config", "remote.origin.url"]
     remote = urlsplit(subprocess.run(command, capture_output=True, text=True).stdout.strip())
     name = remote.path.strip("/").removesuffix(".git")
-    if remote.hostname == urlsplit(constants.ENDPOINT).hostname and name.count("/") == 1:
-        return name
-    account, path = HfApi().whoami(), output_dir.resolve()
-    owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
-    return f"{path.parent.name if path.parent.name in owners else owners[0]}/{path.name}"
+    return name if remote.hostname == urlsplit(constants.ENDPOINT).hostname and name.count("/") == 1 else None
 
 
 class Publisher:
@@ -752,11 +671,19 @@ class Publisher:
     def __init__(self, args: argparse.Namespace, output_dir: Path):
         self.api, self.output_dir, self.push = HfApi(), output_dir, None
         try:
-            self.repo_id = args.hub_model_id or default_hub_id(output_dir)
-            self.api.create_repo(self.repo_id, private=args.hub_private_repo, exist_ok=True)
+            name = args.hub_model_id or cloned_repository(output_dir) or output_dir.resolve().name
+            if args.dry_run:
+                account = self.api.whoami()
+                self.repo_id = name if "/" in name else f"{account['name']}/{name}"
+                if self.api.repo_exists(self.repo_id):
+                    self.api.auth_check(self.repo_id, write=True)
+                elif self.repo_id.split("/")[0] not in (account["name"], *(each["name"] for each in account["orgs"])):
+                    raise RuntimeError(f"{account['name']} can't create {self.repo_id}")
+            else:
+                self.repo_id = self.api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
         except HUB_ERRORS as error:
             hub_fail("--push_to_hub: creating the repository", error)
-        self.patterns = [*OWN_FILES, *SCRIPTS]
+        self.patterns = list(OWN_FILES)
         student, here = Path(args.model_name_or_path).resolve(), output_dir.resolve()
         if student.is_relative_to(here):
             self.patterns.append(f"{student.relative_to(here)}/*")
@@ -781,7 +708,7 @@ class Publisher:
             self.upload("Distilled model", background=False)
             tree = self.api.list_repo_tree(self.repo_id, recursive=True)
             there = {entry.path: getattr(entry, "size", None) for entry in tree}
-            paths = [self.output_dir / name for name in (*OWN_FILES, *SCRIPTS) if (self.output_dir / name).exists()]
+            paths = [self.output_dir / name for name in OWN_FILES if (self.output_dir / name).exists()]
             if missing := [path.name for path in paths if there.get(path.name) != path.stat().st_size]:
                 raise RuntimeError(f"{', '.join(missing)} did not arrive whole")
         except HUB_ERRORS as error:
@@ -792,23 +719,18 @@ class Publisher:
 
 def start_tracker(accelerator: Accelerator, args: argparse.Namespace) -> None:
     """Start the tracker. Whatever is wrong with it gives one warning and never stops the training."""
-    if args.report_to == "none" or not accelerator.is_main_process:
-        return
-    mode = os.environ.get("WANDB_MODE")
+    mode, reason = os.environ.get("WANDB_MODE"), "not logged in (`wandb login`)"
     try:
-        if args.report_to == "wandb" and mode is None:
+        if args.report_to == "wandb" and not mode:
             import wandb  # only here: it need not be installed
 
             try:
-                mode = None if wandb.login(prompt=False, timeout=20) else "not logged in (`wandb login`)"
+                mode = "online" if wandb.login(prompt=False, timeout=20) else "offline"
             except Exception as error:
-                mode = str(error).splitlines()[0]
-            if mode:
-                logger.warning("wandb: %s; its files stay in %s/wandb", mode, args.output_dir)
-                mode = "offline"
-        values = {
-            name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
-        }
+                mode, reason = "offline", str(error).splitlines()[0]
+            if mode == "offline":
+                logger.warning("wandb: %s; its files stay in %s/wandb", reason, args.output_dir)
+        values = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
         options = {"wandb": {"dir": args.output_dir, "name": args.wandb_name, "mode": mode}}
         accelerator.init_trackers(args.wandb_project, values, options)
         if not accelerator.trackers:
@@ -823,16 +745,13 @@ class Stop:
 
     def __init__(self):
         self.status, self.deferred = 0, False
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
 
     def __call__(self, number: int, _frame) -> None:
         if self.status or not self.deferred:
             sys.exit(128 + number)
         self.status = 128 + number
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -842,94 +761,118 @@ class Distillation:
     """The processes, the models, the data, and where training stands."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.output_dir, self.started = args, Path(args.output_dir).expanduser(), time.time()
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.args, self.output_dir, self.started = args, Path(args.output_dir), time.monotonic()
+        if not args.dry_run:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
             mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype],
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=str(self.output_dir),
+            project_dir=args.output_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(days=30)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != self.accelerator.num_processes:  # each would take itself for the only one
+            fail(
+                f"{started} processes were started and accelerate sees {self.accelerator.num_processes}: on CPUs "
+                "set ACCELERATE_USE_CPU=true"
+            )
         self.stride = args.per_device_train_batch_size * self.accelerator.num_processes  # clips of a micro-step
         self.offset = args.per_device_train_batch_size * self.accelerator.process_index
         level = logging.INFO if self.is_main else logging.WARNING
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-        logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
-        logging.getLogger("accelerate").setLevel(logging.WARNING)
-        if not self.is_main:
-            transformers.logging.disable_progress_bar()
+        for noisy in ("httpx2", "accelerate"):  # a line for every request, and for every file of a checkpoint
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        transformers.logging.disable_progress_bar()
         if self.device.type == "cpu":  # accelerate launch --cpu gives a process one thread
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-        self.publisher = (
-            Publisher(args, self.output_dir) if args.push_to_hub and args.do_train and self.is_main else None
-        )
+        self.publisher = Publisher(args, self.output_dir) if args.push_to_hub and self.is_main else None
         self.load_models()
         with self.accelerator.local_main_process_first():  # the others find the Arrow files in the cache
-            sources = split_sources(args) if args.do_train else []
-            self.train_rows = [Rows(source, self.processor, args) for source in sources]
+            self.train_rows = [Rows(source, self.processor, args) for source in split_sources(args)]
             self.held_out = None
             if args.eval_dataset_name:
                 source = (args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name)
-                self.held_out = Rows(source, self.processor, args, limit=args.eval_max_samples or sys.maxsize)
+                self.held_out = Rows(source, self.processor, args, held_out=True)
+        sizes, batch_size = [len(rows) for rows in self.train_rows], self.stride * args.gradient_accumulation_steps
+        self.plan = Plan(sizes, args.train_dataset_samples, args.seed, batch_size)
+        self.counts = np.concatenate([rows.counts for rows in self.train_rows])
+        epochs = math.ceil(args.num_train_epochs * self.plan.steps_per_epoch)
+        self.total = args.max_steps if args.max_steps > 0 else epochs
+        self.settings = json.loads(json.dumps(self.run_settings()))
 
     def load_models(self) -> None:
         args, name = self.args, self.args.model_name_or_path
         try:
-            self.processor = WhisperProcessor.from_pretrained(str(local_directory(name) or name))
-        except (OSError, HFValidationError) as error:
+            self.source = local_directory(name) or Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+            self.processor = WhisperProcessor.from_pretrained(self.source)
+        except (*HUB_ERRORS, ValueError) as error:
             hub_fail(f"loading the tokenizer of {name}", error)
         if args.language and f"<|{args.language}|>" not in self.processor.tokenizer.get_vocab():
             fail(f"--language {args.language}: {name} has no token for that language")
-        self.student = load_model(name, torch.float32, args.attn_type)
-        teacher = load_model(args.teacher_model_name_or_path, getattr(torch, args.dtype), args.attn_type)
+        self.student = load_model(name, torch.float32, args)
+        teacher = load_model(args.teacher_model_name_or_path, getattr(torch, args.dtype), args)
         for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
             ours, theirs = getattr(self.student.config, key), getattr(teacher.config, key)
             if ours != theirs:
-                fail(
-                    f"{key} is {ours} in the student and {theirs} in the teacher: distil from the teacher it came from"
-                )
-        self.names = {"student": digest(self.student), "teacher": digest(teacher)}
-        teacher.to(self.device)
+                fail(f"{key} is {ours} in the student, {theirs} in the teacher: distil from the teacher it came from")
+        args.max_label_length = min(args.max_label_length, self.student.config.max_target_positions)
         encoder = None
         if args.freeze_encoder:
             encoder = self.student.model.encoder.requires_grad_(False).eval()
-            if equal_weights(encoder, teacher.model.encoder):
-                encoder = teacher.model.encoder  # the student's own stays in main memory, to be saved as it is
-            else:
-                logger.warning("the student's frozen encoder is not the teacher's: both run")
-                encoder.to(self.device)
         self.frozen = Frozen(teacher, encoder)
+        self.trained = self.model = Trained(self.student, args.freeze_encoder, args.temperature)
+        if args.dry_run:
+            return
+        transformers.logging.set_verbosity_error()  # from here on it warns only of what is meant so
+        self.names = {"student": digest(self.student), "teacher": digest(teacher)}
+        teacher.to(self.device)
+        self.encoder = self.student.model.encoder  # to be saved as it is
+        if encoder and equal_weights(encoder, teacher.model.encoder):
+            self.frozen.encoder = self.student.model.encoder = teacher.model.encoder
+        elif encoder:
+            logger.warning("the student's frozen encoder is not the teacher's: both run")
+            encoder.to(self.device)
         if args.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        weights = (args.ce_weight, args.kl_weight, args.temperature)
-        self.trained = self.model = Trained(self.student, args.freeze_encoder, weights)
         if args.torch_compile:
             for module in (teacher.model.encoder, teacher.model.decoder, self.trained.encoder, self.trained.decoder):
                 if module is not None:
                     module.compile()
 
+    def run_settings(self) -> dict:
+        """The settings that change the trained weights. A run goes on only where all of them are as they were."""
+        names = (
+            "train_dataset_samples max_label_length language task freeze_encoder dtype learning_rate lr_scheduler_type "
+            "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ce_weight "
+            "kl_weight temperature seed"
+        )
+        settings = {name: getattr(self.args, name) for name in names.split()}
+        settings |= {"train_data": [rows.fingerprint for rows in self.train_rows]}
+        settings |= {"global_batch_size": self.plan.batch_size}
+        if not self.args.lr_scheduler_type.startswith("constant"):  # only then the rate depends on where the run ends
+            settings["steps"] = self.total
+        return settings if self.args.dry_run else settings | self.names  # a dry run does not know the weights
+
     def run(self, stop: Stop) -> int:
-        """Train and publish, or only evaluate; the exit status."""
-        args = self.args
-        if not args.do_train:
-            self.model = self.accelerator.prepare(self.trained)
-            figures = self.evaluate(of_teacher=False)
-            if self.is_main:
-                print(json.dumps(figures, indent=2))
+        """Train and publish; the exit status."""
+        args, start = self.args, [None]
+        if self.is_main:
+            checkpoint, state, there = choose_start(self.output_dir, args, self.settings, self.total)
+            if args.dry_run:
+                self.describe(checkpoint, state, there)
+            elif there:
+                logger.warning("replacing %s in %s", ", ".join(path.name for path in there), self.output_dir)
+                for path in there:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            start = [(checkpoint, state)]
+        if args.dry_run:
             return 0
-        sizes, batch_size = [len(rows) for rows in self.train_rows], self.stride * args.gradient_accumulation_steps
-        self.plan = Plan(sizes, sampling_weights(args), args.seed, batch_size)
-        self.counts = np.concatenate([rows.counts for rows in self.train_rows])
-        epochs = math.ceil(args.num_train_epochs * self.plan.steps_per_epoch)
-        self.total = args.max_steps if args.max_steps > 0 else epochs
-        self.settings = json.loads(json.dumps(self.run_settings()))
-        start = [choose_start(self.output_dir, args, self.settings, self.total) if self.is_main else None]
         checkpoint, state = broadcast_object_list(start)[0]
         nothing = {"trend": None, "lowest": None, "best": None, "teacher": None}
         self.state = {"step": 0, "window": [0.0, 0.0, 0], **nothing, **state}
@@ -943,25 +886,49 @@ class Distillation:
             if not status:
                 self.finish()
             self.accelerator.end_training()
+            if status and self.publisher and not self.publisher.idle():
+                logger.warning("the push under way is left unfinished")
+                os._exit(status)  # an exit would wait for it
             if status:
                 return status
         if self.publisher:
             self.publisher.finish()
         return 0
 
-    def run_settings(self) -> dict:
-        """The settings that change the trained weights. A run goes on only where all of them are as they were."""
-        names = (
-            "train_dataset_samples max_label_length language task freeze_encoder dtype learning_rate lr_scheduler_type "
-            "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ce_weight "
-            "kl_weight temperature seed"
+    def describe(self, checkpoint: str | None, state: dict, there: list[Path]) -> None:
+        """What a dry run prints."""
+        args, plan, teacher, gb = self.args, self.plan, self.frozen.teacher, 1e-9
+        trained = sum(parameter.numel() for parameter in self.trained.parameters() if parameter.requires_grad)
+        width, rows = getattr(torch, args.dtype).itemsize, self.train_rows[0]
+        started = time.perf_counter()
+        for value in rows.head:
+            rows.log_mel(value)
+        rate = len(rows.head) / (time.perf_counter() - started)
+        step = self.total if checkpoint == "done" else state.get("step", 0)
+        model, kept = 4 * self.student.num_parameters() * gb, math.ceil(self.total / args.save_steps)
+        memory = (16 * trained + width * teacher.num_parameters()) * gb
+        cached = int(self.counts.sum()) * teacher.config.d_model
+        cached += len(self.counts) * teacher.config.max_source_positions * self.student.config.d_model
+        for rows in [*self.train_rows, *([self.held_out] if self.held_out else [])]:
+            hours = f"{rows.hours:.2f} h, " if rows.hours else ""
+            print(f"input: {rows.name}, {len(rows)} rows, {hours}{rows.counts.mean():.1f} tokens a label", end="")
+            print(f", {len(rows.left_out)} rows left out" if len(rows.left_out) else "")
+        print(f"work: {self.total} steps of {plan.batch_size} rows, {plan.steps_per_epoch} an epoch")
+        print(f"done: {step} of {self.total} steps{f' ({Path(checkpoint).name})' if state else ''}")
+        if there:
+            print(f"removes: {', '.join(path.name for path in there)} in {self.output_dir}")
+        print(
+            f"writes: {self.output_dir}, the model of {model:.2f} GB, {min(kept, args.save_total_limit or kept)} "
+            f"checkpoints of {12 * trained * gb:.2f} GB each"
         )
-        settings = {name: getattr(self.args, name) for name in names.split()}
-        settings |= self.names | {"train_data": [rows.fingerprint for rows in self.train_rows]}
-        settings |= {"global_batch_size": self.plan.batch_size}
-        if not self.args.lr_scheduler_type.startswith("constant"):  # only then the rate depends on where the run ends
-            settings["steps"] = self.total
-        return settings
+        if args.cache_encoder_outputs:
+            print(f"cache: {args.cache_encoder_outputs}, {cached * width * gb:.2f} GB less what is there already")
+        print(f"pushes: {f'{self.publisher.repo_id}, {model:.2f} GB at every save' if self.publisher else 'nothing'}")
+        print(f"memory: {memory:.2f} GB a process for weights, gradients and optimiser; activations come on top")
+        print(
+            f"time: {self.total - step} steps at this device's speed; a process reads {rate:.0f} rows/s "
+            f"(from a sample of {len(self.train_rows[0].head)})"
+        )
 
     def prepare(self, checkpoint: str | None) -> None:
         """Everything that trains, as it was."""
@@ -972,22 +939,19 @@ class Distillation:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        optimizer = torch.optim.AdamW(
-            groups, lr=args.learning_rate, fused=self.device.type in ("cpu", "cuda"), **options
-        )
+        fused = self.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options)
         self.scheduler = make_scheduler(args, optimizer, self.total)
         self.model, self.optimizer = accelerator.prepare(self.trained, optimizer)
         accelerator.register_for_checkpointing(self.scheduler)
         if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            # Names in a checkpoint do not tell how many processes wrote it.
-            def unwrap_weights(_models, weights, _directory):
-                weights[:] = [{name.removeprefix("module."): value for name, value in each.items()} for each in weights]
+            # The names of weights tell how many processes wrote them, which may be others now.
+            def load(models: list, directory: str) -> None:
+                weights = safetensors.torch.load_file(Path(directory) / "model.safetensors")
+                weights = {name.removeprefix("module."): value for name, value in weights.items()}
+                accelerator.unwrap_model(models.pop()).load_state_dict(weights)
 
-            def unwrap_models(models, _directory):
-                models[:] = map(accelerator.unwrap_model, models)
-
-            accelerator.register_save_state_pre_hook(unwrap_weights)
-            accelerator.register_load_state_pre_hook(unwrap_models)
+            accelerator.register_load_state_pre_hook(load)
         if checkpoint:
             accelerator.load_state(checkpoint)
             accelerator.step = 0  # of accumulation, which starts anew and may have changed
@@ -996,7 +960,8 @@ class Distillation:
             "status": "running",
             "settings": self.settings,
             "rows": sum(self.plan.sizes),
-            "rows_left_out": {rows.name: len(rows.left_out) for rows in self.train_rows},
+            "rows_left_out": {rows.name: rows.reasons for rows in self.train_rows},
+            "hours": round(sum(rows.hours for rows in self.train_rows), 2),
             "steps": self.state["step"],
             "steps_per_epoch": self.plan.steps_per_epoch,
             "layers": {side: getattr(self.student.config, f"{side}_layers") for side in ("encoder", "decoder")},
@@ -1009,53 +974,57 @@ class Distillation:
             write_json(self.output_dir / RECORD, self.record)
             entries = read_metrics(self.output_dir / "metrics.jsonl", self.state["step"])
             write_file(self.output_dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+        accelerator.wait_for_everyone()
+        if not (self.output_dir / RECORD).exists():
+            fail(f"--output_dir {self.output_dir} must be on a file system that all machines see")
         if args.cache_encoder_outputs:
             for rows in self.train_rows:
                 rows.cache = self.fill_cache(rows, Path(args.cache_encoder_outputs).expanduser())
         sizes = (sum(self.plan.sizes), self.total, self.plan.steps_per_epoch, self.plan.batch_size)
         trained = sum(parameter.numel() for parameter in parameters) / 1e6
         logger.info("%d clips; %d steps, %d an epoch, of %d clips; %.1f M trained weights, in float32", *sizes, trained)
-        start_tracker(accelerator, args)
+        if self.is_main and args.report_to != "none":
+            start_tracker(accelerator, args)
 
     def fill_cache(self, rows: Rows, directory: Path) -> Cache:
         """Encode what no earlier run has encoded; each process takes blocks of its own."""
-        directory.mkdir(parents=True, exist_ok=True)
-        teacher, encoder, process = self.frozen.teacher, self.frozen.encoder, self.accelerator.process_index
+        teacher, encoder, accelerator = self.frozen.teacher, self.frozen.encoder, self.accelerator
         key = [digest(encoder), self.names["teacher"], rows.fingerprint, self.args.dtype]
-        key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        widths = (encoder.config.d_model, teacher.config.d_model)
-        cache = Cache(directory, key, rows.counts, teacher.config.max_source_positions, widths, teacher.dtype)
-        needed, free = cache.bytes_needed() / 1e9, shutil.disk_usage(directory).free / 1e9
-        logger.info("encoder cache of %s: %.2f GB to write, %.2f GB free in %s", rows.name, needed, free, directory)
-        if needed > free:
-            fail(f"--cache_encoder_outputs needs {needed:.1f} GB for {rows.name}; {directory} has {free:.1f} GB free")
-        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
-        blocks = np.flatnonzero(cache.open()["done"] == 0)
-        blocks = blocks[blocks % self.accelerator.num_processes == process]
+        cache, missing = Cache(directory / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]), []
+        if self.is_main:
+            cache.directory.mkdir(parents=True, exist_ok=True)
+            missing = cache.missing(len(rows))
+            values = teacher.config.max_source_positions * encoder.config.d_model
+            values += rows.counts.mean() * teacher.config.d_model
+            needed = min(len(rows), len(missing) * CACHE_BLOCK) * values * teacher.dtype.itemsize / 1e9
+            free = shutil.disk_usage(directory).free / 1e9
+            logger.info("encoder cache of %s: %.2f GB to write, %.2f GB free in %s", rows.name, needed, free, directory)
+            if needed > free:
+                fail(f"--cache_encoder_outputs needs {needed:.2f} GB for {rows.name}; {directory} has {free:.2f} free")
+        missing = broadcast_object_list([missing])[0]
+        if not cache.directory.is_dir():
+            fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
+        blocks = missing[accelerator.process_index :: accelerator.num_processes]
         batches = [range(block * CACHE_BLOCK, min(len(rows), (block + 1) * CACHE_BLOCK)) for block in blocks]
         loader = make_loader(rows, batches, self.args.dataloader_num_workers if batches else 0, pin=False)
-        bar = tqdm(blocks, "encoding", unit="block", disable=not (self.is_main and len(blocks)))
+        bar = tqdm(blocks, "encoding", unit="block", disable=not (self.is_main and blocks), mininterval=PACE)
         for block, batch in zip(bar, loader, strict=True):
-            with self.accelerator.autocast():
-                cache.write(block, *self.frozen(self.to_device(batch)))
-        self.accelerator.wait_for_everyone()
-        cache.maps = None  # mapped again by those who read, so that they see what other machines wrote
+            batch = send_to_device(batch, self.device, non_blocking=True)
+            with accelerator.autocast():
+                cache.write(block, *(each.to(teacher.dtype) for each in self.frozen(batch)), batch)
+        accelerator.wait_for_everyone()
         return cache
-
-    def to_device(self, batch: dict) -> dict:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def train(self, stop: Stop) -> int:
         """From where training stands to its end; 0, or the exit status where a signal ended it early."""
-        args, state, plan = self.args, self.state, self.plan
-        batches = plan.micro_batches(
-            state["step"], self.total, args.per_device_train_batch_size, self.stride, self.offset
-        )
+        args, state, plan, step = self.args, self.state, self.plan, self.state["step"]
+        batches = plan.micro_batches(step, self.total, args.per_device_train_batch_size, self.stride, self.offset)
         rows = torch.utils.data.ConcatDataset(self.train_rows)
         batches = iter(make_loader(rows, batches, args.dataloader_num_workers, pin=self.device.type == "cuda"))
-        bar = tqdm(total=self.total, initial=state["step"], desc="training", unit="step", disable=not self.is_main)
+        look = {"desc": "training", "unit": "step", "mininterval": PACE, "disable": not self.is_main}
+        bar = tqdm(total=self.total, initial=step, **look)
         self.model.train()
-        if state["step"] == 0:
+        if step == 0:
             self.assess(0)
         since, clips, stopping = time.monotonic(), 0, False
         while state["step"] < self.total and not stopping:
@@ -1079,9 +1048,9 @@ class Distillation:
                 self.save(step)
             since += time.monotonic() - paused
         bar.close()
-        if state["step"] == self.total:
+        if step == self.total:
             return 0
-        logger.warning("stopped at step %d of %d, which is saved: the same command goes on", state["step"], self.total)
+        logger.warning("stopped at step %d of %d, which is saved: the same command goes on", step, self.total)
         return stop.status or 128 + signal.SIGTERM
 
     def optimiser_step(self, batches: Iterator[dict], stop: Stop) -> tuple[float, float, int, float, bool]:
@@ -1090,18 +1059,19 @@ class Distillation:
         rows, head = self.plan.rows(step), self.frozen.teacher.proj_out.weight
         tokens = int(self.counts[rows].sum())
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # cross-entropy, KL, processes with a signal
+        weights = torch.tensor([args.ce_weight, args.kl_weight], device=self.device)
         scale = accelerator.num_processes * args.gradient_accumulation_steps / tokens
         for start in range(self.offset, self.plan.batch_size, self.stride):
-            batch, counted = self.to_device(next(batches)), start < len(rows)
+            batch, counted = send_to_device(next(batches), self.device, non_blocking=True), start < len(rows)
             # Dropout is a function of the place in the data: there is no random state to keep.
             torch.manual_seed(int(np.random.SeedSequence([args.seed, step, start]).generate_state(1)[0]))
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     inputs, teacher_hidden = self.frozen(batch)
-                loss, ce, kl = self.model(inputs, teacher_hidden, head, batch)
+                    losses = self.model(inputs, teacher_hidden, head, batch)
                 # DDP takes the mean over processes and accelerate over micro-batches; ours is the one over tokens.
-                accelerator.backward(loss * (counted * scale))
-                sums[:2] += counted * torch.stack([ce, kl])
+                accelerator.backward((losses * weights).sum() * (counted * scale))
+                sums[:2] += counted * losses.detach()
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm or math.inf)
                     norm, sums[2] = float(norm if norm is not None else 0.0), float(stop.status != 0)
@@ -1146,62 +1116,53 @@ class Distillation:
             return False
         what = "held-out rows, %s: CER %.2f, WER %.2f, loss %.3f"
         if self.state["teacher"] is None:
-            self.state["teacher"] = figures = self.evaluate(of_teacher=True)
-            logger.info(what, "teacher", figures["cer"], figures["wer"], figures["loss"])
-        figures = self.evaluate(of_teacher=False)
-        logger.info(what, f"step {step}", figures["cer"], figures["wer"], figures["loss"])
-        self.log(step, {f"eval_{name}": value for name, value in figures.items()})
+            self.state["teacher"] = figures = self.evaluate(self.frozen.teacher)
+            logger.info(what, "teacher", *(figures[f"eval_{name}"] for name in ("cer", "wer", "loss")))
+        figures = self.evaluate(self.student)
+        logger.info(what, f"step {step}", *(figures[f"eval_{name}"] for name in ("cer", "wer", "loss")))
+        self.log(step, figures)
         if self.args.lr_scheduler_type in LED_BY_LOSS:
-            self.scheduler.step(figures["loss"])
-        figure, best = figures[self.args.metric_for_best_model], self.state["best"]
+            self.scheduler.step(figures["eval_loss"])
+        figure, best = figures[f"eval_{self.args.metric_for_best_model}"], self.state["best"]
         if step == 0 or (best and figure >= best["figure"]):
             return False
         self.state["best"] = {"step": step, "figure": figure}
         return True
 
     @torch.no_grad()
-    def evaluate(self, of_teacher: bool) -> dict[str, float]:
-        """Loss per token, and WER and CER of greedy decoding in per cent, of the held-out rows."""
+    def evaluate(self, model: WhisperForConditionalGeneration) -> dict[str, float]:
+        """Loss per token, and WER and CER of greedy decoding in per cent, of teacher or student on held-out rows."""
         args, teacher, tokenizer, rows = self.args, self.frozen.teacher, self.processor.tokenizer, self.held_out
-        normalise = BasicTextNormalizer()
-        totals = np.zeros(7)  # cross-entropy, KL, tokens, errors in words, words, errors in characters, characters
-        size = args.per_device_eval_batch_size or args.per_device_train_batch_size
-        model = teacher if of_teacher else self.student
-        encoder = teacher.model.encoder if of_teacher else self.frozen.encoder or self.student.model.encoder
+        sums, pairs, normalise = torch.zeros(3, dtype=torch.float64, device=self.device), [], BasicTextNormalizer()
+        size = args.per_device_train_batch_size
         starts = range(self.accelerator.process_index * size, len(rows), self.accelerator.num_processes * size)
         self.model.eval()
-        for start in tqdm(starts, "evaluating", leave=False, disable=not self.is_main):
+        for start in tqdm(starts, "evaluating", leave=False, disable=not self.is_main, mininterval=PACE):
             indices = range(start, min(start + size, len(rows)))
-            batch = self.to_device(collate([rows[index] for index in indices]))
+            batch = send_to_device(collate([rows[index] for index in indices]), self.device)
             with self.accelerator.autocast():
                 inputs, hidden = self.frozen(batch)
-                head, targets = teacher.proj_out.weight, batch["targets"]
-                if of_teacher:
-                    _, ce, kl = DistillationLoss.apply(hidden, head, hidden, head, targets, 1.0, 0.0, 1.0, False)
+                head = teacher.proj_out.weight
+                if model is teacher:
+                    sums[:2] += distillation_losses(hidden, head, hidden, head, batch["targets"], args.temperature)
                 else:
-                    _, ce, kl = self.model(inputs, hidden, head, batch)
-                if encoder is not self.frozen.encoder:
-                    inputs = encoder(batch["features"].to(encoder.conv1.weight.dtype)).last_hidden_state
-                own, model.model.encoder = model.model.encoder, encoder  # generate looks there for the device
+                    sums[:2] += self.model(inputs, hidden, head, batch)
                 sequences = model.generate(
-                    encoder_outputs=BaseModelOutput(last_hidden_state=inputs),
+                    batch["features"].to(model.model.encoder.conv1.weight.dtype),
                     generation_config=generation_config(model, args, args.max_label_length),
                     force_unique_generate_call=True,
                 )
-                model.model.encoder = own
+            sums[2] += len(batch["targets"])
             hypotheses = map(normalise, tokenizer.batch_decode(sequences, skip_special_tokens=True))
             references = (normalise(rows.reference(index, tokenizer)) for index in indices)
-            pairs = [pair for pair in zip(references, hypotheses, strict=True) if pair[0].strip()]
-            totals[:3] += float(ce), float(kl), len(targets)
-            if pairs:
-                totals[3:5] += count_errors(jiwer.process_words(*map(list, zip(*pairs, strict=True))))
-                if args.language in UNSPACED:
-                    pairs = [[text.replace(" ", "") for text in pair] for pair in pairs]
-                totals[5:] += count_errors(jiwer.process_characters(*map(list, zip(*pairs, strict=True))))
+            pairs += [pair for pair in zip(references, hypotheses, strict=True) if pair[0].strip()]
         self.model.train()
-        ce, kl, tokens, *errors = self.accelerator.reduce(torch.tensor(totals, device=self.device)).tolist()
+        ce, kl, tokens = self.accelerator.reduce(sums).tolist()
+        texts = [list(each) for each in zip(*gather_object(pairs), strict=True)] or [["-"], [""]]
+        bare = [[text.replace(" ", "") for text in each] for each in texts] if args.language in UNSPACED else texts
         figures = {"loss": (args.ce_weight * ce + args.kl_weight * kl) / tokens, "ce": ce / tokens, "kl": kl / tokens}
-        return figures | {name: 100 * errors[i] / max(1, errors[i + 1]) for name, i in (("wer", 0), ("cer", 2))}
+        figures |= {"wer": 100 * jiwer.wer(*texts), "cer": 100 * jiwer.cer(*bare)}
+        return {f"eval_{name}": value for name, value in figures.items()}
 
     def save(self, step: int) -> None:
         """Save a checkpoint, which appears under its name when all of it is on the disk, and push the model."""
@@ -1228,22 +1189,23 @@ class Distillation:
 
     def write_result(self, record: dict) -> None:
         """Write the model repository into the output directory, each file whole or not at all."""
-        weights = self.accelerator.get_state_dict(self.model)
+        weights = self.encoder.state_dict(prefix="encoder.") | self.accelerator.get_state_dict(self.model)
         if self.is_main:
-            weights = {
-                name if name.startswith("proj_out") else f"model.{name}": value for name, value in weights.items()
-            }
-            if self.args.freeze_encoder:
-                encoder = self.student.model.encoder.state_dict()
-                weights |= {f"model.encoder.{name}": value for name, value in encoder.items()}
+            names = {name: name if name.startswith("proj_out") else f"model.{name}" for name in weights}
+            weights = {names[name]: value.float().cpu() for name, value in weights.items()}
             partial = self.output_dir / ".model.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            longest = self.student.config.max_target_positions
-            self.student.generation_config = generation_config(self.student, self.args, longest)
-            self.student.save_pretrained(
-                partial, state_dict={name: value.float().cpu() for name, value in weights.items()}
+            self.student.generation_config = generation_config(
+                self.student, self.args, self.student.config.max_target_positions
             )
-            save_tokenizer_files(self.processor, partial)
+            shared, self.student.model.encoder = self.student.model.encoder, self.encoder
+            self.student.save_pretrained(partial, state_dict=weights)
+            self.student.model.encoder = shared  # the teacher's where they agree, in its precision
+            self.processor.save_pretrained(partial)
+            self.processor.feature_extractor.save_pretrained(partial)  # preprocessor_config.json
+            for name in TOKENIZER_FILES:  # the student's own, made for CTranslate2 and whisper.cpp as well
+                if (self.source / name).exists():
+                    shutil.copyfile(self.source / name, partial / name)
             entries = read_metrics(self.output_dir / "metrics.jsonl")
             draw_curves(entries, partial / "training_curves.png")
             write_file(partial / "README.md", model_card(self.args, record, entries))
@@ -1260,29 +1222,24 @@ class Distillation:
     def finish(self) -> None:
         """Write the trained model and the record that it is complete."""
         best = self.state["best"]
-        if self.args.load_best_model_at_end and best and best["step"] != self.total:
-            path = next(path for step, path in checkpoints(self.output_dir) if step == best["step"])
-            self.accelerator.load_state(str(path))
-            logger.info("the result is the best checkpoint, %s", path.name)
         while self.publisher and not self.publisher.idle():
             time.sleep(0.1)
         done = {"status": "complete", "steps": self.total, "best": best, "teacher_evaluation": self.state["teacher"]}
-        self.write_result(self.record | done | {"seconds": round(time.time() - self.started, 1)})
+        self.write_result(self.record | done | {"seconds": round(time.monotonic() - self.started, 1)})
         logger.info("the trained model is in %s", self.output_dir.resolve())
 
 
 def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, total: int):
     options = {"num_warmup_steps": args.warmup_steps, "num_training_steps": total}
     extra = args.lr_scheduler_kwargs
-    return get_scheduler(args.lr_scheduler_type, optimizer, scheduler_specific_kwargs=extra, **options)
+    return transformers.get_scheduler(args.lr_scheduler_type, optimizer, scheduler_specific_kwargs=extra, **options)
 
 
 def generation_config(model: WhisperForConditionalGeneration, args, max_length: int) -> GenerationConfig:
     """Greedy, in the language and the task trained for."""
     values = {"forced_decoder_ids": None, "return_timestamps": False, "num_beams": 1, "do_sample": False}
     values |= {"language": args.language, "task": args.task} if args.language else {}
-    values |= {"max_length": max_length}
-    return GenerationConfig.from_dict(model.generation_config.to_dict() | values)
+    return GenerationConfig.from_dict(model.generation_config.to_dict() | values | {"max_length": max_length})
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -1297,19 +1254,14 @@ def split_sources(args: argparse.Namespace) -> list[tuple[str, str | None, str]]
         if len(values) not in (1, len(names)):
             fail(f"--{flag} {getattr(args, flag)} names {len(values)} for {len(names)} datasets")
         columns.append(values * len(names) if len(values) == 1 else values)
+    weights = args.train_dataset_samples
+    if weights and (len(weights) != len(names) or min(weights) <= 0):
+        fail(f"--train_dataset_samples {weights} must be one positive number for each dataset")
     return list(zip(*columns, strict=True))
 
 
-def sampling_weights(args: argparse.Namespace) -> list[float] | None:
-    if not args.train_dataset_samples:
-        return None
-    try:
-        weights = [float(part) for part in args.train_dataset_samples.split("+")]
-    except ValueError:
-        weights = []
-    if len(weights) != len(args.train_dataset_name.split("+")) or min(weights) <= 0:
-        fail(f"--train_dataset_samples {args.train_dataset_samples} must be one positive number for each dataset")
-    return weights
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split("+")]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1333,12 +1285,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_dataset_name", help="datasets, Hub ids or directories, joined by +")
     add("--train_dataset_config_name", help="their configurations joined by +, or one for all")
     add("--train_split_name", default="train", help="their splits joined by +, or one for all")
-    add("--train_dataset_samples", help="their sampling weights joined by +; without them every row once an epoch")
+    add(
+        "--train_dataset_samples",
+        type=numbers,
+        help="their sampling weights joined by +; without them every row once an epoch",
+    )
     add("--audio_column_name", default="audio", help="column with audio, where input_features is none")
     add("--text_column_name", help="column with the reference of held-out rows (text, transcription, else the label)")
     add("--language", help="language of the labels, such as ja")
     add("--task", choices=["transcribe", "translate"], default="transcribe", help="task of the labels")
-    add("--max_label_length", **count, default=128, help="tokens of the longest label; longer ones are left out")
+    add("--max_label_length", **count, default=448, help="tokens of the longest label; longer ones are left out")
     add("--preprocessing_num_workers", **count, default=1, help="processes that convert datasets to Arrow")
     add("--dataloader_num_workers", **count, default=0, help="processes that load batches; 0 = the training process")
     add("--cache_encoder_outputs", metavar="DIR", help="cache of what is frozen, to compute it once; ~4 MB a clip")
@@ -1368,9 +1324,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_split_name", default="test", help="its split")
     add("--eval_steps", **count, default=1000, help="optimiser steps between evaluations")
     add("--eval_max_samples", **count, default=256, help="rows, evenly spaced; 0 = all")
-    add("--per_device_eval_batch_size", **count, help="clips a process and batch (as for training)")
     add("--metric_for_best_model", choices=["loss", "cer", "wer"], default="cer", help="figure of the best checkpoint")
-    add("--load_best_model_at_end", **switch, help="the best checkpoint as the result rather than the last")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, help="directory of the result, also a clone of the model's repository")
     overwrite = "what a run with other settings left there is replaced; with the same settings a run goes on"
@@ -1387,7 +1341,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--push_to_hub", **switch, help="push of the result, at every save in the background and at the end")
     add("--hub_model_id", help="repository to push to (that of the clone, or named as --output_dir)")
     add("--hub_private_repo", **switch, help="a private repository, where it has to be made")
+    dry_run = "say what would be read, written and pushed, how much, and what is done already; change nothing"
+    add("--dry_run", **switch, help=dry_run)
     args = parser.parse_args(argv)
+    args.output_dir = str(Path(args.output_dir).expanduser())
     sizes = "per_device_train_batch_size gradient_accumulation_steps save_steps logging_steps eval_steps"
     for name in sizes.split():
         if getattr(args, name) < 1:
@@ -1399,10 +1356,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if not args.do_train and not args.eval_dataset_name:
-        fail("nothing to do: --do_train trains, --eval_dataset_name alone evaluates the student as it is")
-    if args.do_train and not args.train_dataset_name:
-        fail("--do_train needs --train_dataset_name")
+    if not args.do_train or not args.train_dataset_name:
+        fail("nothing to do: pass --do_train and --train_dataset_name")
     if args.cache_encoder_outputs and not args.freeze_encoder:
         fail("--cache_encoder_outputs needs --freeze_encoder: the outputs of an encoder in training change")
     if args.lr_scheduler_type in LED_BY_LOSS and not args.eval_dataset_name:
@@ -1411,11 +1366,13 @@ def main(argv: list[str] | None = None) -> int:
         fail("--dtype float16 needs a GPU: use bfloat16 or float32")
     if Path(args.output_dir).resolve() == Path(args.model_name_or_path).resolve():
         fail(f"--output_dir {args.output_dir} is the student to start from: choose another")
-    stop = Stop()
     try:
-        return Distillation(args).run(stop)
+        return Distillation(args).run(Stop())
     finally:
-        stop.restore()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():  # the loader's ignore SIGTERM: an exit would wait for them
+            worker.kill()
+            worker.join()
 
 
 if __name__ == "__main__":
