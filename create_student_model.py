@@ -30,8 +30,11 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from datetime import timedelta
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -61,6 +64,7 @@ WEIGHTS = {
     "pytorch_model.bin": "pytorch_model.bin",
     "pytorch_model.bin.index.json": "pytorch_model-*.bin",
 }
+SAMPLE = 64 << 20  # bytes that --dry_run writes to a temporary file
 ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only the English-only Whispers (`*.en`) use
 HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
 
@@ -135,7 +139,7 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
-def fetch_teacher(reference: str, subfolder: str, cache_dir: str | None) -> tuple[Path, str | None]:
+def fetch_teacher(reference: str, subfolder: str, cache_dir: str | None, weights: bool) -> tuple[Path, str | None]:
     """The directory of the teacher's repository and its commit on the Hub. Of its weights one form is downloaded."""
     directory = local_directory(reference)
     if directory is not None:
@@ -143,7 +147,7 @@ def fetch_teacher(reference: str, subfolder: str, cache_dir: str | None) -> tupl
     try:
         small = ["*.json", "*.txt", "README.md"]
         directory = Path(snapshot_download(reference, allow_patterns=small, cache_dir=cache_dir))
-        for name, pattern in WEIGHTS.items():
+        for name, pattern in WEIGHTS.items() if weights else ():
             if name.endswith(".index.json") and not (directory / subfolder / name).exists():
                 continue
             wanted = str(Path(subfolder, pattern))
@@ -350,6 +354,28 @@ def install(partial: Path, save_dir: Path, record: dict) -> None:
             shutil.move(partial / name, save_dir / name)
 
 
+def print_plan(args: argparse.Namespace, config: WhisperConfig, folder: Path, commit: str | None, exists: bool) -> None:
+    """Say what a run would read, write and push, how much and about how long."""
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    if commit:
+        tree = HfApi().list_repo_tree(args.teacher_checkpoint, args.subfolder or None, revision=commit)
+        files = {Path(file.path).name: getattr(file, "size", 0) for file in tree}
+    forms = [[size for name, size in files.items() if fnmatch(name, pattern)] for pattern in WEIGHTS.values()]
+    stored = next((sum(sizes) for sizes in forms if sizes), 0)
+    size = empty_model(config).num_parameters() * getattr(torch, args.dtype).itemsize
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as file:
+        file.write(os.urandom(SAMPLE))
+        os.fsync(file.fileno())
+    rate = SAMPLE / (time.monotonic() - began)
+    seconds = round((stored + 3 * size) / rate)  # the student is written once and read twice
+    print(f"input: {args.teacher_checkpoint}, {stored / 1e9:,.3f} GB of weights{', on the Hub' if commit else ''}")
+    print(f"done: {'the student is there and would be checked' if exists else 'nothing'}")
+    print(f"writes: {'nothing' if exists else f'{args.save_dir}, about {size / 1e9:,.3f} GB'}")
+    print(f"pushes: {f'{args.hub_model_id}, about {size / 1e9:,.3f} GB' if args.push_to_hub else 'nothing'}")
+    print(f"time: about {timedelta(seconds=seconds)} without any download (a disk that writes {rate / 1e6:,.0f} MB/s)")
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -376,6 +402,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("Hugging Face Hub")
     group.add_argument("--push_to_hub", **flag, help="publish the student")
     group.add_argument("--hub_model_id", help="repository to push to (unset = --save_dir, if it reads org/name)")
+    group.add_argument("--dry_run", **flag, help="say what a run would do and how long it takes, stop")
 
     args = parser.parse_args(argv)
     args.hub_model_id = args.hub_model_id or args.save_dir
@@ -393,12 +420,12 @@ def create_student(args: argparse.Namespace) -> int:
     # 1. The right to push is proved before the work.
     if args.push_to_hub:
         try:
-            HfApi().create_repo(args.hub_model_id, exist_ok=True)
+            HfApi().whoami() if args.dry_run else HfApi().create_repo(args.hub_model_id, exist_ok=True)
         except HUB_ERRORS as error:
             hub_fail(f"creating {args.hub_model_id}", error)
 
     # 2. The teacher, and which of its layers the student gets.
-    repository, commit = fetch_teacher(args.teacher_checkpoint, args.subfolder, args.cache_dir)
+    repository, commit = fetch_teacher(args.teacher_checkpoint, args.subfolder, args.cache_dir, not args.dry_run)
     folder = repository / args.subfolder
     if folder.resolve() == save_dir:
         fail(f"--save_dir {args.save_dir} is the teacher's own directory")
@@ -417,6 +444,9 @@ def create_student(args: argparse.Namespace) -> int:
     # 3. The student.
     teacher_parameters = empty_model(config).num_parameters()
     config.encoder_layers, config.decoder_layers = len(layers["encoder"]), len(layers["decoder"])
+    if args.dry_run:
+        print_plan(args, config, folder, commit, exists)
+        return 0
     processor = WhisperProcessor.from_pretrained(folder)
     student = build_student(config, folder, layers, getattr(torch, args.dtype))
     vocabulary = processor.tokenizer.get_vocab()

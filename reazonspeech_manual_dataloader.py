@@ -37,6 +37,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -399,6 +400,35 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def shard_paths(args: argparse.Namespace, number: int) -> list[Path]:
+    split = "test" if args.target == "test" else "train"
+    return [args.output_dir / args.target / f"{split}-{i:05d}-of-{number:05d}.parquet" for i in range(number)]
+
+
+def print_plan(args: argparse.Namespace, corpus: Corpus) -> None:
+    """Say what a run would read, write and push, how much and about how long; a few seconds of a tar are the sample."""
+    problems, counts = collections.defaultdict(list), collections.Counter()
+    (index, tar), sizes = next(iter(corpus.tars.items())), [path.stat().st_size for path in corpus.tars.values()]
+    texts = read_transcripts(corpus.tsv, locate_transcripts(corpus.tsv, [index], problems)[index], problems)
+    began, part = time.monotonic(), sizes[0]  # bytes of the tar that were read
+    for _ in counted(read_tar(tar, texts, problems), counts, problems):
+        if time.monotonic() > began + 3:
+            part = counts["bytes"]
+            break
+    rate, whole = part / (time.monotonic() - began), sum(sizes) / part
+    clips, hours = counts["clips"] * whole, counts["seconds"] * whole / 3600
+    print(f"input: {len(sizes)} tars, {sum(sizes) / 1e9:,.3f} GB, about {clips:,.0f} clips, {hours:,.2f} h")
+    if args.output_dir:
+        shards = shard_paths(args, len(sizes))
+        sizes = [size for size, shard in zip(sizes, shards, strict=True) if not shard.exists()]
+        print(f"done: {len(shards) - len(sizes)} of {len(shards)} shards")
+    print(f"writes: {f'{args.output_dir}, about {sum(sizes) / 1e9:,.3f} GB' if args.output_dir else 'nothing'}")
+    private = "private" if args.hub_private_repo else "public"
+    print(f"pushes: {f'{args.hub_model_id} ({private})' if args.push_to_hub else 'nothing'}")
+    seconds = round(sum(sizes) / rate / min(args.preprocessing_num_workers, len(sizes) or 1))
+    print(f"time: about {timedelta(seconds=seconds)} (from a sample of {counts['clips']} clips)")
+
+
 def start_record(path: Path, settings: dict) -> dict:
     """Put the record of a run on the disk before its work; refuses to go on with the work of another one."""
     if path.exists():
@@ -455,7 +485,7 @@ def write_dataset(args: argparse.Namespace, jobs: list[tuple], strays: dict, set
         for path in (record_path, *directory.glob(f"{split}-*.parquet"), *directory.glob(f".{split}-*.partial")):
             path.unlink(missing_ok=True)
     record = start_record(record_path, settings)
-    shards = [directory / f"{split}-{i:05d}-of-{len(jobs):05d}.parquet" for i in range(len(jobs))]
+    shards = shard_paths(args, len(jobs))
     jobs = [(*job[:3], shard) for job, shard in zip(jobs, shards, strict=True) if not shard.exists()]
     logger.info("%d of %d shards are there", len(shards) - len(jobs), len(shards))
     load_tars(jobs, args.preprocessing_num_workers)
@@ -488,6 +518,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--hub_model_id", metavar="ORG/NAME", help="dataset repository on the Hub to push to")
     group.add_argument("--push_to_hub", help="push; True where --hub_model_id is given", **flag)
     group.add_argument("--hub_private_repo", default=True, help="make a new repository private", **flag)
+    group.add_argument("--dry_run", default=False, help="say what a run would do and how long it takes, stop", **flag)
     args = parser.parse_args(argv)
     if args.push_to_hub is None:
         args.push_to_hub = args.hub_model_id is not None
@@ -508,9 +539,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.push_to_hub:
         repo = {"repo_id": args.hub_model_id, "repo_type": "dataset", "private": args.hub_private_repo}
         try:
-            huggingface_hub.create_repo(**repo, exist_ok=True)
+            huggingface_hub.whoami() if args.dry_run else huggingface_hub.create_repo(**repo, exist_ok=True)
         except HUB_ERRORS as error:
             fail(f"can't push to {args.hub_model_id}: {reason(error)}; give a token that may write by: hf auth login")
+    if args.dry_run:
+        print_plan(args, corpus)
+        return 0
     strays = {"counts": {}, "problems": problems}
     runs = locate_transcripts(corpus.tsv, list(corpus.tars), problems)
     jobs = [(path, corpus.tsv, runs[index], None) for index, path in corpus.tars.items()]

@@ -20,6 +20,7 @@ Copyright Act permits it.
 
 import argparse
 import contextlib
+import datetime
 import email.utils
 import logging
 import os
@@ -52,6 +53,7 @@ TERMS = """ReazonSpeech is for information analysis only, as Article 30-4 of the
 Who downloads it agrees to use it for nothing else."""
 BLOCK = 1 << 20  # bytes read at once
 PROGRESS = 1 << 16  # bytes after which a try that failed begins a new count of failures
+SAMPLE = 32 << 20  # bytes that --dry_run reads to tell the rate, or as many as come in 3 s
 LEAST_RATE = 1024  # bytes a second over a whole time-out; less is a stall
 LONGEST_WAIT = 600  # seconds, whatever Retry-After says
 SPARE = 64 << 20  # bytes left free on the disk
@@ -235,6 +237,15 @@ def ask_size(file: File, run: Run) -> None:
     with request(run, "HEAD", file.url, {200, 403, 405, 501}, {}) as response:
         length = response.headers.get("Content-Length", "")
         file.size = int(length) if response.status_code == 200 and length.isdigit() else None
+
+
+def measure_rate(file: File, run: Run) -> float:
+    """Bytes a second of one connection, by a short read that keeps nothing."""
+    began, came = time.monotonic(), 0
+    with request(run, "GET", file.url, {200, 206}, {"Range": f"bytes=0-{SAMPLE - 1}"}) as response:
+        while came < SAMPLE and time.monotonic() < began + 3 and (block := response.raw.read1(BLOCK)):
+            came += len(block)
+    return max(1, came) / (time.monotonic() - began)
 
 
 def download(file: File, run: Run) -> None:
@@ -446,15 +457,20 @@ def fetch_all(files: list[File], data_dir: Path, run: Run, threads: int, dry_run
     if not missing:
         return 0
     failed = plan(missing, directory, run, threads)
-    if dry_run:
-        return 0
     wanted = [file for file in missing if file.name not in failed]
     total, here = sum(file.size or 0 for file in wanted), sum(file.here() for file in wanted)
-    with logging_redirect_tqdm(), bar(run, directory.name, total, here):
-        failed |= for_each(lambda file: patiently(fetch, file, run), wanted, run, threads)
+    if dry_run:
+        rates = []
+        failed |= for_each(lambda file: rates.append(patiently(measure_rate, file, run)), wanted[-1:], run, 1)
+        for rate in rates:
+            seconds = round((total - here) / min(rate, run.rate_limit or rate))
+            print(f"time: about {datetime.timedelta(seconds=seconds)} by one connection, at {rate / 1e6:,.1f} MB/s")
+    else:
+        with logging_redirect_tqdm(), bar(run, directory.name, total, here):
+            failed |= for_each(lambda file: patiently(fetch, file, run), wanted, run, threads)
+        print(f"{directory}: {len(files) - len(failed)} of {len(files)} files are here")
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
-    print(f"{directory}: {len(files) - len(failed)} of {len(files)} files are here")
     return 1 if failed else 0
 
 
@@ -466,7 +482,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("-t", "--target", choices=list(TARS), default="tiny", help="subset")
     group.add_argument("-s", "--start", "--start_que", type=int, help="first tar of a range; none if unset")
     group.add_argument("-e", "--end", "--end_que", type=int, help="tar behind the last of a range; none if unset")
-    group.add_argument("--dry_run", help="say what is to be fetched, stop", **flag)
+    group.add_argument("--dry_run", help="say what is to be fetched and how long it takes, stop", **flag)
     group.add_argument("--health_check", help="read what is here, remove what is damaged, stop", **flag)
     group = parser.add_argument_group("where")
     group.add_argument("--base_url", help=f"the corpus; REAZONSPEECH_BASE_URL or {BASE_URL} if unset")

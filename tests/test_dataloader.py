@@ -506,3 +506,19 @@ def test_push_to_hub_false_keeps_it_local(tiny, hub, tmp_path):
     flags = ["--output_dir", str(tmp_path / "out"), "--hub_model_id", "acme/loader-local", "--push_to_hub", "False"]
     assert loader.main(flags) == 0
     assert hub.log == []
+
+
+def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny, clips, tmp_path, capsys):
+    flags = ["-t", "tiny", "--output_dir", str(tmp_path / "out")]
+    assert loader.main([*flags, "--dry_run", "--hub_model_id", "acme/loader-plan"]) == 0
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert re.fullmatch(rf"1 tars, 0\.00\d GB, about {len(clips)} clips, 0\.\d\d h", told["input"])
+    assert (told["done"], told["pushes"]) == ("0 of 1 shards", "acme/loader-plan (private)")
+    assert re.fullmatch(rf"about 0:00:0\d \(from a sample of {len(clips)} clips\)", told["time"])
+    assert not (tmp_path / "out").exists()
+    assert not huggingface_hub.repo_exists("acme/loader-plan", repo_type="dataset")
+    assert loader.main(flags) == 0
+    assert loader.main([*flags, "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert "done: 1 of 1 shards" in output
+    assert "pushes: nothing" in output

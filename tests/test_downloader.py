@@ -381,7 +381,9 @@ def test_a_dry_run_says_what_is_to_come_and_fetches_nothing(download, mirror, da
     assert f"to fetch: 13 files, {size / 1e9:,.3f} GB, of which 0.000 GB are here" in output
     free = float(re.search(r"free on the disk: ([\d,.]+) GB", output)[1].replace(",", ""))
     assert free == pytest.approx(shutil.disk_usage(data_dir.parent).free / 1e9, rel=0.1)
-    assert mirror.requests(method="GET") == []
+    assert re.search(r"time: about 0:\d\d:\d\d by one connection, at [\d,.]+ MB/s", output)
+    [sample] = mirror.requests(method="GET")
+    assert sample.range == f"bytes=0-{downloader.SAMPLE - 1}"
     assert not data_dir.exists()
 
 

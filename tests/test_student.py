@@ -716,3 +716,25 @@ def test_a_directory_without_a_whisper_is_one_clear_line(tiny_teacher, tmp_path,
     (weightless / "model.safetensors").unlink()
     assert "has no weights" in refused(capsys, *flags, weightless)
     assert not (tmp_path / "init").exists()
+
+
+def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny_teacher, student, tmp_path, capsys):
+    size = (student / "model.safetensors").stat().st_size / 1e9
+    before = snapshot(student)
+    HfApi().create_repo("acme/plan-teacher", exist_ok=True)
+    HfApi().upload_folder(repo_id="acme/plan-teacher", folder_path=tiny_teacher)
+    weights = (tiny_teacher / "model.safetensors").stat().st_size / 1e9
+    for teacher, directory, done in (
+        (tiny_teacher, student, "the student is there and would be checked"),
+        ("acme/plan-teacher", tmp_path / "new", "nothing"),
+    ):
+        create(teacher, directory, "--dry_run", "--push_to_hub", "--hub_model_id", "acme/plan-student")
+        told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+        assert told["input"].startswith(f"{teacher}, {weights:.3f} GB of weights")
+        assert told["done"] == done
+        assert told["pushes"] == f"acme/plan-student, about {size:.3f} GB"
+        assert told["time"].startswith("about 0:00:0")
+    assert told["writes"] == f"{tmp_path / 'new'}, about {size:.3f} GB"
+    assert snapshot(student) == before
+    assert not (tmp_path / "new").exists()
+    assert not HfApi().repo_exists("acme/plan-student")
