@@ -41,7 +41,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +65,7 @@ from huggingface_hub import HfApi, metadata_update, snapshot_download
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
@@ -236,6 +237,7 @@ def draw_rates(bars: list[tuple[str, dict]], file: IO | Path, **options) -> None
             axes.annotate(f"  {cell['rate']:.1f}", (max(cell["rate"], cell["high"]), place), va="center")
     axes.set_yticks(range(len(bars)), [name for name, _ in bars])
     axes.set(xlim=(0, max([1, *(cell["high"] or 0 for _, cell in bars)]) * 1.15), ylim=(len(bars) - 0.5, -0.5))
+    axes.spines[["top", "right"]].set_visible(False)
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
         figure.savefig(file, **options)
 
@@ -251,7 +253,7 @@ def audio_player(waveform: np.ndarray) -> str:
 
 def report_page(metrics: dict, worst: list[tuple[dict, np.ndarray]]) -> str:
     """One page that needs nothing from outside and runs no script; `worst` pairs rows of clips with waveforms."""
-    title = html.escape(f"{metrics['model']} on {metrics['dataset']} ({metrics['name']})")
+    title = html.escape(f"{Path(metrics['model']).name} on {Path(metrics['dataset']).name}, {metrics['name']}")
     rates = [
         f"<tr><th>{name.upper().replace('_RAW', ' of the raw text')}<td>{cell['rate']:.2f} %"
         f"<td>{cell['low']:.2f} to {cell['high']:.2f} %{''.join(f'<td>{cell[count]:,}' for count in COUNTS)}"
@@ -268,6 +270,7 @@ def report_page(metrics: dict, worst: list[tuple[dict, np.ndarray]]) -> str:
     facts = {name.replace("_", " "): f"{metrics[name]:,}" for name in (*facts, "parameters")}
     facts |= {problem: f"{len(names):,}" for problem, names in metrics["unusable"].items()}
     facts |= {"normalisation": metrics["scorer"], "precision": metrics["dtype"]}
+    facts |= {name: html.escape(metrics[name]) for name in ("model", "dataset")}
     clips = [
         f"<li><p>{mark_differences(row['normalised_reference'], row['normalised_hypothesis'])}</p>"
         f"{audio_player(waveform)}"
@@ -411,22 +414,18 @@ def clips_digest(clips: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def audio_bytes(audio: dict | None) -> bytes | None:
-    """The file of an audio value that is not decoded, None where there is none."""
-    if audio and audio["bytes"] is None and audio["path"] and Path(audio["path"]).is_file():
-        return Path(audio["path"]).read_bytes()
-    return audio and audio["bytes"]
-
-
-def load_clip(audio: bytes | None, long_form: bool = False) -> tuple[np.ndarray | None, float, str | None]:
-    """Waveform (mono float32 at 16 kHz), seconds, and the problem with an audio file that has no waveform.
+def load_clip(audio: dict | None, long_form: bool = False) -> tuple[np.ndarray | None, float, str | None]:
+    """Waveform (mono float32 at 16 kHz), seconds, and the problem with audio that has no waveform: bytes or a path.
 
     Over 30 s is a problem, unless `long_form`.
     """
-    if not audio:
+    content = audio and audio["bytes"]
+    if audio and content is None and audio["path"] and Path(audio["path"]).is_file():
+        content = Path(audio["path"]).read_bytes()
+    if not content:
         return None, 0.0, "no audio"
     try:
-        with soundfile.SoundFile(io.BytesIO(audio)) as file:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
             rate, seconds = file.samplerate, file.frames / file.samplerate
             waveform = file.read(-1 if long_form else 31 * rate, dtype="float32", always_2d=True).mean(axis=1)
     except soundfile.LibsndfileError as error:
@@ -489,7 +488,7 @@ def read_item(clips: Dataset, rows: list[int], args: argparse.Namespace) -> tupl
         values = clips[row]
         names.append(str(values.get("id") or (values["audio"] or {}).get("path") or row))
         texts.append("" if values["reference"] is None else str(values["reference"]))
-        waveform, duration, found = load_clip(audio_bytes(values["audio"]), args.long_form)
+        waveform, duration, found = load_clip(values["audio"], args.long_form)
         if args.concatenate_audio and not any(map(str.isalnum, texts[-1])):
             found = found or "empty reference"
         pieces += [silence(row, args.seed), waveform]
@@ -526,7 +525,7 @@ class Transcriber:
     """A Whisper on its device, from waveforms to texts. It has no weights before `load`."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device, self.assistance = args, device, {}
+        self.args, self.device, self.assistance, self.memory = args, device, {}, []
         name, where = args.model_name_or_path, {"revision": args.model_revision, "subfolder": args.subfolder}
         local_directory(name)
         try:
@@ -545,13 +544,12 @@ class Transcriber:
     def load(self) -> str:
         """Load the weights; returns the digest of the model."""
         args, name = self.args, self.args.model_name_or_path
-        attention = args.attn_type
+        attention, able = args.attn_type, self.device.type == "cuda" and args.dtype != "float32"
         if attention == "flash_attn":
-            able = self.device.type == "cuda" and args.dtype != "float32" and is_flash_attn_2_available()
-            attention = "flash_attention_2" if able else "sdpa"
-            if not able:
+            attention = "flash_attention_2" if able and is_flash_attn_2_available() else "sdpa"
+            if attention == "sdpa":
                 logger.warning(
-                    "--attn_type flash_attn needs a CUDA GPU, 16 bits and the package flash-attn: using sdpa"
+                    "--attn_type flash_attn needs CUDA, --dtype bfloat16 and the package flash-attn: using sdpa"
                 )
         options = {"dtype": getattr(torch, args.dtype), "attn_implementation": attention}
         where = {"revision": args.model_revision, "subfolder": args.subfolder}
@@ -586,10 +584,32 @@ class Transcriber:
         ).input_features
         return torch.nn.functional.pad(mel, (0, self.extractor.nb_max_frames - mel.shape[2]), mode="replicate")
 
-    def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """States of log-mels; on a CPU one by one, because what one takes fits its caches."""
-        parts = features.split(1 if self.device.type == "cpu" else len(features))
-        return torch.cat([self.model.model.encoder(part)[0] for part in parts])
+    def encode(self, features: torch.Tensor) -> dict:
+        """States of log-mels, and perhaps the decoder's keys and values of them, as arguments of `generate`."""
+        if self.device.type != "cpu" or self.assistance or self.flags["num_beams"] > 1:
+            return {"encoder_outputs": BaseModelOutput(self.model.model.encoder(features)[0])}
+        # What one clip needs stays in a CPU's caches, and memory that is kept need not be made anew for every batch.
+        rows, attentions = len(features), [layer.encoder_attn for layer in self.model.model.decoder.layers]
+        positions, heads, width = self.config.max_source_positions, attentions[0].num_heads, attentions[0].head_dim
+        if not self.memory or len(self.memory[0]) < rows:
+            shapes = [(positions, heads * width), *[(heads, positions, width)] * (2 * len(attentions))]
+            self.memory = [torch.empty(rows, *shape, dtype=features.dtype) for shape in shapes]
+        states, *cross = (memory[:rows] for memory in self.memory)
+        for row in range(rows):
+            states[row] = self.model.model.encoder(features[row : row + 1])[0][0]
+            for attention, keys, values in zip(attentions, cross[::2], cross[1::2], strict=True):
+                keys[row] = attention.k_proj(states[row]).view(positions, heads, width).transpose(0, 1)
+                values[row] = attention.v_proj(states[row]).view(positions, heads, width).transpose(0, 1)
+        cache = DynamicCache()
+        for keys, values in zip(cross[::2], cross[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+            layer.is_initialized = True
+            cache.layers.append(layer)
+        return {
+            "encoder_outputs": BaseModelOutput(states),
+            "past_key_values": EncoderDecoderCache(DynamicCache(), cache),
+        }
 
     @torch.inference_mode()
     def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
@@ -600,19 +620,9 @@ class Transcriber:
             inputs = {**inputs, "condition_on_prev_tokens": False, "temperature": 0.0}
         else:
             features = self.extract(waveforms).to(self.device, self.model.dtype)
-            inputs = {"encoder_outputs": BaseModelOutput(self.encode(features)), "force_unique_generate_call": True}
+            inputs = self.encode(features) | {"force_unique_generate_call": True}
         tokens = self.model.generate(**inputs, **self.assistance, **self.flags)  # (clips, tokens)
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """`map(function, items)`, worked out by the pool up to `depth` items before they are asked for."""
-    waiting = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
 
 
 def predict(clips: Dataset, missing: dict[Path, list[list[int]]], transcriber: Transcriber, args, show: bool) -> None:
@@ -621,11 +631,10 @@ def predict(clips: Dataset, missing: dict[Path, list[list[int]]], transcriber: T
     bar = tqdm(total=sum(map(len, missing.values())), unit="clip", disable=not show)
     with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
         started = time.perf_counter()
-        items = itertools.chain.from_iterable(missing.values())
-        depth = max(map(len, missing.values()), default=0)
-        loaded = ahead(pool, lambda rows: read_item(clips, rows, args), items, depth)
-        for path, of_shard in missing.items():
-            shard = list(itertools.islice(loaded, len(of_shard)))
+        loading = ((path, pool.map(lambda rows: read_item(clips, rows, args), part)) for path, part in missing.items())
+        # In pairs, so that the next shard is being read while this one is transcribed.
+        for (path, loaded), _ in itertools.pairwise(itertools.chain(loading, [None])):
+            shard = list(loaded)
             usable = sorted((item for item in shard if item[1] is not None), key=lambda item: -len(item[1]))
             parts = [[item for item in usable if (len(item[1]) > WINDOW) is long] for long in (True, False)]
             for batch in (part[start : start + size] for part in parts for start in range(0, len(part), size)):
@@ -719,19 +728,14 @@ def write_results(clips: Dataset, items, rows: list[dict], normalise: Callable, 
 def publish(metrics: dict) -> None:
     """Write the two rates into the model card's `model-index`, where the Hub shows them."""
     dataset, model = metrics["dataset"], metrics["model"]
-    result = {
-        "task": {"type": "automatic-speech-recognition"},
-        "dataset": {
-            "type": dataset if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else Path(dataset).stem,
-            "name": Path(dataset).stem,
-            "config": metrics["dataset_config_name"],
-            "split": metrics["name"],
-        },
-        "metrics": [
-            {"type": name, "name": f"{name.upper()} ({metrics['scorer']})", "value": round(metrics[name], 2)}
-            for name in ("cer", "wer")
-        ],
-    }
+    kind = dataset if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else Path(dataset).stem
+    source = {"type": kind, "name": Path(dataset).stem, "config": metrics["dataset_config_name"]}
+    rates = [
+        {"type": name, "name": f"{name.upper()} ({metrics['scorer']})", "value": round(metrics[name], 2)}
+        for name in ("cer", "wer")
+    ]
+    result = {"task": {"type": "automatic-speech-recognition"}, "metrics": rates}
+    result["dataset"] = source | {"split": metrics["name"]}
     try:
         metadata_update(model, {"model-index": [{"name": model, "results": [result]}]}, overwrite=True)
     except (OSError, ValueError) as error:
@@ -742,22 +746,23 @@ def print_plan(clips: Dataset, shards: dict[Path, list[list[int]]], transcriber:
     """What a run would do, from a sample of what it would read."""
     items, started = list(itertools.chain.from_iterable(shards.values())), time.perf_counter()
     sample = [read_item(clips, items[index], args) for index in range(0, len(items), -(-len(items) // SAMPLE))]
-    for _, waveform in sample:
-        if waveform is not None:
-            transcriber.extract([waveform])
-    each = (time.perf_counter() - started) / len(sample)
+    for waveform in (waveform for _, waveform in sample if waveform is not None):
+        transcriber.extract([waveform])
+    rate = len(sample) / (time.perf_counter() - started)
     seconds = statistics.mean(prediction["seconds"] for prediction, _ in sample)
     text = statistics.mean(len(json.dumps(prediction)) for prediction, _ in sample)
     written = 4 * text * len(items) + 25_000 * seconds * min(len(items), WORST_CLIPS)  # FLAC in base 64 on the page
+    what = f"{len(items):,} windows of {len(clips):,} clips" if args.concatenate_audio else f"{len(clips):,} clips"
     left = sum(len(items) for path, items in shards.items() if not path.exists())
-    what = f"{len(items):,} windows of " if args.concatenate_audio else ""
     hours = seconds * len(items) / 3600
-    print(f"input: {args.dataset_name}, {args.dataset_split_name}, {what}{len(clips):,} clips, about {hours:.2f} h")
+    print(f"input: {args.dataset_name}, {args.dataset_split_name}, {what}, about {hours:.2f} h")
     print(f"done: {sum(path.exists() for path in shards)} of {len(shards)} shards")
     print(f"writes: {args.output_dir}, about {written / 1e6:.1f} MB")
     print(f"pushes: {f'two rates to the card of {args.model_name_or_path}' if args.push_to_hub else 'nothing'}")
-    print(f"time: {left * each / 60:.1f} min of a thread to read what is left (from a sample of {len(sample)}), and")
-    print(f"      30 s of encoder for each of {left:,} by {args.model_name_or_path}, which depends on the device")
+    print(
+        f"time: at {rate:.1f} a second and thread {left:,} are read (from a sample of {len(sample)}); the model's own"
+    )
+    print(f"      depends on the device: 30 s of encoder each, in batches of {args.per_device_eval_batch_size}")
 
 
 def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, float, float, float]:
@@ -831,7 +836,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
     add(
         "--assistant_model",
-        help="student with the model's own encoder, to draft for it: same texts, one clip at a time",
+        help="student with the model's encoder that drafts for it, clip by clip; the texts are equal",
     )
     add = parser.add_argument_group("clips").add_argument
     add("--dataset_name", help="builder file, local directory, Hub id, or .csv or .jsonl manifest")
@@ -853,7 +858,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
     add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
     add = parser.add_argument_group("work").add_argument
-    add("--per_device_eval_batch_size", type=int, default=32, help="clips in a batch")
+    add("--per_device_eval_batch_size", type=int, default=16, help="clips in a batch")
     add("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
     add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
     add = parser.add_argument_group("results").add_argument
@@ -871,10 +876,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if not args.compare and not (args.model_name_or_path and args.dataset_name):
         parser.error("--model_name_or_path and --dataset_name are needed, or --compare")
-    if args.concatenate_audio and not 0 < args.concatenate_seconds <= (30 if not args.long_form else 3600):
-        parser.error(
-            f"--concatenate_seconds {args.concatenate_seconds:g}: Whisper's window is 30 s without --long_form"
-        )
+    if args.concatenate_audio and not 0 < args.concatenate_seconds <= (3600 if args.long_form else 30):
+        parser.error(f"--concatenate_seconds {args.concatenate_seconds:g} is over Whisper's 30 s: add --long_form")
     if args.assistant_model and args.generation_num_beams > 1:
         parser.error("--assistant_model goes with greedy decoding only: leave --generation_num_beams out")
     for name in ("model_name_or_path", "assistant_model", "dataset_name", "output_dir"):
@@ -907,7 +910,9 @@ def evaluate_model(args: argparse.Namespace) -> int:
         if local_directory(args.model_name_or_path):
             fail(f"--push_to_hub writes into a model's card on the Hub; {args.model_name_or_path} is a local directory")
         try:
-            HfApi().whoami() if args.dry_run else HfApi().create_repo(args.model_name_or_path, exist_ok=True)
+            if not args.dry_run:
+                HfApi().create_repo(args.model_name_or_path, exist_ok=True)
+            HfApi().auth_check(args.model_name_or_path, write=True)
         except (OSError, ValueError) as error:
             fail(f"can't push to {args.model_name_or_path}: {first_line(error)} (see `hf auth whoami`)")
     clips = open_dataset(args)
