@@ -68,7 +68,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Audio, DownloadManager, Features, List, Value, load_dataset_builder
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi, HfFileSystem, metadata_load, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
@@ -150,7 +149,8 @@ def fail(message: str) -> NoReturn:
 
 def hub_fail(action: str, error: Exception) -> NoReturn:
     """End the script because the Hub refused something, with the commands that may help."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
+    reason = lines[0] if lines else type(error).__name__
     fail(
         f"{action} failed: {reason} (check the name, and with `hf auth whoami` the token; `hf auth login` sets another)"
     )
@@ -931,18 +931,15 @@ def find_input(args: argparse.Namespace) -> tuple[str, list[str]]:
         builder = load_dataset_builder(str(local or args.dataset_name), args.dataset_config_name)
         files = builder.config.data_files or {}
         if args.split not in files:
-            name = f"{args.dataset_name} ({builder.config.name})"
-            fail(f"{name} has no split {args.split!r}; it has {', '.join(files)}")
+            fail(f"{args.dataset_name} ({builder.config.name}) has no split {args.split!r}; it has {', '.join(files)}")
         paths = list(files[args.split])
         if not all(path.endswith(".parquet") for path in paths):
             fail(f"{args.dataset_name} is not stored as parquet: push it with `datasets`' push_to_hub")
         if not (args.dry_run or args.skip_filtering):
             paths = DownloadManager().download(paths)
-    except DatasetNotFoundError as error:
-        hub_fail(f"reading {args.dataset_name}", error)
-    except (ValueError, FileNotFoundError) as error:
-        fail(f"can't read {args.dataset_name} ({args.dataset_config_name}): {str(error).splitlines()[0]}")
-    except HUB_ERRORS as error:
+    except (ValueError, *HUB_ERRORS) as error:
+        if local:
+            fail(f"can't read {args.dataset_name} ({args.dataset_config_name}): {str(error).splitlines()[0]}")
         hub_fail(f"reading {args.dataset_name}", error)
     return builder.config.name, paths
 
