@@ -29,7 +29,6 @@ features of the results that lie beside it. One machine, then one of two with a 
 """
 
 import argparse
-import errno
 import hashlib
 import io
 import json
@@ -37,7 +36,6 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import signal
@@ -725,10 +723,10 @@ def pack_shard(job: Job, shard: int) -> None:
 JOB: Job | None = None  # of this worker
 
 
-def start_worker(path: str) -> None:
-    """Take the job from a file: among the arguments of a process, a large one keeps the next from being started."""
+def start_worker(jobs: multiprocessing.Queue) -> None:
+    """Take the job from a queue: among the arguments of a process, a large one keeps the next from being started."""
     global JOB
-    JOB = pickle.loads(Path(path).read_bytes())
+    JOB = jobs.get()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -754,19 +752,20 @@ def run_step(job: Job, step: Callable, shards: list[int], workers: int, show: bo
     # they would deadlock in the extractor, and spawned ones would each import it all.
     libraries = "accelerate datasets jiwer librosa matplotlib.figure transformers.models.auto.tokenization_auto"
     multiprocessing.set_forkserver_preload(libraries.split())
-    with tempfile.NamedTemporaryFile() as file:
-        pickle.dump(job, file)
-        file.flush()
-        context = multiprocessing.get_context("forkserver")
-        pool = ProcessPoolExecutor(min(workers, len(shards)), context, start_worker, (file.name,))
-        try:
-            for future in as_completed([pool.submit(work, step, shard) for shard in shards]):
-                future.result()
-                bar.update()
-        except BrokenProcessPool:
-            fail("a worker was killed, perhaps for want of memory: run again with fewer --preprocessing_num_workers")
-        finally:
-            pool.shutdown(cancel_futures=True)  # after the shards in hand
+    context = multiprocessing.get_context("forkserver")
+    workers, jobs = min(workers, len(shards)), context.Queue()
+    jobs.cancel_join_thread()  # not all workers may be started
+    for _ in range(workers):
+        jobs.put(job)
+    pool = ProcessPoolExecutor(workers, context, start_worker, (jobs,))
+    try:
+        for future in as_completed([pool.submit(work, step, shard) for shard in shards]):
+            future.result()
+            bar.update()
+    except BrokenProcessPool:
+        fail("a worker was killed, perhaps for want of memory: run again with fewer --preprocessing_num_workers")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after the shards in hand
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -1275,7 +1274,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno is None:  # not the system's
             raise
         fail(f"{error}: what is done stays; the same command continues")
 
