@@ -10,7 +10,8 @@ Out, in --output_dir: the trained model with all that transformers, faster-whisp
     python run_distillation.py --model_name_or_path my-init --teacher_model_name_or_path openai/whisper-large-v3 \\
         --train_dataset_name my-org/my-data.wer_10.0.vectorized --language ja --freeze_encoder --do_train \\
         --num_train_epochs 8 --output_dir my-model
-    accelerate launch --multi_gpu run_distillation.py ...       (every process trains on its part of each batch)
+    accelerate launch --multi_gpu run_distillation.py ...       (every process trains on its part of each batch; on CPUs
+        with ACCELERATE_USE_CPU=true in the environment)
 
 The loss is `ce_weight · CE + kl_weight · T² · KL(teacher ‖ student)` (https://arxiv.org/abs/2311.00430), its mean over
 the label tokens of the global batch: it does not depend on padding, accumulation or the number of processes.
@@ -222,9 +223,14 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
-def hub_fail(action: str, error: Exception | str) -> NoReturn:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    fail(f"{action} failed: {reason.strip()} (what is private, or written to, needs `hf auth login` or HF_TOKEN)")
+def reason(error: BaseException) -> str:
+    """The line of an error that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
+    return lines[0] if lines else type(error).__name__
+
+
+def hub_fail(action: str, error: Exception) -> NoReturn:
+    fail(f"{action} failed: {reason(error)} (what is private, or written to, needs `hf auth login` or HF_TOKEN)")
 
 
 def decode_audio(audio: dict) -> np.ndarray:
@@ -351,7 +357,9 @@ class Rows(torch.utils.data.Dataset):
         row = int(self.usable[index])
         tokens, first = np.array(self.labels[row]["labels"]), int(self.starts[row])
         if self.cache:
-            stored = self.cache.read(index)
+            block, place = divmod(index, CACHE_BLOCK)
+            with safetensors.safe_open(block_path(self.cache, block), "pt") as file:  # a memory map
+                stored = {name: file.get_tensor(f"{name}.{place}") for name in ("states", "teacher_hidden")}
             return {"tokens": tokens, "first": len(tokens) - 1 - len(stored["teacher_hidden"]), **stored}
         try:
             features = self.log_mel(self.data[row][self.input])
@@ -359,6 +367,10 @@ class Rows(torch.utils.data.Dataset):
             logger.warning("%s, row %d: its audio cannot be read and counts for nothing: %s", self.name, row, error)
             first, features = len(tokens) - 1, np.zeros((self.extractor.feature_size, WINDOW_FRAMES), "<f2")
         return {"tokens": tokens, "first": first, "features": features}
+
+
+def block_path(cache: Path, block: int) -> Path:
+    return cache / str(block // 1000) / f"{block}.safetensors"
 
 
 class Plan:
@@ -464,35 +476,6 @@ class Trained(nn.Module):
         states = inputs if self.encoder is None else self.encoder(inputs).last_hidden_state
         head, hidden = (self.proj_out or self.decoder.embed_tokens).weight, decode(self.decoder, states, batch)
         return distillation_losses(hidden, head, teacher_hidden, teacher_head, batch["targets"], self.temperature)
-
-
-class Cache:
-    """The frozen encoder's outputs and the teacher's hidden states for a dataset, a file for each CACHE_BLOCK rows.
-
-    Blocks are the same whoever encodes them, so that a cache finished by another run has the same bytes.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def path(self, block: int) -> Path:
-        return self.directory / str(block // 1000) / f"{block}.safetensors"
-
-    def missing(self, rows: int) -> list[int]:
-        there = {int(path.stem) for path in self.directory.glob("*/*.safetensors")}
-        return [block for block in range(math.ceil(rows / CACHE_BLOCK)) if block not in there]
-
-    def write(self, block: int, states: torch.Tensor, hidden: torch.Tensor, batch: dict) -> None:
-        counts = torch.bincount(batch["positions"] // batch["decoder_input_ids"].shape[1], minlength=len(states))
-        parts = {"states": states, "teacher_hidden": hidden.split(counts.tolist())}
-        tensors = {f"{name}.{i}": row.cpu().clone() for name, each in parts.items() for i, row in enumerate(each)}
-        self.path(block).parent.mkdir(exist_ok=True)
-        write_file(self.path(block), safetensors.torch.save(tensors))
-
-    def read(self, index: int) -> dict[str, torch.Tensor]:
-        block, row = divmod(index, CACHE_BLOCK)
-        with safetensors.safe_open(self.path(block), "pt") as file:  # a memory map
-            return {name: file.get_tensor(f"{name}.{row}") for name in ("states", "teacher_hidden")}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -682,7 +665,7 @@ class Publisher:
             else:
                 self.repo_id = self.api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
         except HUB_ERRORS as error:
-            hub_fail("--push_to_hub: creating the repository", error)
+            hub_fail(f"--push_to_hub: creating the repository {args.hub_model_id or ''}", error)
         self.patterns = list(OWN_FILES)
         student, here = Path(args.model_name_or_path).resolve(), output_dir.resolve()
         if student.is_relative_to(here):
@@ -698,7 +681,7 @@ class Publisher:
         """Whether no push is under way. One that failed is reported, and made up for by the next."""
         if self.push and self.push.done():
             if error := self.push.exception():
-                logger.warning("a push to %s failed, training goes on: %s", self.repo_id, str(error).splitlines()[0])
+                logger.warning("a push to %s failed, training goes on: %s", self.repo_id, reason(error))
             self.push = None
         return self.push is None
 
@@ -712,24 +695,24 @@ class Publisher:
             if missing := [path.name for path in paths if there.get(path.name) != path.stat().st_size]:
                 raise RuntimeError(f"{', '.join(missing)} did not arrive whole")
         except HUB_ERRORS as error:
-            reason = str(error).strip().splitlines()[0]
-            fail(f"pushing to {self.repo_id} failed: {reason}; {self.output_dir} is whole: the same command pushes it")
+            whole = f"{self.output_dir} is whole: the same command pushes it"
+            fail(f"pushing to {self.repo_id} failed: {reason(error)}; {whole}")
         logger.info("pushed to %s/%s", constants.ENDPOINT, self.repo_id)
 
 
 def start_tracker(accelerator: Accelerator, args: argparse.Namespace) -> None:
     """Start the tracker. Whatever is wrong with it gives one warning and never stops the training."""
-    mode, reason = os.environ.get("WANDB_MODE"), "not logged in (`wandb login`)"
+    mode = os.environ.get("WANDB_MODE")
     try:
         if args.report_to == "wandb" and not mode:
             import wandb  # only here: it need not be installed
 
             try:
                 mode = "online" if wandb.login(prompt=False, timeout=20) else "offline"
-            except Exception as error:
-                mode, reason = "offline", str(error).splitlines()[0]
+            except Exception:
+                mode = "offline"
             if mode == "offline":
-                logger.warning("wandb: %s; its files stay in %s/wandb", reason, args.output_dir)
+                logger.warning("wandb: not logged in (`wandb login`); its files stay in %s/wandb", args.output_dir)
         values = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
         options = {"wandb": {"dir": args.output_dir, "name": args.wandb_name, "mode": mode}}
         accelerator.init_trackers(args.wandb_project, values, options)
@@ -737,7 +720,7 @@ def start_tracker(accelerator: Accelerator, args: argparse.Namespace) -> None:
             raise ImportError("it is not installed")
     except Exception as error:
         accelerator.trackers = []
-        logger.warning("--report_to %s: %s; metrics.jsonl has all figures", args.report_to, str(error).splitlines()[0])
+        logger.warning("--report_to %s: %s; metrics.jsonl has all figures", args.report_to, reason(error))
 
 
 class Stop:
@@ -886,9 +869,6 @@ class Distillation:
             if not status:
                 self.finish()
             self.accelerator.end_training()
-            if status and self.publisher and not self.publisher.idle():
-                logger.warning("the push under way is left unfinished")
-                os._exit(status)  # an exit would wait for it
             if status:
                 return status
         if self.publisher:
@@ -986,14 +966,19 @@ class Distillation:
         if self.is_main and args.report_to != "none":
             start_tracker(accelerator, args)
 
-    def fill_cache(self, rows: Rows, directory: Path) -> Cache:
-        """Encode what no earlier run has encoded; each process takes blocks of its own."""
+    def fill_cache(self, rows: Rows, directory: Path) -> Path:
+        """Write what no earlier run has: encoder outputs and the teacher's hidden states, a file for CACHE_BLOCK rows.
+
+        Each process takes blocks of its own. They are the same whoever encodes them: a cache finished by another run
+        has the same bytes.
+        """
         teacher, encoder, accelerator = self.frozen.teacher, self.frozen.encoder, self.accelerator
         key = [digest(encoder), self.names["teacher"], rows.fingerprint, self.args.dtype]
-        cache, missing = Cache(directory / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]), []
+        cache, missing = directory / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16], []
         if self.is_main:
-            cache.directory.mkdir(parents=True, exist_ok=True)
-            missing = cache.missing(len(rows))
+            cache.mkdir(parents=True, exist_ok=True)
+            there = {int(path.stem) for path in cache.glob("*/*.safetensors")}
+            missing = [block for block in range(math.ceil(len(rows) / CACHE_BLOCK)) if block not in there]
             values = teacher.config.max_source_positions * encoder.config.d_model
             values += rows.counts.mean() * teacher.config.d_model
             needed = min(len(rows), len(missing) * CACHE_BLOCK) * values * teacher.dtype.itemsize / 1e9
@@ -1002,7 +987,7 @@ class Distillation:
             if needed > free:
                 fail(f"--cache_encoder_outputs needs {needed:.2f} GB for {rows.name}; {directory} has {free:.2f} free")
         missing = broadcast_object_list([missing])[0]
-        if not cache.directory.is_dir():
+        if not cache.is_dir():
             fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
         blocks = missing[accelerator.process_index :: accelerator.num_processes]
         batches = [range(block * CACHE_BLOCK, min(len(rows), (block + 1) * CACHE_BLOCK)) for block in blocks]
@@ -1011,7 +996,12 @@ class Distillation:
         for block, batch in zip(bar, loader, strict=True):
             batch = send_to_device(batch, self.device, non_blocking=True)
             with accelerator.autocast():
-                cache.write(block, *(each.to(teacher.dtype) for each in self.frozen(batch)), batch)
+                states, hidden = (each.to(teacher.dtype) for each in self.frozen(batch))
+            counts = torch.bincount(batch["positions"] // batch["decoder_input_ids"].shape[1], minlength=len(states))
+            parts = {"states": states, "teacher_hidden": hidden.split(counts.tolist())}
+            tensors = {f"{name}.{i}": row.cpu().clone() for name, each in parts.items() for i, row in enumerate(each)}
+            block_path(cache, block).parent.mkdir(exist_ok=True)
+            write_file(block_path(cache, block), safetensors.torch.save(tensors))
         accelerator.wait_for_everyone()
         return cache
 

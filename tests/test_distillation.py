@@ -54,9 +54,13 @@ def forget_processes() -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(caplog):
+def fresh_process(caplog):
     forget_processes()
     caplog.set_level("INFO")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -523,6 +527,18 @@ def test_two_machines_two_processes_and_one_train_the_same_model_and_take_over_f
     assert json.loads((tmp_path / "machines" / "distillation.json").read_text())["processes"] == 2
     interrupt(tmp_path / "machines", tmp_path / "one", keep=4)
     assert_close_weights(run("one"), uninterrupted, 2e-4)
+
+
+def test_an_output_directory_that_another_machine_does_not_see_is_refused(command, monkeypatch):
+    monkeypatch.setattr(script, "write_json", lambda *_: None)  # as if the first machine had a disk of its own
+    with pytest.raises(SystemExit, match="must be on a file system that all machines see"):
+        script.main(command())
+
+
+def test_processes_that_take_themselves_for_the_only_one_are_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and accelerate was not told to use the CPU
+    with pytest.raises(SystemExit, match=r"2 processes were started and accelerate sees 1.*ACCELERATE_USE_CPU=true"):
+        script.main(command())
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters(run, uninterrupted):
