@@ -19,8 +19,6 @@ A label that has not ended at `--max_label_length` tokens is cut there, ended, a
 
 import argparse
 import collections
-import copy
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -65,6 +63,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import is_flash_attn_2_available
 
@@ -74,9 +73,10 @@ SAMPLING_RATE = 16_000
 WINDOW = 30 * SAMPLING_RATE  # what Whisper hears, in samples
 BATCHES_AHEAD = 3  # whose audio is decoded while the device works
 ROWS_PER_GROUP = 100  # of the parquet files, as `datasets` writes audio: ~10 MB to read for one row
-FILES_IN_FOLDER = 10_000  # https://huggingface.co/docs/hub/repositories-recommendations
+PLAN_SECONDS = 20  # in which --dry_run counts clips
 LABEL = "whisper_transcript"
 SCORES = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as openai-whisper's `transcribe` names them
+LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "accelerate", "soundfile", "librosa")
 HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
 NEW_CARD = """---
 license: other
@@ -152,12 +152,6 @@ def timestamps_are_paired(body: list[int], first_timestamp: int) -> bool:
     return not opened
 
 
-def compression_ratio(text: str) -> float:
-    """How much zlib shortens a text; above 2.4 Whisper takes it for a loop (openai-whisper's `compression_ratio`)."""
-    encoded = text.encode()
-    return len(encoded) / len(zlib.compress(encoded))
-
-
 class LabelScores(LogitsProcessor):
     """Mean log-probability of labels, and the probability of no speech, picked up while `generate` runs.
 
@@ -165,12 +159,10 @@ class LabelScores(LogitsProcessor):
     rules and count the end token; no speech is the share of <|nospeech|> behind the very first token.
     """
 
-    def __init__(self, model, prefix_length: int, end: int, no_speech: int, beams: int):
-        self.prefix_length, self.end, self.no_speech, self.beams = prefix_length, end, no_speech, beams
+    def __init__(self, model, prefix_length: int, no_speech: int, beams: int):
+        self.prefix_length, self.no_speech, self.beams = prefix_length, no_speech, beams
         self.no_speech_probs: list[float] = []
-        self.logprobs: torch.Tensor | None = None  # of the last step, (clips x beams, vocabulary)
-        self.running: dict[tuple, tuple[int, float]] = {}  # (clip, text so far) -> its row, its log-probability
-        self.ended: dict[tuple, float] = {}  # (clip, whole text) -> log-probability with the end token
+        self.best: dict[tuple, dict[int, float]] = {}  # (clip, text so far) -> the best next tokens
         self.hook = model.get_output_embeddings().register_forward_hook(self.see_first_logits)
 
     def see_first_logits(self, module, inputs, logits: torch.Tensor) -> None:
@@ -179,26 +171,19 @@ class LabelScores(LogitsProcessor):
             self.hook.remove()  # later steps may be compiled
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        texts = enumerate(input_ids[:, self.prefix_length :].tolist())
-        rows = [(row // self.beams, tuple(text)) for row, text in texts]
-        if self.logprobs is None:
-            sums = [0.0] * len(rows)
-        else:  # a row goes on from any row of its clip, or from none where its text has ended
-            parents = [self.running.get((clip, text[:-1]), (0, None)) for clip, text in rows]
-            chosen = self.logprobs[[row for row, _ in parents], input_ids[:, -1]].tolist()
-            sums = [None if total is None else total + new for (_, total), new in zip(parents, chosen, strict=True)]
-        self.logprobs = scores.float().log_softmax(-1)
-        self.running = {}
-        for row, (key, total, end) in enumerate(zip(rows, sums, self.logprobs[:, self.end].tolist(), strict=True)):
-            if total is not None and self.end not in key[1][-1:] and key not in self.running:
-                self.running[key] = row, total
-                self.ended[key] = total + end
+        # A search of n beams goes on with some of the best 2n tokens.
+        best = scores.float().log_softmax(-1).topk(2 * self.beams)
+        texts = input_ids[:, self.prefix_length :].tolist()
+        for row, (text, *pair) in enumerate(zip(texts, best.indices.tolist(), best.values.tolist(), strict=True)):
+            self.best[row // self.beams, *text] = dict(zip(*pair, strict=True))
         return scores
 
     def add_to(self, label: Label, clip: int) -> Label:
-        text = tuple(label.ids[self.prefix_length : -1])
-        logprob = self.ended[clip, text] / (len(text) + 1)
-        return label._replace(avg_logprob=logprob, no_speech_prob=self.no_speech_probs[clip])
+        text = label.ids[self.prefix_length :][: -1 if label.truncated else None]
+        choices = [(self.best[clip, *text[:place]], token) for place, token in enumerate(text)]
+        # A token that isn't there ties with the last that is.
+        logprobs = [best.get(token, min(best.values())) for best, token in choices]
+        return label._replace(avg_logprob=np.mean(logprobs), no_speech_prob=self.no_speech_probs[clip])
 
 
 # ---------------------------------------------------------------------------------------------------------------- audio
@@ -261,147 +246,131 @@ def log_mel(waveforms: torch.Tensor, extractor: WhisperFeatureExtractor) -> torc
 # -------------------------------------------------------------------------------------------------------------- teacher
 
 
+def load(kind: type, reference: str, **settings):
+    """`kind.from_pretrained(reference)`, or one line about why it can't be had."""
+    try:
+        return kind.from_pretrained(reference, **settings)
+    except (OSError, ValueError) as error:
+        fail(f"can't load --model_name_or_path {reference}: {first_line(error)}; for a private one `hf auth login`")
+
+
 class Teacher:
-    """A Whisper on its device that labels batches of waveforms."""
+    """A Whisper that labels batches of waveforms on a device; its weights come by `load_weights`, the rest at once."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        reference = args.model_name_or_path
-        local_directory(reference)
+        self.args, self.device, self.beams = args, device, args.generation_num_beams
         self.attention = attention_implementation(args, device)
+        self.reference = str(local_directory(args.model_name_or_path) or args.model_name_or_path)
+        self.config = load(transformers.AutoConfig, self.reference)
+        if self.config.model_type != "whisper":
+            fail(f"--model_name_or_path {self.reference} is a {self.config.model_type} model, not a Whisper")
+        self.extractor = load(WhisperFeatureExtractor, self.reference)
+        self.tokenizer = load(WhisperTokenizerFast, self.reference)
         try:
-            self.config = transformers.AutoConfig.from_pretrained(reference)
-            if self.config.model_type != "whisper":
-                fail(f"--model_name_or_path {reference} is a {self.config.model_type} model, not a Whisper")
-            self.extractor = WhisperFeatureExtractor.from_pretrained(reference)
-            self.tokenizer = WhisperTokenizerFast.from_pretrained(reference)
-            self.model = WhisperForConditionalGeneration.from_pretrained(
-                reference, dtype=getattr(torch, args.dtype), attn_implementation=self.attention
-            )
-        except (OSError, ValueError) as error:
-            fail(f"can't load --model_name_or_path {reference}: {first_line(error)}; for a private one `hf auth login`")
-        self.device, self.beams, self.length = device, args.generation_num_beams, args.max_label_length
-        self.timestamps, self.scores, self.compiled = args.return_timestamps, args.scores, args.torch_compile
-        self.digest = teacher_digest(self.model)
-        self.prompt = prompt_arguments(self.model.generation_config, args.language, args.task)
+            self.generation = transformers.GenerationConfig.from_pretrained(self.reference)
+        except OSError:  # checkpoints of 2022 have none
+            self.generation = transformers.GenerationConfig.from_model_config(self.config)
+        self.prompt = prompt_arguments(self.generation, args.language, args.task)
         vocabulary = self.tokenizer.get_vocab()
         self.end, self.no_timestamps = vocabulary["<|endoftext|>"], vocabulary["<|notimestamps|>"]
         self.no_speech = vocabulary.get("<|nospeech|>", vocabulary.get("<|nocaptions|>"))
-        self.prefix_length = (3 if self.prompt else 1) + (not self.timestamps)
-        if not self.prefix_length + 1 < self.length <= self.config.max_target_positions:
-            fail(
-                f"--max_label_length {self.length} must be more than {self.prefix_length + 1} "
-                f"and no more than the {self.config.max_target_positions} positions of the teacher's decoder"
-            )
-        generation = self.model.generation_config = copy.deepcopy(self.model.generation_config)
-        generation.max_length, generation.max_new_tokens = None, self.length - self.prefix_length
-        self.model.to(device).eval()
-        self.encoder = self.model.get_encoder()
-        self.static_cache: EncoderDecoderCache | None = None  # of `rows_in_cache` clips
-        self.rows_in_cache = 0
-        self.memory: list[torch.Tensor] = []  # of `encode_one_by_one`
-        if self.compiled and device.type == "cuda":
-            self.compile(args.per_device_eval_batch_size)
+        self.prefix_length = (3 if self.prompt else 1) + (not args.return_timestamps)
+        longest = self.config.max_target_positions
+        if not self.prefix_length + 1 < args.max_label_length <= longest:
+            fail(f"--max_label_length {args.max_label_length} must be within {self.prefix_length + 2} and {longest}")
+        self.generation.max_length = None
+        self.generation.max_new_tokens = args.max_label_length - self.prefix_length
+        self.cache: EncoderDecoderCache | None = None  # of `cache_rows` clips, for compiled code
+        self.cache_rows = 0
+        self.memory: torch.Tensor | None = None  # of `encode_for_cpu`
 
-    def compile(self, rows: int) -> None:
-        """Compile the encoder; `generate` does so with its decoding step because the cache is static."""
-        encoder = self.encoder
-        try:
-            self.encoder = torch.compile(encoder)
-            self.label([np.zeros(SAMPLING_RATE, np.float32)], rows)
-        except torch.OutOfMemoryError:
-            pass  # then the batch is halved when it comes to that
-        except Exception as error:  # compilers fail in many ways, all of which leave the model as it was
-            logger.warning("--torch_compile fails here and is left out: %s", first_line(error))
-            self.encoder, self.static_cache, self.compiled = encoder, None, False
+    def load_weights(self) -> None:
+        settings = {"dtype": getattr(torch, self.args.dtype), "attn_implementation": self.attention}
+        self.model = load(WhisperForConditionalGeneration, self.reference, **settings)
+        self.model.generation_config = self.generation
+        self.model.to(self.device).eval()
+        self.encoder = self.model.get_encoder()
+        if self.args.torch_compile and self.device.type == "cuda":
+            torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
+            self.encoder = torch.compile(self.encoder)  # `generate` compiles its steps where the cache is static
 
     def label(self, waveforms: list[np.ndarray], rows: int) -> list[Label]:
         """Labels of clips (mono, 16 kHz, up to 30 s); compiled code works on `rows` clips, the last one repeated."""
-        rows = rows if self.compiled else len(waveforms)
+        rows = rows if self.args.torch_compile else len(waveforms)
         padded = torch.zeros(rows, max(map(len, waveforms)), pin_memory=self.device.type == "cuda")
         for row in range(rows):
             waveform = waveforms[min(row, len(waveforms) - 1)]
             padded[row, : len(waveform)] = torch.from_numpy(waveform)
+        scores = None
         with torch.inference_mode():
             features = log_mel(padded.to(self.device, non_blocking=True), self.extractor).to(self.model.dtype)
-            encoded = self.encode(features)
-            scores = None
-            if self.scores:
-                scores = LabelScores(self.model, self.prefix_length, self.end, self.no_speech, self.beams)
+            if self.device.type == "cpu" and self.beams == 1 and not self.args.torch_compile:
+                states, cache = self.encode_for_cpu(features)
+            else:
+                states, cache = self.encoder(features)[0], self.static_cache(rows) if self.args.torch_compile else None
+            if self.args.scores:
+                scores = LabelScores(self.model, self.prefix_length, self.no_speech, self.beams)
             sequences = self.model.generate(
-                **encoded,
+                encoder_outputs=BaseModelOutput(states),
+                past_key_values=cache,
                 **self.prompt,
                 # Whisper has no padding to mask; without this `generate` warns of it.
                 attention_mask=torch.ones(rows, features.shape[2], dtype=torch.long, device=self.device),
                 force_unique_generate_call=True,
-                return_timestamps=self.timestamps,
+                return_timestamps=self.args.return_timestamps,
                 num_beams=self.beams,
                 do_sample=False,
                 logits_processor=[scores] if scores else None,
-            ).tolist()
+            ).tolist()[: len(waveforms)]
         labels = [Label(*finish_label(sequence, self.prefix_length, self.end)) for sequence in sequences]
-        labels = labels[: len(waveforms)]
         return [scores.add_to(label, clip) for clip, label in enumerate(labels)] if scores else labels
 
-    def encode(self, features: torch.Tensor) -> dict:
-        """Encoder states of log-mel features (batch, mels, 3000), and perhaps a cache, as arguments of `generate`."""
-        if self.compiled:
-            if self.rows_in_cache != len(features):
-                lengths = (self.length, self.config.max_source_positions)
-                caches = (StaticCache(config=self.config, max_cache_len=length) for length in lengths)
-                self.static_cache, self.rows_in_cache = EncoderDecoderCache(*caches), len(features)
-            self.static_cache.reset()
-            return {
-                "encoder_outputs": BaseModelOutput(self.encoder(features)[0]),
-                "past_key_values": self.static_cache,
-            }
-        if self.device.type != "cpu" or self.beams > 1:
-            return {"encoder_outputs": BaseModelOutput(self.encoder(features)[0])}
-        return self.encode_one_by_one(features)
+    def encode_for_cpu(self, features: torch.Tensor) -> tuple[torch.Tensor, EncoderDecoderCache]:
+        """Encoder states, and a cache with the decoder's keys and values of them.
 
-    def encode_one_by_one(self, features: torch.Tensor) -> dict:
-        """The same with the decoder's keys and values of the states, for a CPU.
-
-        What one clip needs stays in the CPU's caches. Memory that is kept saves the cost of touching new memory, which
-        is a quarter of the decoder's time.
+        Clip by clip, which suits the CPU's caches, and in memory that is kept: to copy, and to touch new memory, would
+        take as long as the projections themselves.
         """
         rows, attentions = len(features), [layer.encoder_attn for layer in self.model.get_decoder().layers]
-        positions, heads, width = self.config.max_source_positions, attentions[0].num_heads, attentions[0].head_dim
-        if not self.memory or len(self.memory[0]) < rows:
-            self.memory = [torch.empty(rows, positions, heads * width, dtype=features.dtype)]
-            shape = (rows, heads, positions, width)
-            self.memory += [torch.empty(shape, dtype=features.dtype) for _ in range(2 * len(attentions))]
-        states, *cross = (memory[:rows] for memory in self.memory)
+        heads, width, positions = attentions[0].num_heads, attentions[0].head_dim, self.config.max_source_positions
+        projections = [projection for attention in attentions for projection in (attention.k_proj, attention.v_proj)]
+        if self.memory is None or self.memory.shape[1] < rows:
+            shape = (1 + len(projections), rows, positions * heads * width)
+            self.memory = torch.empty(shape, dtype=features.dtype)
+        states, *cross = self.memory[:, :rows]
+        states, cross = states.view(rows, positions, -1), [part.view(rows, heads, positions, width) for part in cross]
         for row in range(rows):
             states[row] = self.encoder(features[row : row + 1])[0][0]
-            for attention, keys, values in zip(attentions, cross[::2], cross[1::2], strict=True):
-                keys[row] = attention.k_proj(states[row]).view(positions, heads, width).transpose(0, 1)
-                values[row] = attention.v_proj(states[row]).view(positions, heads, width).transpose(0, 1)
+            for projection, part in zip(projections, cross, strict=True):
+                part[row] = projection(states[row]).view(positions, heads, width).transpose(0, 1)
         cache = DynamicCache()
         for keys, values in zip(cross[::2], cross[1::2], strict=True):
             layer = DynamicLayer()
             layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
             layer.is_initialized = True
             cache.layers.append(layer)
-        return {
-            "encoder_outputs": BaseModelOutput(states),
-            "past_key_values": EncoderDecoderCache(DynamicCache(), cache),
-        }
+        return states, EncoderDecoderCache(DynamicCache(), cache)
+
+    def static_cache(self, rows: int) -> EncoderDecoderCache:
+        """The same emptied cache for every batch of so many rows: another one would be compiled for again."""
+        if self.cache_rows != rows:
+            lengths = (self.args.max_label_length, self.config.max_source_positions)
+            caches = (StaticCache(config=self.config, max_cache_len=length) for length in lengths)
+            self.cache, self.cache_rows = EncoderDecoderCache(*caches), rows
+        self.cache.reset()
+        return self.cache
 
 
 def attention_implementation(args: argparse.Namespace, device: torch.device) -> str:
     """What `transformers` calls `--attn_type`; flash attention only where it can run."""
     if args.attn_type != "flash_attn":
         return args.attn_type
-    needs = {
-        "a CUDA GPU": device.type == "cuda",
-        "--dtype bfloat16 or float16": args.dtype != "float32",
-        "the package flash-attn": is_flash_attn_2_available(),
-        "no --torch_compile": not args.torch_compile,  # it doesn't mask what a static cache has yet to be filled with
-    }
-    if all(needs.values()):
+    # It doesn't mask what a static cache, which comes with --torch_compile, has yet to be filled with.
+    fits = device.type == "cuda" and args.dtype != "float32" and not args.torch_compile
+    if fits and is_flash_attn_2_available():
         return "flash_attention_2"
-    missing = " and ".join(need for need, there in needs.items() if not there)
-    logger.warning("--attn_type flash_attn needs %s: using sdpa", missing)
+    needs = "a CUDA GPU, the package flash-attn, --dtype bfloat16 or float16, and no --torch_compile"
+    logger.warning("--attn_type flash_attn needs %s: using sdpa", needs)
     return "sdpa"
 
 
@@ -427,7 +396,7 @@ def teacher_digest(model: WhisperForConditionalGeneration) -> str:
     rules = ("suppress_tokens", "begin_suppress_tokens", "max_initial_timestamp_index")
     digest = hashlib.sha256(repr([getattr(model.generation_config, rule, None) for rule in rules]).encode())
     for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:64].float().numpy().tobytes())
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -452,19 +421,18 @@ def label_with_halving(clips: list[np.ndarray], size: int, label: Callable) -> t
 # ---------------------------------------------------------------------------------------------------------------- input
 
 
-def open_dataset(args: argparse.Namespace) -> Dataset:
-    """The rows to label, with undecoded audio."""
+def open_dataset(args: argparse.Namespace, stream: bool = False) -> Dataset | datasets.IterableDataset:
+    """The rows to label, with undecoded audio. A stream is read where it lies: nothing is prepared in a cache."""
     name, config, split = args.dataset_name, args.dataset_config_name, args.dataset_split_name
-    workers = args.preprocessing_num_workers if args.preprocessing_num_workers > 1 else None
+    how = {"streaming": True} if stream else {"num_proc": max(1, args.preprocessing_num_workers)}
     try:
         if name.endswith(".py"):
-            dataset = build_dataset(Path(name).expanduser(), config, args.dataset_dir_suffix, split, workers)
-        elif directory := local_directory(name):
-            dataset = read_directory(directory, config, split)
-        elif isinstance(datasets.load_dataset_builder(name, config), AudioFolder):
-            dataset = read_directory(Path(snapshot_download(name, repo_type="dataset")), config, split)
+            builder = builder_of(Path(name).expanduser(), config, args.dataset_dir_suffix)
+            if not stream:
+                builder.download_and_prepare(num_proc=how["num_proc"])
+            dataset = builder.as_streaming_dataset(split) if stream else builder.as_dataset(split)
         else:
-            dataset = datasets.load_dataset(name, config, split=split, num_proc=workers)
+            dataset = read_repository(str(local_directory(name) or name), config, split, how)
     except (ValueError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"can't load {config or 'the default configuration'}, {split} of {name}"
         hint = "" if Path(name).expanduser().exists() else "; check the name, and `hf auth login` for a private one"
@@ -477,12 +445,14 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
         logger.warning("%s has %s already: replaced", name, ", ".join(old))
         dataset = dataset.remove_columns(old)
     if args.max_samples is not None:
-        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+        dataset = dataset.take(args.max_samples if stream else min(args.max_samples, len(dataset)))
+    if stream:
+        return dataset
     return dataset.cast_column(args.audio_column_name, Audio(sampling_rate=SAMPLING_RATE, decode=False))
 
 
-def build_dataset(path: Path, config: str | None, suffix: str | None, split: str, workers: int | None) -> Dataset:
-    """A split made by the `datasets.DatasetBuilder` that a Python file defines; `load_dataset` runs none any more.
+def builder_of(path: Path, config: str | None, suffix: str | None) -> datasets.DatasetBuilder:
+    """The builder that a Python file defines, which `load_dataset` runs no more.
 
     `suffix`: which part of a download in parts, as the builder's `dataset_dir_suffix`.
     """
@@ -495,30 +465,26 @@ def build_dataset(path: Path, config: str | None, suffix: str | None, split: str
     builders = [cls for cls in classes if issubclass(cls, datasets.DatasetBuilder)]
     if len(builders) != 1:
         fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, not {len(builders)}")
-    builder = builders[0](config_name=config, **({"dataset_dir_suffix": suffix} if suffix else {}))
-    builder.download_and_prepare(num_proc=workers)
-    return builder.as_dataset(split)
+    return builders[0](config_name=config, **({"dataset_dir_suffix": suffix} if suffix else {}))
 
 
-def read_directory(directory: Path, config: str | None, split: str) -> Dataset:
-    """A split of a local directory. Parquet is loaded by its files: a directory's cache looks at README.md only."""
-    shards = sorted((directory / (config or "default")).glob(f"{split}-*-of-*.parquet"))
-    if shards:
-        expected = int(shards[0].stem.rsplit("-", 1)[1])
-        if len(shards) != expected:
-            fail(f"{directory} has {len(shards)} of {expected} shards of {split}: finish the stage that writes it")
-        if not any(pq.read_metadata(path).num_rows for path in shards):  # which `load_dataset` refuses
-            return Dataset(pq.read_table(shards[0]))
-        return datasets.load_dataset("parquet", data_files={split: list(map(str, shards))}, split=split)
-    builder = datasets.load_dataset_builder(str(directory), config)
-    files = builder.config.data_files
-    if split not in files:
-        raise ValueError(f"its splits are {', '.join(files)}")
+def read_repository(name: str, config: str | None, split: str, how: dict) -> Dataset | datasets.IterableDataset:
+    """A split of a dataset repository. Parquet is loaded by its files: `datasets`' cache of a directory is stale."""
+    builder = datasets.load_dataset_builder(name, config)
+    files = list((builder.config.data_files or {}).get(split, []))
+    if not files:
+        raise ValueError(f"its splits are {', '.join(builder.config.data_files or ['unknown'])}")
     if isinstance(builder, AudioFolder):
-        return list_audio(list(map(Path, files[split])))
-    if isinstance(builder, Parquet):
-        return datasets.load_dataset("parquet", data_files={split: list(files[split])}, split=split)
-    return datasets.load_dataset(str(directory), config, split=split)
+        if Path(name).is_dir():
+            return list_audio(list(map(Path, files)))
+        return read_repository(snapshot_download(name, repo_type="dataset"), config, split, how)
+    if not isinstance(builder, Parquet):
+        return datasets.load_dataset(name, config, split=split, **how)
+    if (shard := re.search(r"-of-(\d+)\.parquet$", files[0])) and len(files) != int(shard[1]):
+        fail(f"{name} has {len(files)} of {int(shard[1])} shards of {split}: finish the stage that writes it")
+    if Path(name).is_dir() and not any(pq.read_metadata(path).num_rows for path in files):
+        return Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split, **how)
 
 
 def list_audio(paths: list[Path]) -> Dataset:
@@ -536,9 +502,8 @@ def list_audio(paths: list[Path]) -> Dataset:
     return Dataset(pa.table(columns))
 
 
-def read_rows(dataset: Dataset, start: int, stop: int, audio_column: str) -> pa.Table:
-    """Rows of the dataset, with the bytes of audio files that it only names."""
-    rows = dataset.with_format("arrow")[start:stop]
+def with_bytes(rows: pa.Table, audio_column: str) -> pa.Table:
+    """The same rows with the bytes of audio files that they only name."""
     if pc.struct_field(rows[audio_column], "bytes").null_count:
         values = rows[audio_column].to_pylist()
         for value in values:
@@ -549,14 +514,15 @@ def read_rows(dataset: Dataset, start: int, stop: int, audio_column: str) -> pa.
     return rows
 
 
-def dataset_digest(dataset: Dataset, audio_column: str, id_column: str | None) -> str:
+def dataset_digest(dataset: Dataset, args: argparse.Namespace) -> str:
     """Digest of ids and sizes of the audio, to tell datasets of one name apart."""
     digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
-    dataset = dataset.select_columns([audio_column, *([id_column] if id_column else [])]).with_format("arrow")
+    columns = [args.audio_column_name, *([args.id_column_name] if args.id_column_name else [])]
+    dataset = dataset.select_columns(columns).with_format("arrow")
     for start in range(0, len(dataset), 10_000):
         rows = dataset[start : start + 10_000]
-        sizes = pc.binary_length(pc.struct_field(rows[audio_column], "bytes")).to_pylist()
-        ids = rows[id_column].to_pylist() if id_column else []
+        sizes = pc.binary_length(pc.struct_field(rows[args.audio_column_name], "bytes")).to_pylist()
+        ids = rows[args.id_column_name].to_pylist() if args.id_column_name else []
         digest.update(json.dumps([sizes, ids], default=str).encode())
     return digest.hexdigest()[:16]
 
@@ -564,70 +530,52 @@ def dataset_digest(dataset: Dataset, audio_column: str, id_column: str | None) -
 # --------------------------------------------------------------------------------------------------------------- shards
 
 
-@dataclasses.dataclass
 class Shards:
-    """The files of a labelled split and the rows that belong in each."""
+    """The files of a labelled split, and the rows and settings that they are made of."""
 
-    directory: Path
-    config: str
-    split: str
-    rows: int
-    size: int
-    settings: str  # digest of what the data depends on
+    def __init__(self, args: argparse.Namespace, rows: int, settings: dict):
+        self.directory, self.rows, self.settings = args.output_dir, rows, settings
+        self.config, self.split = args.dataset_config_name or "default", args.dataset_split_name
+        self.number = max(1, math.ceil(rows / args.shard_size))
+        names = (f"{self.split}-{shard:05d}-of-{self.number:05d}.parquet" for shard in range(self.number))
+        self.paths = [self.directory / self.config / name for name in names]
+        self.record = self.directory / f"labelling.{self.config}.{self.split}.json"
 
-    @property
-    def number(self) -> int:
-        return max(1, math.ceil(self.rows / self.size))
-
-    @property
-    def record(self) -> Path:
-        return self.directory / f"labelling.{self.config}.{self.split}.json"
-
-    def path(self, shard: int) -> Path:
-        return self.directory / self.config / f"{self.split}-{shard:05d}-of-{self.number:05d}.parquet"
+    def facts(self, shard: int) -> dict | None:
+        """What is known of a finished shard; None where it is missing or was made with other settings."""
+        facts = read_facts(self.paths[shard])
+        return facts if facts and facts["settings"] == self.settings else None
 
     def present(self) -> list[Path]:
         return sorted((self.directory / self.config).glob(f"{self.split}-*-of-*.parquet"))
 
-    def facts(self, shard: int) -> dict | None:
-        """What is known of a finished shard; None where it is missing or was made with other settings."""
-        try:
-            metadata = pq.read_metadata(self.path(shard)).metadata or {}
-            facts = json.loads(metadata.get(b"kotoba", b"{}"))
-        except (FileNotFoundError, pa.ArrowInvalid):  # the latter of a damaged file
-            return None
-        return facts if facts.get("settings") == self.settings else None
 
-
-@dataclasses.dataclass
-class Shard:
-    """A shard in work."""
-
-    index: int
-    rows: pa.Table
-    batch_size: int
-    left: int  # rows without a result
-    clips: list[Clip | None]
-    labels: list[Label | None]
+def read_facts(path: Path) -> dict | None:
+    """What a shard tells of its making; None where it is missing or damaged."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):  # the latter of a damaged file
+        return None
+    return json.loads(metadata.get(b"kotoba", b'{"settings": null}'))
 
 
 def batches(
     dataset: Dataset, shards: Shards, pending: list[int], pool: ThreadPoolExecutor, args: argparse.Namespace
-) -> Iterator[tuple[Shard, list[int], list[Future]]]:
+) -> Iterator[tuple[int, pa.Table, list[int], list[Future]]]:
     """Batches of clips that are being decoded: of one shard after the other, the longest clips first.
 
     What lies in a batch together depends on the shard alone, not on processes or workers.
     """
-    for index in pending:
-        stop = min((index + 1) * shards.size, shards.rows)
-        rows = read_rows(dataset, index * shards.size, stop, args.audio_column_name)
+    size = args.per_device_eval_batch_size
+    for shard in pending:
+        first, end = shard * args.shard_size, min((shard + 1) * args.shard_size, shards.rows)
+        rows = with_bytes(dataset.with_format("arrow")[first:end], args.audio_column_name)
         audio = pc.struct_field(rows[args.audio_column_name], "bytes")
-        shard = Shard(index, rows, args.per_device_eval_batch_size, len(rows), [None] * len(rows), [None] * len(rows))
         seconds = list(pool.map(lambda value: header_seconds(value.as_py()), audio))
         order = sorted(range(len(rows)), key=seconds.__getitem__, reverse=True)
-        for first in range(0, max(1, len(order)), args.per_device_eval_batch_size):  # one empty batch of an empty shard
-            members = order[first : first + args.per_device_eval_batch_size]
-            yield shard, members, [pool.submit(load_clip, audio[row]) for row in members]
+        for start in range(0, max(1, len(order)), size):  # one empty batch of an empty shard
+            members = order[start : start + size]
+            yield shard, rows, members, [pool.submit(load_clip, audio[row]) for row in members]
 
 
 def ahead(items: Iterator, number: int) -> Iterator:
@@ -643,20 +591,21 @@ def label_shards(dataset: Dataset, shards: Shards, pending: list[int], teacher: 
     writing: Future | None = None
     with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
         try:
-            for shard, members, loading in ahead(batches(dataset, shards, pending, pool, args), BATCHES_AHEAD):
+            results, size = {}, args.per_device_eval_batch_size  # of the shard in work
+            for shard, rows, members, loading in ahead(batches(dataset, shards, pending, pool, args), BATCHES_AHEAD):
                 clips = [future.result() for future in loading]
                 waveforms = [clip.waveform for clip in clips if clip.waveform is not None]
-                labels, shard.batch_size = label_with_halving(waveforms, shard.batch_size, teacher.label)
+                labels, size = label_with_halving(waveforms, size, teacher.label)
                 remaining = iter(labels)
                 for row, clip in zip(members, clips, strict=True):
-                    shard.labels[row] = None if clip.problem else next(remaining)
-                    shard.clips[row] = clip._replace(waveform=None)
-                shard.left -= len(members)
+                    results[row] = clip._replace(waveform=None), None if clip.problem else next(remaining)
                 report(len(members), sum(clip.seconds for clip in clips))
-                if not shard.left:
+                if len(results) == len(rows):
                     if writing:
                         writing.result()
-                    writing = writer.submit(write_labels, shard, shards, dataset.features, teacher, args)
+                    results = [results[row] for row in range(len(rows))]
+                    writing = writer.submit(write_labels, shard, rows, results, shards, dataset.features, teacher, args)
+                    results, size = {}, args.per_device_eval_batch_size
             if writing:
                 writing.result()
         except BaseException:
@@ -664,42 +613,51 @@ def label_shards(dataset: Dataset, shards: Shards, pending: list[int], teacher: 
             raise
 
 
-def write_labels(shard: Shard, shards: Shards, features: Features, teacher: Teacher, args: argparse.Namespace) -> None:
+def write_labels(
+    shard: int,
+    rows: pa.Table,
+    results: list[tuple[Clip, Label | None]],
+    shards: Shards,
+    features: Features,
+    teacher: Teacher,
+    args: argparse.Namespace,
+) -> None:
     """Write a shard's rows that have a label, and with them what became of the others."""
-    labels = [label for label in shard.labels if label]
+    clips, labels = [clip for clip, _ in results], [label for _, label in results if label]
     bodies = [label.ids[teacher.prefix_length : -1] for label in labels]
-    names = shard.rows[args.id_column_name].to_pylist() if args.id_column_name else None
-    first, first_timestamp = shard.index * shards.size, teacher.no_timestamps + 1
-    problems = [(row, clip.problem) for row, clip in enumerate(shard.clips) if clip.problem]
+    names = [f"row {shard * args.shard_size + row}" for row in range(len(rows))]
+    if args.id_column_name:
+        names = rows[args.id_column_name].to_pylist()
+    malformed = [body for body in bodies if not timestamps_are_paired(body, teacher.no_timestamps + 1)]
     facts = {
         "settings": shards.settings,
-        "rows_in": len(shard.clips),
+        "rows_in": len(clips),
         "rows_out": len(labels),
-        "seconds": round(sum(clip.seconds for clip in shard.clips), 3),
-        "over_30_s": sum(clip.seconds > 30 for clip in shard.clips),
+        "seconds": round(sum(clip.seconds for clip in clips), 3),
+        "over_30_s": sum(clip.seconds > 30 for clip in clips),
         "truncated": sum(label.truncated for label in labels),
-        "malformed_timestamps": sum(not timestamps_are_paired(body, first_timestamp) for body in bodies)
-        if teacher.timestamps
-        else 0,
+        "malformed_timestamps": len(malformed) if args.return_timestamps else 0,
         "tokens": sum(len(label.ids) for label in labels),
-        "unusable": [[str(names[row]) if names else f"row {first + row}", problem] for row, problem in problems],
+        "unusable": [[str(name), clip.problem] for name, clip in zip(names, clips, strict=True) if clip.problem],
     }
     new = {LABEL: (List(Value("int32")), [label.ids for label in labels])}
     if args.decode_token_ids:
         decode = {"skip_special_tokens": True, "decode_with_timestamps": True}
         new[LABEL] = Value("string"), teacher.tokenizer.batch_decode(bodies, **decode)
     if args.scores:
-        texts = [text.strip() for text in teacher.tokenizer.batch_decode(bodies, skip_special_tokens=True)]
-        ratios = [compression_ratio(text) for text in texts]
+        texts = teacher.tokenizer.batch_decode(bodies, skip_special_tokens=True)
+        texts = [text.strip().encode() for text in texts]
+        # Above a ratio of 2.4 Whisper takes a text for a loop.
+        ratios = [len(text) / len(zlib.compress(text)) for text in texts]
         values = ([label.avg_logprob for label in labels], ratios, [label.no_speech_prob for label in labels])
         for name, column in zip(SCORES, values, strict=True):
             new[name] = Value("float32"), [round(value, 4) for value in column]
-    rows = shard.rows.filter(pa.array([label is not None for label in shard.labels], pa.bool_()))
+    rows = rows.filter(pa.array([label is not None for _, label in results], pa.bool_()))
     schema = Features({**features, **{name: feature for name, (feature, _) in new.items()}}).arrow_schema
     for name, (_, values) in new.items():
         rows = rows.append_column(name, pa.array(values, schema.field(name).type))
     metadata = {**schema.metadata, b"kotoba": json.dumps(facts, ensure_ascii=False).encode()}
-    path = shards.path(shard.index)
+    path = shards.paths[shard]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_shard(rows.cast(schema).replace_schema_metadata(metadata), path)
@@ -731,22 +689,22 @@ def write_text(text: str, path: Path) -> None:
 
 
 class Progress:
-    """The bar of the main process, and what the tracker gets; other processes are seen by the shards they finish."""
+    """The main process's bar and reports to the tracker; it sees the others by the shards that they finish."""
 
-    def __init__(self, accelerator: Accelerator, shards: Shards, args: argparse.Namespace):
+    def __init__(self, accelerator: Accelerator, shards: Shards, pending: list[int], args: argparse.Namespace):
         self.accelerator, self.shards, self.every = accelerator, shards, args.logging_steps
-        self.main = accelerator.is_main_process
-        found = [shards.facts(shard) for shard in range(shards.number)] if self.main else []
-        self.others = [shard for shard, facts in enumerate(found) if not facts and shard % accelerator.num_processes]
-        done = sum(facts["rows_in"] for facts in found if facts)
-        self.steps, self.clips, self.seconds = 0, 0, 0.0
-        self.tracked = start_tracker(accelerator, args)
+        self.others = [shard for shard in pending if shard % accelerator.num_processes]
+        self.steps, self.clips, self.seconds, self.tracked = 0, 0, 0.0, args.report_to != "none"
+        todo = sum(min(args.shard_size, shards.rows - shard * args.shard_size) for shard in pending)
+        try:
+            accelerator.init_trackers(args.wandb_project, {name: str(value) for name, value in vars(args).items()})
+        except Exception as error:  # whatever its kind, what watches the work must not end it
+            logger.warning("no tracking by %s: %s", args.report_to, first_line(error))
+            self.tracked, accelerator.trackers = False, []
+        self.bar = tqdm(desc="labelling", total=shards.rows, initial=shards.rows - todo, unit=" clips", smoothing=0)
         self.started = self.looked = time.monotonic()
-        self.bar = tqdm(total=shards.rows, initial=done, unit=" clips", disable=not self.main)
 
     def __call__(self, clips: int, seconds: float) -> None:
-        if not self.main:
-            return
         now, self.steps = time.monotonic(), self.steps + 1
         if self.others and now - self.looked > 10:
             found = {shard: facts for shard in self.others if (facts := self.shards.facts(shard))}
@@ -755,124 +713,66 @@ class Progress:
             seconds += sum(facts["seconds"] for facts in found.values())
             self.looked = now
         self.clips, self.seconds = self.clips + clips, self.seconds + seconds
-        rate, speed = self.clips / (now - self.started), self.seconds / (now - self.started)
+        rate, speed = max(self.clips, 1) / (now - self.started), self.seconds / (now - self.started)
         self.bar.set_postfix_str(f"{speed:.1f} h of audio an hour", refresh=False)
         self.bar.update(clips)
         if self.tracked and self.steps % self.every == 0:
             left = (self.shards.rows - self.bar.n) / rate / 3600
             values = {"clips": self.bar.n, "clips_per_second": rate, "audio_hours_per_hour": speed, "hours_left": left}
-            try:
-                self.accelerator.log(values, step=self.steps)
-            except Exception as error:  # whatever its kind, what watches the work must not end it
-                logger.warning("tracking ends: %s", first_line(error))
-                self.tracked = False
-
-
-def start_tracker(accelerator: Accelerator, args: argparse.Namespace) -> bool:
-    """Whether there is a tracker to report to; one that can't be had is worth one warning."""
-    if args.report_to == "none" or not accelerator.is_main_process:
-        return False
-    try:
-        if args.report_to == "wandb" and "WANDB_MODE" not in os.environ:
-            import wandb
-
-            if not wandb.login(prompt=False):
-                raise RuntimeError("no login: `wandb login`, or WANDB_MODE=offline")
-        accelerator.init_trackers(args.wandb_project, config={name: str(value) for name, value in vars(args).items()})
-    except Exception as error:  # whatever its kind, what watches the work must not end it
-        logger.warning("no tracking by %s: %s", args.report_to, first_line(error))
-        return False
-    return True
+            self.accelerator.log(values, step=self.steps)
 
 
 # ----------------------------------------------------------------------------------------------- record, card and push
 
 
-def data_settings(args: argparse.Namespace, dataset: Dataset, teacher: Teacher) -> dict:
+def data_settings(args: argparse.Namespace, teacher: Teacher, rows: int, digests: dict) -> dict:
     """What the labelled data depends on, near-ties of low precision aside: a run with other values must not go on."""
-    digest = dataset_digest(dataset, args.audio_column_name, args.id_column_name)
     same = ("audio_column_name", "id_column_name", "shard_size", "dtype", "return_timestamps", "generation_num_beams")
     same += ("max_label_length", "decode_token_ids", "scores")
     return {
         **{name: getattr(args, name) for name in same},
         **{"language": None, "task": None, **teacher.prompt},
         "attention": teacher.attention,
-        "teacher": f"weights {teacher.digest}",
-        "dataset": f"{len(dataset)} rows, {digest}",
+        "rows": rows,
+        **digests,
     }
 
 
-def begin(shards: Shards, settings: dict, overwrite: bool, main: bool) -> None:
-    """Refuse to mix with what other settings left; the main process puts up the record and removes what is in the way.
-
-    A file of other settings whose name this run gives too is replaced by the process that makes it.
-    """
-    earlier = json.loads(shards.record.read_text(encoding="utf-8")) if shards.record.exists() else {}
-    for name, value in settings.items():
-        if earlier and (old := earlier["settings"].get(name)) != value:
-            if not overwrite:
-                fail(
-                    f"{shards.record} was begun with {name} {old}, this run has {value}: go back to that, "
-                    "take another --output_dir, or start afresh with --overwrite_output_dir"
-                )
-            earlier = {}
-    if not earlier and not overwrite and (present := shards.present()) and not shards.facts(0):
-        fail(f"{present[0]} is not of this run: take another --output_dir, or replace it with --overwrite_output_dir")
-    if not main:
-        return
-    expected = {shards.path(shard) for shard in range(shards.number)}
+def check_present(shards: Shards, overwrite: bool) -> None:
+    """Refuse to mix with what other settings left."""
     for path in shards.present():
-        if path not in expected:
-            path.unlink()
-    if earlier.get("status") != "complete" or not all(path.exists() for path in expected):
-        record = {"status": "running", "settings": settings}
-        write_text(json.dumps(record, indent=2, ensure_ascii=False), shards.record)
+        facts = read_facts(path)
+        if overwrite or facts is None or facts["settings"] == shards.settings:
+            continue
+        old = facts["settings"] or {}
+        name = next(name for name, value in shards.settings.items() if old.get(name) != value)
+        fail(
+            f"{path} was made with {name} {old.get(name, 'unknown')}, this run has {shards.settings[name]}: go back to "
+            "that, take another --output_dir, or start afresh with --overwrite_output_dir"
+        )
 
 
-def total_facts(shards: Shards) -> dict:
-    """Sums over all shards; fails where one is missing."""
-    found = [shards.facts(shard) for shard in range(shards.number)]
-    if missing := found.count(None):
-        fail(f"{missing} of {shards.number} shards are not in {shards.directory}: do all machines see it? Run again")
-    counts = ("rows_in", "rows_out", "over_30_s", "truncated", "malformed_timestamps", "tokens")
-    total = {name: sum(facts[name] for facts in found) for name in counts}
-    total["hours"] = round(sum(facts["seconds"] for facts in found) / 3600, 4)
-    total["unusable"] = [row for facts in found for row in facts["unusable"]]
-    return total
+def write_record(shards: Shards, status: str, **facts) -> None:
+    record = {"status": status, "settings": shards.settings, **facts}
+    write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str), shards.record)
 
 
-def describe(args: argparse.Namespace, total: dict) -> str:
-    """What the dataset card says of this split."""
-    counts = {
-        "in the input": total["rows_in"],
-        "labelled": total["rows_out"],
-        "left out, no usable audio": len(total["unusable"]),
-        "longer than 30 s, labelled on their first 30 s": total["over_30_s"],
-        f"with a label cut at {args.max_label_length} tokens": total["truncated"],
-        "with timestamps that are unpaired or go back": total["malformed_timestamps"],
-    }
-    how = f"{args.generation_num_beams} beam{'s' * (args.generation_num_beams > 1)}, {args.dtype}"
-    timestamps = "with" if args.return_timestamps else "without"
-    rows = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
-    return (
-        f"Labels (`{LABEL}`) of {total['hours']:.2f} hours of audio by {args.model_name_or_path}: language "
-        f"{args.language or 'not given'}, {timestamps} timestamps, {how}.\n\n| rows | |\n| --- | --- |\n{rows}"
-    )
-
-
-def card(text: str | None, config: str, split: str, section: str, language: str | None) -> str:
+def card(text: str | None, shards: Shards, total: dict, args: argparse.Namespace) -> str:
     """Dataset card with this split's files and section, and all else that the card `text` has."""
-    content = DatasetCard(text or NEW_CARD)
+    content, config, split = DatasetCard(text or NEW_CARD), shards.config, shards.split
     configs = {entry["config_name"]: entry for entry in content.data.get("configs") or []}
     entry = configs.setdefault(config, {"config_name": config, "data_files": []})
     others = [files for files in entry["data_files"] if files["split"] != split]
     entry["data_files"] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
     content.data.configs = list(configs.values())
-    content.data.language = content.data.language or language
+    language = shards.settings["language"]
+    content.data.language = content.data.language or (language and language.strip("<|>"))
     content.data.dataset_info = None  # row counts of earlier contents, which `datasets` would insist on
     heading = f"## {config}, {split}"
     kept = re.sub(rf"(?ms)^{re.escape(heading)}\n.*?(?=^## |\Z)", "", content.text).rstrip()
-    content.text = f"{kept}\n\n{heading}\n\n{section}\n"
+    facts = {"teacher": args.model_name_or_path, **shards.settings, **total, "unusable": len(total["unusable"])}
+    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+    content.text = f"{kept}\n\n{heading}\n\nLabels are in `{LABEL}`.\n\n| | |\n| --- | --- |\n{table}\n"
     return str(content)
 
 
@@ -884,14 +784,17 @@ def prepare_repository(args: argparse.Namespace) -> str | None:
     if args.push_to_hub is False or target is None or local_directory(target):
         return None
     try:
-        HfApi().create_repo(target, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
-        HfApi().auth_check(target, repo_type="dataset", write=True)
+        if args.dry_run:
+            HfApi().whoami()
+        else:
+            HfApi().create_repo(target, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
+            HfApi().auth_check(target, repo_type="dataset", write=True)
     except HUB_ERRORS as error:
         fail(f"can't write to the dataset {target}: {first_line(error)}; log in with a write token: hf auth login")
     return target
 
 
-def push(repository: str, shards: Shards, section: str, language: str | None) -> None:
+def push(repository: str, shards: Shards, total: dict, args: argparse.Namespace) -> None:
     """Upload shards and record, then a card that keeps the repository's other configurations."""
     api, ours = HfApi(), [f"{shards.config}/{shards.split}-*-of-*.parquet", shards.record.name]
     to = {"repo_id": repository, "repo_type": "dataset", "commit_message": f"Label {shards.config}, {shards.split}"}
@@ -901,7 +804,7 @@ def push(repository: str, shards: Shards, section: str, language: str | None) ->
             text = Path(hf_hub_download(repository, "README.md", repo_type="dataset")).read_text(encoding="utf-8")
         except EntryNotFoundError:
             text = None
-        text = card(text, shards.config, shards.split, section, language)
+        text = card(text, shards, total, args)
         api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", **to)
     except HUB_ERRORS as error:
         fail(
@@ -911,34 +814,96 @@ def push(repository: str, shards: Shards, section: str, language: str | None) ->
     logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
 
 
-def finish(shards: Shards, settings: dict, args: argparse.Namespace, clips: int, seconds: float, repository) -> None:
+def finish(shards: Shards, args: argparse.Namespace, progress: Progress, repository: str | None) -> None:
     """Card, record and push, when all shards are there."""
-    total = total_facts(shards)
-    readme, section = shards.directory / "README.md", describe(args, total)
+    for _ in range(60):
+        found = [shards.facts(shard) for shard in range(shards.number)]
+        if None not in found:
+            break
+        time.sleep(1)  # NFS may take so long to show what other machines wrote
+    if missing := found.count(None):
+        fail(f"{missing} of {shards.number} shards are not in {shards.directory}: do all machines see it? Run again")
+    counts = ("rows_in", "rows_out", "over_30_s", "truncated", "malformed_timestamps", "tokens")
+    total = {name: sum(facts[name] for facts in found) for name in counts}
+    total["hours"] = round(sum(facts["seconds"] for facts in found) / 3600, 4)
+    total["unusable"] = [row for facts in found for row in facts["unusable"]]
+    readme = shards.directory / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else None
-    language = settings["language"] and settings["language"].strip("<|>")
-    write_text(card(text, shards.config, shards.split, section, language), readme)
+    write_text(card(text, shards, total, args), readme)
     if json.loads(shards.record.read_text(encoding="utf-8"))["status"] != "complete":
-        libraries = ("torch", "transformers", "datasets", "huggingface_hub", "accelerate", "soundfile", "librosa")
-        record = {
-            "status": "complete",
-            "settings": settings,
-            **total,
-            "unusable_rows": len(total["unusable"]),
-            "last_run": {"clips": clips, "wall_seconds": round(seconds, 1), "clips_per_second": clips / seconds},
-            "arguments": {name: str(value) for name, value in vars(args).items()},
-            "versions": {name: importlib.metadata.version(name) for name in libraries},
-        }
-        write_text(json.dumps(record, indent=2, ensure_ascii=False), shards.record)
+        seconds = time.monotonic() - progress.started
+        run = {"clips": progress.clips, "wall_seconds": seconds, "clips_per_second": progress.clips / seconds}
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        total |= {"unusable_rows": len(total["unusable"]), "last_run": run}
+        write_record(shards, "complete", **total, arguments=vars(args), versions=versions)
     logger.info("%d of %d rows are labelled in %s", total["rows_out"], total["rows_in"], shards.directory)
     for name, problem in total["unusable"][:10]:
-        logger.warning("left out: %.100s (%s)", name, problem)
+        logger.warning("left out: %.100r (%s)", name, problem)
     if not total["rows_in"]:
         logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", shards.split)
     elif not total["rows_out"]:
         fail(f"none of the {total['rows_in']} clips could be labelled; {shards.record} has the reasons")
     if repository:
-        push(repository, shards, section, language)
+        push(repository, shards, total, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+def encoder_rate(teacher: Teacher, rows: int) -> float:
+    """Windows a second of an encoder of the teacher's shape, on its device, with random weights."""
+    with torch.device("meta"):
+        encoder = WhisperEncoder(teacher.config)
+    encoder = encoder.to_empty(device=teacher.device).to(getattr(torch, teacher.args.dtype)).eval()
+    with torch.inference_mode():
+        for weight in encoder.parameters():
+            weight.normal_(std=0.02)
+        features = torch.zeros(rows, teacher.config.num_mel_bins, teacher.extractor.nb_max_frames)
+        features = features.to(teacher.device, encoder.dtype)
+        for _ in range(2):  # the first time is slow
+            began = time.monotonic()
+            encoder(features)[0].sum().item()
+    return rows / (time.monotonic() - began)
+
+
+def print_plan(args: argparse.Namespace, teacher: Teacher, repository: str | None, processes: int) -> None:
+    """Say what a run would read, write and push, how much and about how long; change nothing."""
+    began, rows, size, seconds, sample, whole = time.monotonic(), 0, 0, 0.0, [], True
+    for table in open_dataset(args, stream=True).with_format("arrow").iter(batch_size=8):
+        audio = pc.struct_field(with_bytes(table, args.audio_column_name)[args.audio_column_name], "bytes")
+        rows, size = rows + len(audio), size + (pc.sum(pc.binary_length(audio)).as_py() or 0)
+        seconds += sum(header_seconds(value.as_py()) for value in audio)
+        sample = sample or list(audio)
+        whole = time.monotonic() < began + PLAN_SECONDS
+        if not whole:
+            break
+    more, one = "" if whole else "more than ", size / max(1, rows)  # bytes of one clip
+    print(f"input: {args.dataset_name}, {more}{rows:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+
+    # What the shards that are there were made of is told by digests, which are taken on trust here.
+    found = [facts["settings"] or {} for path in Shards(args, rows, {}).present() if (facts := read_facts(path))]
+    old = found[0] if found else {}
+    rows = rows if whole else old.get("rows", rows)
+    digests = {name: old.get(name) for name in ("dataset_digest", "teacher_digest")}
+    shards = Shards(args, rows, data_settings(args, teacher, rows, digests))
+    check_present(shards, args.overwrite_output_dir)
+    done = [facts for shard in range(shards.number) if (facts := shards.facts(shard))]
+    left = rows - sum(facts["rows_in"] for facts in done)
+    print(f"done: {len(done)} of {more}{shards.number} shards")
+    print(f"writes: {args.output_dir}, {more or 'about '}{left * one / 1e6:,.1f} MB")
+    private = "private" if args.hub_private_repo else "public"
+    print(f"pushes: {f'{repository} ({private}), about {rows * one / 1e6:,.1f} MB' if repository else 'nothing'}")
+
+    began = time.monotonic()
+    for clip in map(load_clip, sample):
+        if not clip.problem:
+            log_mel(torch.from_numpy(clip.waveform)[None], teacher.extractor)
+    decoding = len(sample) / (time.monotonic() - began)
+    windows = encoder_rate(teacher, args.per_device_eval_batch_size if teacher.device.type == "cuda" else 1)
+    needed = timedelta(seconds=round(1.25 * left / windows / processes))
+    print(f"time: {more or 'about '}{needed} in {processes} processes on {teacher.device.type}; in a short sample")
+    print(f"  a random encoder of the teacher's shape does {windows:.1f} clips/s (text takes about a quarter more)")
+    print(f"  and one of the --dataloader_num_workers {decoding:.0f} clips/s")
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -978,16 +943,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
     group.add_argument("--torch_compile", default=False, help="fixed shapes, compiled on a GPU", **flag)
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", type=Path, required=True, help="dataset directory to write")
+    group.add_argument("--output_dir", required=True, help="dataset directory to write")
     group.add_argument("--overwrite_output_dir", default=False, help="replace what other settings left there", **flag)
     group.add_argument("--hub_model_id", metavar="ORG/NAME", help="dataset repository to push to; none if unset")
     group.add_argument("--push_to_hub", help="push; True where --hub_model_id is a Hub id", **flag)
     group.add_argument("--hub_private_repo", default=True, help="make a new repository private", **flag)
+    group.add_argument("--dry_run", default=False, help="say what a run would do and how long it takes, stop", **flag)
     group = parser.add_argument_group("tracking")
     group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="wandb", help="tracker")
     group.add_argument("--wandb_project", default="kotoba-whisper-labelling", help="project of the tracker")
     group.add_argument("--logging_steps", type=int, default=100, help="batches between two reports to the tracker")
     args = parser.parse_args(argv)
+    args.output_dir = Path(args.output_dir).expanduser()
     for name in ("generation_num_beams", "per_device_eval_batch_size", "shard_size", "logging_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -998,6 +965,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes without a GPU would not know of each other
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
@@ -1007,6 +975,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if not main_process:
         datasets.disable_progress_bars()
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
@@ -1018,34 +987,43 @@ def main(argv: list[str] | None = None) -> int:
     repository = prepare_repository(args) if main_process else None
     if (source := Path(args.dataset_name).expanduser()).is_dir() and source.resolve() == args.output_dir.resolve():
         fail(f"--output_dir {args.output_dir} is the input: take another directory")
-    dataset = open_dataset(args)
     teacher = Teacher(args, accelerator.device)
-    settings = data_settings(args, dataset, teacher)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    config = args.dataset_config_name or "default"
-    shards = Shards(args.output_dir, config, args.dataset_split_name, len(dataset), args.shard_size, digest)
-    if repository and shards.number > FILES_IN_FOLDER:
-        size = math.ceil(shards.rows / FILES_IN_FOLDER)
-        logger.warning("the Hub advises against %d files in a folder: --shard_size %d is better", shards.number, size)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.dry_run:
+        if main_process:
+            print_plan(args, teacher, repository, accelerator.num_processes)
+        return 0
+    dataset = open_dataset(args)
+    teacher.load_weights()
+    digests = {"dataset_digest": dataset_digest(dataset, args), "teacher_digest": teacher_digest(teacher.model)}
+    settings = data_settings(args, teacher, len(dataset), digests)
+    shards = Shards(args, len(dataset), settings)
     lock = FileLock(args.output_dir / f".{shards.record.stem}.lock")
     try:
         if main_process:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+        check_present(shards, args.overwrite_output_dir)
+        pending = [shard for shard in range(shards.number) if not shards.facts(shard)]
+        if main_process:
+            for path in set(shards.present()) - set(shards.paths):
+                path.unlink()
+            if pending or not shards.record.exists():
+                write_record(shards, "running")
     except Timeout:
-        fail(f"another run is writing {config}, {shards.split} in {args.output_dir}: wait for it")
-    begin(shards, settings, args.overwrite_output_dir, main_process)
+        fail(f"another run is writing {shards.record.stem} in {args.output_dir}: wait for it")
+    except OSError as error:
+        fail(f"can't write to --output_dir {args.output_dir}: {first_line(error)}")
 
     # 2. This process labels its part of what is not there yet.
-    progress = Progress(accelerator, shards, args)
-    mine = range(accelerator.process_index, shards.number, accelerator.num_processes)
-    label_shards(dataset, shards, [shard for shard in mine if not shards.facts(shard)], teacher, args, progress)
+    report = Progress(accelerator, shards, pending, args) if main_process else lambda clips, seconds: None
+    mine = [shard for shard in pending if shard % accelerator.num_processes == accelerator.process_index]
+    label_shards(dataset, shards, mine, teacher, args, report)
 
     # 3. The first and last time that processes wait for each other.
     accelerator.wait_for_everyone()
-    progress.bar.close()
     if main_process:
-        finish(shards, settings, args, progress.clips, time.monotonic() - progress.started, repository)
+        report.bar.close()
+        finish(shards, args, report, repository)
     accelerator.end_training()
     lock.release()
     return 0

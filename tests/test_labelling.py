@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,8 @@ def dataset_of(rows: list[dict], root: Path) -> Path:
     schema = datasets.Features({**strings, "audio": audio}).arrow_schema
     (root / "tiny").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, schema), root / "tiny" / "train-00000-of-00001.parquet")
+    files = "- config_name: tiny\n  data_files:\n  - split: train\n    path: tiny/train-*\n"
+    (root / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
     return root
 
 
@@ -168,8 +171,13 @@ def test_batches_workers_and_shards_change_no_label(whole, tiny_teacher, loaded,
     assert labels(tmp_path) == labels(whole)
 
 
-def test_a_static_cache_changes_no_label(whole, tiny_teacher, loaded, tmp_path):
-    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--torch_compile")) == 0
+def test_scores_a_static_cache_and_missing_flash_attention_change_no_label(
+    whole, tiny_teacher, loaded, tmp_path, caplog
+):
+    flags = (*TWELVE, "--scores", "--torch_compile", "--attn_type", "flash_attn")
+    with caplog.at_level(logging.WARNING):
+        assert script.main(arguments(tiny_teacher, loaded, tmp_path, *flags)) == 0
+    assert caplog.text.count("using sdpa") == 1
     assert labels(tmp_path) == labels(whole)
 
 
@@ -250,14 +258,10 @@ def test_scores_are_those_of_whisper(tiny_teacher, loaded, clips, tmp_path, beam
         logits[:, rules.suppress_tokens] = -math.inf
         logits[0, rules.begin_suppress_tokens] = -math.inf
         chosen = logits.log_softmax(-1).gather(1, label[0, 4:, None])
+        chosen = chosen[:-1] if len(label[0]) == 60 else chosen
         assert row["avg_logprob"] == pytest.approx(chosen.mean().item(), abs=2e-4)
         text = tokenizer.decode(label[0], skip_special_tokens=True).strip().encode()
         assert row["compression_ratio"] == pytest.approx(len(text) / len(zlib.compress(text)), abs=1e-4)
-
-
-def test_scores_change_no_label(whole, tiny_teacher, loaded, tmp_path):
-    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--scores")) == 0
-    assert labels(tmp_path) == labels(whole)
 
 
 @given(st.lists(st.integers(0, 8), max_size=12), st.integers(1, 4))
@@ -417,7 +421,7 @@ class Speech(datasets.GeneratorBasedBuilder):
 
 
 def test_builder_files_hub_datasets_and_folders_of_audio_give_the_same_labels(
-    whole, tiny_teacher, loaded, clips, tmp_path, hub
+    whole, tiny_teacher, loaded, clips, tmp_path, hub, capsys
 ):
     builder = tmp_path / "speech_loader.py"
     builder.write_text(BUILDER.replace("SHARD", str(loaded / "tiny" / "train-00000-of-00001.parquet")))
@@ -442,6 +446,12 @@ def test_builder_files_hub_datasets_and_folders_of_audio_give_the_same_labels(
     assert script.main([flag for flag in flags if flag not in ("--dataset_config_name", "tiny")]) == 0
     found = read(tmp_path / "out", config="default")
     assert [row["whisper_transcript"] for row in found] == labels(whole)
+    capsys.readouterr()
+    for source in (builder, "acme/label-input", folder.parent):
+        flags = arguments(tiny_teacher, source, tmp_path / "plan", *TWELVE, "--dry_run")
+        drop = ("--dataset_config_name", "tiny") if source == folder.parent else ()
+        assert script.main([flag for flag in flags if flag not in drop]) == 0
+        assert f"input: {source}, 12 clips, " in capsys.readouterr().out
     assert [row["audio"] for row in found[:1]] == [{"bytes": clips[0]["audio"], "path": "00.flac"}]
     assert [row["name"] for row in found] == [clip["name"] for clip in clips[:12]]
 
@@ -458,8 +468,8 @@ def test_builder_files_hub_datasets_and_folders_of_audio_give_the_same_labels(
         ("--dataset_name", "no_such_loader.py", "does not exist"),
         ("--dataset_name", "acme/no-such-dataset", "acme/no-such-dataset"),
         ("--model_name_or_path", "acme/no-such-model", "acme/no-such-model"),
-        ("--max_label_length", "4", "--max_label_length 4 must be more than"),
-        ("--max_label_length", "449", "the 448 positions"),
+        ("--max_label_length", "4", "--max_label_length 4 must be within 6 and 448"),
+        ("--max_label_length", "449", "448"),
         ("--hub_model_id", "a b", "neither a directory"),
     ],
 )
@@ -469,6 +479,29 @@ def test_what_a_user_gets_wrong_is_told_in_one_line(tiny_teacher, loaded, tmp_pa
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(whole, tiny_teacher, loaded, tmp_path, capsys, hub):
+    output = shutil.copytree(whole, tmp_path / "out")
+    (output / "tiny" / "train-00001-of-00004.parquet").unlink()
+    before = files(output)
+    flags = ["--dry_run", "--hub_model_id", "acme/label-plan"]
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE, *flags)) == 0
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    audio = [row["audio"]["bytes"] for row in read(whole)]
+    hours, size = sum(len(waveform(clip)) for clip in audio) / 16000 / 3600, sum(map(len, audio)) / 1e6
+    assert told["input"] == f"{loaded}, 12 clips, {hours:.2f} h, {size:.1f} MB"
+    assert told["done"] == "3 of 4 shards"
+    assert told["writes"] == f"{output}, about {size / 4:.1f} MB"
+    assert told["pushes"] == f"acme/label-plan (private), about {size:.1f} MB"
+    assert told["time"].startswith("about 0:00:0")
+    assert files(output) == before
+    assert not script.HfApi().repo_exists("acme/label-plan", repo_type="dataset")
+    with pytest.raises(SystemExit, match="made with max_label_length 128, this run has 64"):
+        script.main(arguments(tiny_teacher, loaded, output, *TWELVE, "--dry_run", "--max_label_length", 64))
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path / "new", "--dry_run")) == 0
+    assert "done: 0 of 1 shards\n" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_input_with_missing_shards_is_refused(whole, tiny_teacher, tmp_path):
@@ -492,7 +525,7 @@ def wait_for_shards(output: Path, number: int, alive: Callable[[], bool]) -> Non
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_runs_killed_at_random_moments_end_with_the_same_bytes(whole, tiny_teacher, loaded, tmp_path, seed):
     chance = random.Random(seed)
     flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE)
@@ -512,25 +545,29 @@ def test_runs_killed_at_random_moments_end_with_the_same_bytes(whole, tiny_teach
     assert record(tmp_path)["status"] == "complete"
 
 
-def launch(output: Path, flags: list[str]) -> subprocess.Popen:
-    """The script on two processes, under `accelerate launch`."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+def launch(output: Path, flags: list[str], *more: str) -> subprocess.Popen:
+    """The script under `accelerate launch` on processes of this machine; `--cpu` would start only one."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", *more]
     return subprocess.Popen([*command, script.__file__, *flags], cwd=output)
 
 
-def test_two_processes_one_of_which_dies_and_then_two_again_give_the_bytes_of_one(
+def test_two_processes_one_of_which_dies_and_then_two_machines_give_the_bytes_of_one(
     whole, tiny_teacher, loaded, tmp_path
 ):
     flags = arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--scores")
-    process = launch(tmp_path, flags)
+    process = launch(tmp_path, flags, "--num_machines", "1", "--main_process_port", "0")
     wait_for_shards(tmp_path, 1, lambda: process.poll() is None)
     children = psutil.Process(process.pid).children(recursive=True)
     [child for child in children if "run_pseudo_labelling.py" in " ".join(child.cmdline())][-1].kill()
     assert process.wait(timeout=120) != 0
     survivors = {path: path.read_bytes() for path in tmp_path.glob("tiny/train-*")}
     assert len(survivors) in range(1, 4)
-    assert launch(tmp_path, flags).wait(timeout=300) == 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    main = ("--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    machines = [launch(tmp_path, flags, "--num_machines", "2", "--machine_rank", str(rank), *main) for rank in (0, 1)]
+    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
     one = tmp_path / "one"
     assert script.main(arguments(tiny_teacher, loaded, one, *TWELVE, "--scores")) == 0
     shards = {name: content for name, content in files(tmp_path).items() if not name.startswith(".")}
@@ -547,6 +584,10 @@ def test_the_same_command_again_does_nothing_but_say_so(whole, tiny_teacher, loa
     assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE, *flags)) == 0
     assert {path: path.stat().st_mtime_ns for path in (output / "tiny").iterdir()} == before
     assert record(output) == old
+    running = {"status": "running", "settings": old["settings"]}  # as a run leaves it that is killed before its end
+    (output / "labelling.tiny.train.json").write_text(json.dumps(running))
+    assert script.main(arguments(tiny_teacher, loaded, output, *TWELVE)) == 0
+    assert record(output)["status"] == "complete"
 
 
 def test_only_missing_shards_are_made(whole, tiny_teacher, loaded, tmp_path):
@@ -572,7 +613,7 @@ def test_other_settings_are_refused_and_named_and_overwriting_starts_afresh(whol
     output = shutil.copytree(whole, tmp_path / "out")
     (output / "tiny" / "notes.txt").write_text("mine")
     flags = arguments(tiny_teacher, loaded, output, *TWELVE[:2], "--shard_size", 5, "--return_timestamps")
-    with pytest.raises(SystemExit, match=r"shard_size 3, this run has 5.*--overwrite_output_dir"):
+    with pytest.raises(SystemExit, match=r"made with shard_size 3, this run has 5.*--overwrite_output_dir"):
         script.main(flags)
     assert files(output).items() >= files(whole).items()
     assert script.main([*flags, "--overwrite_output_dir"]) == 0
@@ -586,13 +627,13 @@ def test_another_dataset_or_teacher_of_the_same_name_is_refused(tiny_teacher, ti
     assert script.main(arguments(teacher, source, tmp_path / "out")) == 0
     shutil.rmtree(source)
     dataset_of(clips[1:3], source)
-    with pytest.raises(SystemExit, match="dataset 2 rows"):
+    with pytest.raises(SystemExit, match="dataset_digest"):
         script.main(arguments(teacher, source, tmp_path / "out"))
     shutil.rmtree(source)
     dataset_of(clips[:2], source)
     shutil.rmtree(teacher)
     shutil.copytree(tiny_teacher_v2, teacher)
-    with pytest.raises(SystemExit, match="weights"):
+    with pytest.raises(SystemExit, match="teacher_digest"):
         script.main(arguments(teacher, source, tmp_path / "out"))
 
 
@@ -600,7 +641,7 @@ def test_shards_of_something_else_are_not_touched(tiny_teacher, loaded, tmp_path
     (tmp_path / "tiny").mkdir()
     foreign = tmp_path / "tiny" / "train-00000-of-00001.parquet"
     pq.write_table(pa.table({"a": [1]}), foreign)
-    with pytest.raises(SystemExit, match="is not of this run"):
+    with pytest.raises(SystemExit, match="made with audio_column_name unknown"):
         script.main(arguments(tiny_teacher, loaded, tmp_path))
     assert pq.read_table(foreign).num_rows == 1
 
@@ -726,13 +767,6 @@ def test_a_tracker_that_cannot_be_had_stops_nothing(whole, tiny_teacher, loaded,
         assert script.main(flags) == 0
     assert caplog.text.count("no tracking by wandb") == 1
     assert labels(tmp_path / "out") == labels(whole)
-
-
-def test_flash_attention_falls_back_with_one_line(tiny_teacher, loaded, whole, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--attn_type", "flash_attn")) == 0
-    assert caplog.text.count("using sdpa") == 1
-    assert labels(tmp_path) == labels(whole)
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(tiny_teacher, loaded, tmp_path):

@@ -4,11 +4,12 @@
     python -m tests.benchmarks.bench_labelling --shape large-v3 --dtype bfloat16 --clips 512 --batch_size 64 \\
         --max_label_length 32 --torch_compile          # on a GPU
 
-Every round runs both in processes of their own on the same clips. Ours is the script's own labelling, from stored audio
-to shards on the disk. The plain one is how the recipe was first run: log-mels padded to 30 s and mapped to the disk,
-then batches of 4 in the dataset's order, and everything written at the end. The encoder alone is timed in our process,
-on the same windows, as the script calls it. Start-up (imports, dataset, model, compilation) is not in the rates but
-shown. CPU seconds are of all threads: on a busy machine they are the better ones to compare.
+Every round runs both on the same clips. Ours is the script's own labelling, from stored audio to shards on the disk, on
+a CPU in a process for every core, each with a shard. The plain one is how the recipe was first run, in one process with
+a thread for every core: log-mels padded to 30 s and mapped to the disk, then batches of 4 in the dataset's order, and
+everything written at the end. The encoder alone is timed in our processes, on the same windows, as the script calls it.
+Start-up (imports, dataset, model, compilation) is not in the rates but shown. CPU seconds and memory are of all threads
+and processes.
 
 The teacher is whisper-base, which ends its labels by itself. With `--shape` it is a random Whisper of that shape, whose
 labels all run to `--max_label_length`.
@@ -94,15 +95,19 @@ def script_arguments(options: argparse.Namespace, output: Path) -> argparse.Name
     args = labelling.parse_args(flags)
     args.device = device
     if device.type == "cpu":
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads // options.processes)
     return args
 
 
 class Stopwatch:
-    """Wall and CPU seconds since its making; the start-up is all before that."""
+    """Wall and CPU seconds since its making, which waits until all processes are ready; the start-up is before."""
 
-    def __init__(self):
-        self.startup, self.wall, self.cpu = time.perf_counter() - STARTED, time.perf_counter(), time.process_time()
+    def __init__(self, options: argparse.Namespace, what: str):
+        startup = time.perf_counter() - STARTED
+        (Path(options.root) / f"{what}.{options.process}").touch()
+        while len(list(Path(options.root).glob(f"{what}.*"))) < options.processes:
+            time.sleep(0.01)
+        self.startup, self.wall, self.cpu = startup, time.perf_counter(), time.process_time()
 
     def read(self) -> dict:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -114,14 +119,18 @@ def run_ours(options: argparse.Namespace, root: Path) -> dict:
     args = script_arguments(options, root / "out")
     dataset = labelling.open_dataset(args)
     teacher = labelling.Teacher(args, args.device)
-    shards = labelling.Shards(args.output_dir, "default", "train", len(dataset), args.shard_size, "bench")
-    watch = Stopwatch()
-    labelling.label_shards(dataset, shards, list(range(shards.number)), teacher, args, lambda clips, seconds: None)
+    teacher.load_weights()
+    if options.torch_compile:
+        teacher.label([np.zeros(1600, np.float32)], options.batch_size)
+    shards = labelling.Shards(args, len(dataset), {})
+    mine = list(range(options.process, shards.number, options.processes))
+    watch = Stopwatch(options, "labelling")
+    labelling.label_shards(dataset, shards, mine, teacher, args, lambda clips, seconds: None)
     result = watch.read()
-    tables = [pq.read_table(path, columns=["name", "whisper_transcript"]) for path in shards.present()]
-    result["labels"] = {row["name"]: row["whisper_transcript"] for table in tables for row in table.to_pylist()}
+    rows = [row for shard in mine for row in pq.read_table(shards.paths[shard]).to_pylist()]
+    result["labels"] = {row["name"]: row["whisper_transcript"] for row in rows}
 
-    clips = [labelling.load_clip(audio["bytes"]).waveform for audio in pa.array(dataset["audio"])]
+    clips = [labelling.load_clip(pa.scalar(row["audio"]["bytes"])).waveform for row in rows]
     size = args.per_device_eval_batch_size if args.device.type == "cuda" else 1
     with torch.inference_mode():
         windows = []
@@ -130,7 +139,7 @@ def run_ours(options: argparse.Namespace, root: Path) -> dict:
             windows.append(labelling.log_mel(waveform, teacher.extractor).to(teacher.model.dtype))
         batches = [torch.cat(windows[start : start + size]) for start in range(0, len(windows), size)]
         teacher.encoder(batches[0])
-        watch = Stopwatch()
+        watch = Stopwatch(options, "encoder")
         for batch in batches:
             teacher.encoder(batch)
         if args.device.type == "cuda":
@@ -153,7 +162,7 @@ def run_plain(options: argparse.Namespace, root: Path) -> dict:
         waveform, rate = labelling.soundfile.read(labelling.io.BytesIO(row["audio"]["bytes"]), dtype="float32")
         return {"input_features": extractor(waveform, sampling_rate=rate).input_features[0]}
 
-    watch = Stopwatch()
+    watch = Stopwatch(options, "plain")
     mapped = dataset.map(prepare, remove_columns=["audio"], cache_file_name=str(root / "features.arrow"))
     labels = []
     for batch in torch.utils.data.DataLoader(mapped.with_format("torch"), batch_size=PLAIN_BATCH):
@@ -177,25 +186,36 @@ def run_plain(options: argparse.Namespace, root: Path) -> dict:
 
 
 def measure(side: str, options: argparse.Namespace) -> dict:
-    """Run one side in a process of its own, with caches of its own."""
+    """Run one side in processes of its own, with caches of its own."""
     with tempfile.TemporaryDirectory() as root:
-        answer = Path(root) / "answer.json"
-        given = json.dumps({**vars(options), "side": side, "root": root})
         environment = {**os.environ, "HF_DATASETS_CACHE": f"{root}/cache", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "tests.benchmarks.bench_labelling", "--run_side", given]
-        subprocess.run(command, env=environment, check=True)
-        result = json.loads(answer.read_text())
-        written = [path for path in Path(root).rglob("*") if path.is_file() and path != answer]
-        result["disk"] = sum(path.stat().st_size for path in written) / 2**20
-    return result
+        command, running = [sys.executable, "-m", "tests.benchmarks.bench_labelling", "--run_side"], []
+        processes = options.processes if side == "ours" else 1
+        for process in range(processes):
+            given = {**vars(options), "side": side, "root": root, "process": process, "processes": processes}
+            running.append(subprocess.Popen([*command, json.dumps(given)], env=environment))
+        assert not any(process.wait() for process in running)
+        answers = [Path(root) / f"answer{process}.json" for process in range(processes)]
+        parts = [json.loads(answer.read_text()) for answer in answers]
+        whole = {name: max(part[name] for part in parts) for name in ("wall", "startup")}
+        whole |= {name: sum(part[name] for part in parts) for name in ("cpu", "peak")}
+        whole["labels"] = {name: label for part in parts for name, label in part["labels"].items()}
+        if side == "ours":
+            encoders = [part["encoder"] for part in parts]
+            whole["encoder"] = {"wall": max(e["wall"] for e in encoders), "cpu": sum(e["cpu"] for e in encoders)}
+            whole["flops"] = sum(part["flops"] for part in parts)
+        written = [path for path in Path(root).rglob("*") if path.is_file() and path not in answers]
+        whole["disk"] = sum(path.stat().st_size for path in written) / 2**20
+    return whole
 
 
 def run_side(given: str) -> int:
     options = argparse.Namespace(**json.loads(given))
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     result = (run_ours if options.side == "ours" else run_plain)(options, Path(options.root))
-    (Path(options.root) / "answer.json").write_text(json.dumps(result))
+    (Path(options.root) / f"answer{options.process}.json").write_text(json.dumps(result))
     return 0
 
 
@@ -236,18 +256,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=32, help="clips a run")
     parser.add_argument("--rounds", type=int, default=2, help="turns of both")
     parser.add_argument("--batch_size", type=int, default=16, help="clips in a batch of ours")
-    parser.add_argument("--shard_size", type=int, default=1000, help="clips in a shard of ours")
+    parser.add_argument("--shard_size", type=int, help="clips in a shard of ours; a shard for every process if unset")
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--max_label_length", type=int, default=128, help="bound of a label, tokens")
     parser.add_argument("--return_timestamps", type=labelling.boolean, default=True, metavar="BOOL")
     parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads on a CPU, of both")
+    parser.add_argument("--processes", type=int, help="processes of ours; on a CPU one for every thread if unset")
     parser.add_argument("--peak_tflops", type=float, default=989.4, help="of the device: the default is an H100's bf16")
     parser.add_argument("--run_side", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.run_side:
         return run_side(options.run_side)
+    options.processes = options.processes or (1 if torch.cuda.is_available() else options.threads)
+    options.shard_size = options.shard_size or -(-options.clips // options.processes)
     with tempfile.TemporaryDirectory() as root:
         options.dataset = str(make_dataset(options.clips, Path(root) / "speech"))
         if options.shape:
@@ -256,8 +279,9 @@ def main(argv: list[str] | None = None) -> int:
         rounds = [(measure("ours", options), measure("plain", options)) for _ in range(options.rounds)]
     what = f"random {options.shape}" if options.shape else Path(options.teacher).name
     print(
-        f"{what}, {options.dtype}, {options.clips} clips, batches of {options.batch_size}, {options.threads} threads\n"
+        f"{what}, {options.dtype}, {options.clips} clips, batches of {options.batch_size}, {options.threads} threads in"
     )
+    print(f"{options.processes} processes against one\n")
     print_tables(rounds, options)
     return 0
 
