@@ -1209,7 +1209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--concatenate_audio", default=False, **flag, help="pack clips into windows of several")
     add("--concatenate_seconds", type=float, default=30.0, help="longest window")
     add("--concatenate_gap_seconds", type=float, default=0.4, help="silence between clips is drawn from 0 to this")
-    add("--concatenate_probability", type=float, default=0.95, help="share of the clips that are packed with others")
+    add("--concatenate_probability", type=float, default=1.0, help="share of the clips that are packed with others")
     add = parser.add_argument_group("work").add_argument
     add("--skip_filtering", default=False, **flag, help="vectorise what an earlier run has filtered")
     add("--skip_logmel", default=False, **flag, help="filter only")
