@@ -122,17 +122,11 @@ def normalise_reazon(text: str) -> str:
     return re.sub(r"[0-9]+\.?[0-9]*", lambda number: read_number(number[0]), text.translate(REAZON_TABLE)).strip()
 
 
-def normalise_whisper(text: str) -> str:
-    """Whisper's rule for all languages but English."""
-    return BasicTextNormalizer()(text).strip()
-
-
 def text_normaliser(scorer: str, language: str, spellings: dict | None) -> Callable[[str], str]:
-    """The scorer's function; `spellings`, British to American, come with a Whisper tokenizer."""
-    if scorer == "whisper" and language == "en":
-        english = EnglishTextNormalizer(spellings or {})
-        return lambda text: english(text).strip()
-    return {"kotoba": normalise_kotoba, "reazon": normalise_reazon, "whisper": normalise_whisper}[scorer]
+    """The scorer's function; Whisper's English one takes `spellings`, British to American, that a tokenizer has."""
+    whisper = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
+    rules = {"kotoba": normalise_kotoba, "reazon": normalise_reazon, "whisper": lambda text: whisper(text).strip()}
+    return rules[scorer]
 
 
 def count_errors(alignments: Sequence[Sequence[jiwer.AlignmentChunk]]) -> np.ndarray:
@@ -415,10 +409,7 @@ def clips_digest(clips: Dataset) -> str:
 
 
 def load_clip(audio: dict | None, long_form: bool = False) -> tuple[np.ndarray | None, float, str | None]:
-    """Waveform (mono float32 at 16 kHz), seconds, and the problem with audio that has no waveform: bytes or a path.
-
-    Over 30 s is a problem, unless `long_form`.
-    """
+    """Waveform (mono float32, 16 kHz), seconds, and the problem of what has none; over 30 s is one in short form."""
     content = audio and audio["bytes"]
     if audio and content is None and audio["path"] and Path(audio["path"]).is_file():
         content = Path(audio["path"]).read_bytes()
@@ -440,7 +431,7 @@ def load_clip(audio: dict | None, long_form: bool = False) -> tuple[np.ndarray |
         return None, seconds, TOO_LONG
     if rate != SAMPLING_RATE:
         waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-    return waveform, seconds, None
+    return waveform if long_form else waveform[:WINDOW], seconds, None
 
 
 def pack_clips(lengths: Sequence[int | None], limit: int, seed: int) -> list[list[int]]:
@@ -448,18 +439,15 @@ def pack_clips(lengths: Sequence[int | None], limit: int, seed: int) -> list[lis
 
     A clip without a length can't be used and is left alone, and so is one that is longer than a window.
     """
-    windows: list[list[int]] = []
-    room: list[int] = []
+    windows: list[dict] = []
     for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         length = limit if lengths[row] is None else min(limit, lengths[row])
-        fitting = (place for place in range(max(0, len(windows) - OPEN_WINDOWS), len(windows)) if room[place] >= length)
-        place = next(fitting, len(windows))
-        if place == len(windows):
-            windows.append([])
-            room.append(limit)
-        windows[place].append(row)
-        room[place] -= length
-    return windows
+        window = next((window for window in windows[-OPEN_WINDOWS:] if window["room"] >= length), None)
+        if window is None:
+            windows.append(window := {"rows": [], "room": limit})
+        window["rows"].append(row)
+        window["room"] -= length
+    return [window["rows"] for window in windows]
 
 
 def silence(row: int, seed: int) -> np.ndarray:
@@ -828,18 +816,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     flag = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    path = {"type": os.path.expanduser}
     add = parser.add_argument_group("model").add_argument
-    add("--model_name_or_path", help="Whisper, a local directory or Hub id")
+    add("--model_name_or_path", help="Whisper, a local directory or Hub id", **path)
     add("--model_revision", default="main", help="branch, tag or commit of a model on the Hub")
     add("--subfolder", default="", help="folder of the model in its repository")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU if unset, else float32")
     add("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
-    add(
-        "--assistant_model",
-        help="student with the model's encoder that drafts for it, clip by clip; the texts are equal",
-    )
+    add("--assistant_model", help="student with the model's encoder, to draft for it; same texts", **path)
     add = parser.add_argument_group("clips").add_argument
-    add("--dataset_name", help="builder file, local directory, Hub id, or .csv or .jsonl manifest")
+    add("--dataset_name", help="builder file, local directory, Hub id, or .csv or .jsonl manifest", **path)
     add("--dataset_config_name", help="configuration; the default one if unset")
     add("--dataset_split_name", default="test", help="split; it names the output files")
     add("--audio_column_name", default="audio", help="column of audio")
@@ -863,7 +849,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
     add = parser.add_argument_group("results").add_argument
     add("--scorer", choices=("kotoba", "reazon", "whisper"), help="kotoba for Japanese if unset, else whisper")
-    add("--output_dir", default="eval", help="directory of the results")
+    add("--output_dir", default="eval", help="directory of the results", **path)
     add("--overwrite_output_dir", help="replace what other settings left there", **flag)
     add("--compare", nargs="+", metavar="DIR", help="output directories to compare; no model is run")
     add("--push_to_hub", help="write the rates into the model's card on the Hub", **flag)
@@ -874,14 +860,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("generation_num_beams", "per_device_eval_batch_size", "max_samples_per_split"):
         if (getattr(args, name) or 1) < 1:
             parser.error(f"--{name} must be at least 1")
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
     if not args.compare and not (args.model_name_or_path and args.dataset_name):
         parser.error("--model_name_or_path and --dataset_name are needed, or --compare")
     if args.concatenate_audio and not 0 < args.concatenate_seconds <= (3600 if args.long_form else 30):
-        parser.error(f"--concatenate_seconds {args.concatenate_seconds:g} is over Whisper's 30 s: add --long_form")
+        parser.error(
+            f"--concatenate_seconds {args.concatenate_seconds:g} is not within 30 s; --long_form takes an hour"
+        )
     if args.assistant_model and args.generation_num_beams > 1:
         parser.error("--assistant_model goes with greedy decoding only: leave --generation_num_beams out")
-    for name in ("model_name_or_path", "assistant_model", "dataset_name", "output_dir"):
-        setattr(args, name, getattr(args, name) and os.path.expanduser(getattr(args, name)))
     args.language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
     args.scorer = args.scorer or ("kotoba" if args.language == "ja" else "whisper")
     windows = f".windows_{args.concatenate_seconds:g}" if args.concatenate_audio else ""

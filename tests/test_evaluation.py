@@ -770,6 +770,7 @@ def test_help_names_every_flag_of_the_readme_and_its_default(capsys):
             "generation_num_beams",
         ),
         *("attn_type", "dtype", "scorer", "report_to", "push_to_hub", "model_revision", "skip_long_audio", "compare"),
+        *("concatenate_audio", "concatenate_seconds", "long_form", "seed", "assistant_model", "dry_run"),
     ):
         assert f"--{flag} " in text
     assert "(default: 256)" in text
