@@ -568,6 +568,7 @@ def test_two_processes_one_of_which_dies_and_then_two_machines_give_the_bytes_of
     main = ("--main_process_ip", "127.0.0.1", "--main_process_port", port)
     machines = [launch(tmp_path, flags, "--num_machines", "2", "--machine_rank", str(rank), *main) for rank in (0, 1)]
     assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    assert record(tmp_path)["last_run"]["processes"] == 2
     one = tmp_path / "one"
     assert script.main(arguments(tiny_teacher, loaded, one, *TWELVE, "--scores")) == 0
     shards = {name: content for name, content in files(tmp_path).items() if not name.startswith(".")}
@@ -728,7 +729,7 @@ def test_labels_are_pushed_and_other_configurations_of_the_repository_stay(whole
 def test_a_push_that_fails_is_done_by_the_same_command_again(whole, tiny_teacher, loaded, tmp_path, hub):
     output = shutil.copytree(whole, tmp_path / "out")
     flags = arguments(tiny_teacher, loaded, output, *TWELVE, "--hub_model_id", "acme/label-again")
-    hub.fault(r"/api/datasets/acme/label-again/commit/.*", method="POST", times=50, status=500)
+    hub.fault(r"/api/datasets/acme/label-again/commit/.*", method="POST", times=50, status=403)
     with pytest.raises(SystemExit, match=r"the push to acme/label-again failed.*the same command again only pushes"):
         script.main(flags)
     assert files(output) == files(whole)
