@@ -523,6 +523,9 @@ class Transcriber:
             generation_config = transformers.GenerationConfig.from_pretrained(name, **where)
         except (OSError, ValueError) as error:
             fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
+        # `generate` assists one at a time. A CPU gains little by batches, which go on until their longest text ends.
+        size = args.per_device_eval_batch_size or (8 if device.type == "cpu" else 32)
+        self.batch_size = 1 if args.assistant_model else size
         self.flags = prompt_arguments(generation_config, args.language, args.task) | {
             "max_new_tokens": min(args.generation_max_length, self.config.max_target_positions - 4),  # prefix
             "num_beams": args.generation_num_beams,
@@ -615,7 +618,7 @@ class Transcriber:
 
 def predict(clips: Dataset, missing: dict[Path, list[list[int]]], transcriber: Transcriber, args, show: bool) -> None:
     """Write the missing shards, transcribed in batches of similar length."""
-    size = 1 if args.assistant_model else args.per_device_eval_batch_size  # `generate` assists one at a time
+    size = transcriber.batch_size
     bar = tqdm(total=sum(map(len, missing.values())), unit="clip", disable=not show)
     with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
         started = time.perf_counter()
@@ -750,7 +753,7 @@ def print_plan(clips: Dataset, shards: dict[Path, list[list[int]]], transcriber:
     print(
         f"time: at {rate:.1f} a second and thread {left:,} are read (from a sample of {len(sample)}); the model's own"
     )
-    print(f"      depends on the device: 30 s of encoder each, in batches of {args.per_device_eval_batch_size}")
+    print(f"      depends on the device: 30 s of encoder each, in batches of {transcriber.batch_size}")
 
 
 def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, float, float, float]:
@@ -844,7 +847,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
     add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
     add = parser.add_argument_group("work").add_argument
-    add("--per_device_eval_batch_size", type=int, default=16, help="clips in a batch")
+    add("--per_device_eval_batch_size", type=int, help="clips in a batch; 8 on a CPU if unset, else 32")
     add("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
     add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
     add = parser.add_argument_group("results").add_argument

@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = {
             "run_short_form_eval.py": lambda root: ours(clips, transcriber, args, root),
             "plain": lambda root: plain(clips, model, processor, root),
-            "encoder alone": lambda root: encoder_alone(windows, model, args.per_device_eval_batch_size),
+            "encoder alone": lambda root: encoder_alone(windows, model, transcriber.batch_size),
         }
         if options.assistant:  # which goes one clip at a time, so what it gains is against that
             alone = load("--per_device_eval_batch_size", "1")
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     first = next(iter(times))
     seconds = sum(map(len, waveforms)) / evaluation.SAMPLING_RATE
     print(f"{Path(name).name}, {options.dtype}, {len(clips)} clips of {seconds / len(clips):.1f} s, ", end="")
-    print(f"{torch.get_num_threads()} threads, batches of {args.per_device_eval_batch_size}\n")
+    print(f"{torch.get_num_threads()} threads, batches of {transcriber.batch_size}\n")
     print("| | clips/s | wall s | CPU s | wall, it / ours | CPU, it / ours | same texts as ours |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for run, taken in times.items():
