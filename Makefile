@@ -1,5 +1,6 @@
 # make demo    the whole job on this machine: Japanese speech in, a distilled Whisper and its error rates out
 # make test    the tests
+# make chaos   the chain, killed and disturbed 50 times, against a run that was not
 # make lint    the style
 # make bench-labelling, bench-filtering, bench-distillation, ...    speed, against a plain baseline in the same run
 
@@ -7,7 +8,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test chaos lint clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): requirements.txt tests/requirements.txt
@@ -21,6 +22,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.sandbox.chaos $(CHAOS_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -26,6 +26,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -43,7 +44,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
@@ -125,8 +126,9 @@ def fail(message: str) -> NoReturn:
 
 def hub_fail(action: str, error: Exception) -> NoReturn:
     """End the script because the Hub refused something, with the commands that may help."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    fail(f"{action} failed: {reason} Check the name, the connection and your token (`hf auth login`), then try again.")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
+    reason = lines[0] if lines else type(error).__name__
+    fail(f"{action} failed: {reason} Check name, connection and token (`hf auth login`); the same command tries again.")
 
 
 def local_directory(reference: str) -> Path | None:
@@ -171,7 +173,11 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(folder / file, framework="pt") as tensors:
                 yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
         else:
-            yield from torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True).items()
+            try:
+                tensors = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                fail(f"{folder / file} can't be read as tensors: {str(error).splitlines()[0]}")
+            yield from tensors.items()
 
 
 def choose_layers(side: str, teacher_layers: int, count: int | None, indices: list[int] | None) -> list[int]:
@@ -505,6 +511,8 @@ def main(argv=None) -> int:
         return create_student(args)
     except KeyboardInterrupt:
         return 130
+    except (OSError, SafetensorError) as error:  # a full disk, a place where nothing may be written, damaged weights
+        fail(f"{error}; when that is mended, run the same command")
 
 
 if __name__ == "__main__":

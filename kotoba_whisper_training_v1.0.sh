@@ -29,7 +29,7 @@ ATTN_TYPE="${ATTN_TYPE:-sdpa}"          # flash_attn where it is installed
 DTYPE="${DTYPE:-bfloat16}"
 MAX_LABEL_LENGTH="${MAX_LABEL_LENGTH:-128}"
 
-# ---- labels: about a day for `large` on 8 A100 -------------------------------------------------------------------------
+# ---- labels ----------------------------------------------------------------------------------------------------------
 LABEL_BATCH="${LABEL_BATCH:-32}"        # per device; changes the speed, not the labels
 SHARD_SIZE="${SHARD_SIZE:-1000}"        # clips on the disk at a time; a crash costs the shards under way
 NUM_BEAMS="${NUM_BEAMS:-1}"
@@ -39,6 +39,7 @@ WER_THRESHOLD="${WER_THRESHOLD:-10}"    # v1.0; in Japanese nearly an exact-matc
 CER_THRESHOLD="${CER_THRESHOLD:-}"      # takes its place when set; 10 keeps more clips, and longer ones
 TIMESTAMP_PROBABILITY="${TIMESTAMP_PROBABILITY:-0.2}"
 CONDITION_ON_PREV_PROBABILITY="${CONDITION_ON_PREV_PROBABILITY:-0.2}"
+CONCATENATE_AUDIO="${CONCATENATE_AUDIO:-False}"  # True trains on windows of up to 30 s, packed with several clips
 
 # ---- student and training: 8 GPUs x 16 x 2 is v1.0's global batch of 256 ---------------------------------------------------
 DECODER_LAYERS="${DECODER_LAYERS:-2}"
@@ -70,6 +71,14 @@ if [[ -n "${CER_THRESHOLD}" ]]; then
 else
   FILTER=(--wer_threshold "${WER_THRESHOLD}")
   SUFFIX="wer_$(python -c "print(float('${WER_THRESHOLD}'))")"
+fi
+TRAIN_LABELS=(--max_label_length "${MAX_LABEL_LENGTH}")
+if [[ "${CONCATENATE_AUDIO}" == True ]]; then  # the filter has limits of its own for clips and for windows
+  FILTER+=(--concatenate_audio)
+  SUFFIX+=".packed"
+  TRAIN_LABELS=()
+else
+  FILTER+=("${TRAIN_LABELS[@]}")
 fi
 MODEL_DIR="${WORK_DIR}/${MODEL_NAME}"
 if [[ -n "${HF_ORG}" ]]; then
@@ -129,7 +138,6 @@ python "${SCRIPTS}/run_data_filtering.py" \
   --language "${LANGUAGE}" \
   --model "${TEACHER}" \
   --preprocessing_num_workers "${WORKERS}" \
-  --max_label_length "${MAX_LABEL_LENGTH}" \
   --timestamp_probability "${TIMESTAMP_PROBABILITY}" \
   --condition_on_prev_probability "${CONDITION_ON_PREV_PROBABILITY}" \
   --output_dir "${WORK_DIR}"
@@ -152,7 +160,7 @@ launch run_distillation.py \
   --train_dataset_config_name "${TARGET}" \
   --train_split_name "train" \
   --language "${LANGUAGE}" \
-  --max_label_length "${MAX_LABEL_LENGTH}" \
+  "${TRAIN_LABELS[@]}" \
   --save_steps "${SAVE_STEPS}" \
   --save_total_limit 1 \
   --warmup_steps "${WARMUP_STEPS}" \

@@ -91,8 +91,9 @@ def fail(message: str) -> NoReturn:
 
 
 def reason(error: Exception) -> str:
-    """What the Hub said, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The line of an error that says what is wrong; the Hub's begin with the request's id."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
+    return lines[0] if lines else type(error).__name__
 
 
 def boolean(value: str) -> bool:

@@ -56,7 +56,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, send_to_device
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, HfFileSystem, ModelCardData, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
@@ -1362,6 +1362,15 @@ def main(argv: list[str] | None = None) -> int:
         fail(f"--output_dir {args.output_dir} is the student to start from: choose another")
     try:
         return Distillation(args).run(Stop())
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        DatasetGenerationError,
+    ) as error:  # a full disk, a place that can't be written
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is None:  # not the system's
+            raise
+        fail(f"{reason(cause)}; when that is mended, the same command goes on from the last checkpoint")
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():  # the loader's ignore SIGTERM: an exit would wait for them

@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -105,7 +106,9 @@ def fail(message: str) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The line of an error that says what is wrong; the Hub's begin with the request's id."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
+    return lines[0] if lines else type(error).__name__
 
 
 def local_directory(reference: str) -> Path | None:
@@ -250,7 +253,7 @@ def load(kind: type, reference: str, **settings):
     """`kind.from_pretrained(reference)`, or one line about why it can't be had."""
     try:
         return kind.from_pretrained(reference, **settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:  # the last: weights that are more than tensors
         fail(f"can't load --model_name_or_path {reference}: {first_line(error)}; for a private one `hf auth login`")
 
 
@@ -433,7 +436,7 @@ def open_dataset(args: argparse.Namespace, stream: bool = False) -> Dataset | da
             dataset = builder.as_streaming_dataset(split) if stream else builder.as_dataset(split)
         else:
             dataset = read_repository(str(local_directory(name) or name), config, split, how)
-    except (ValueError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, RuntimeError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"can't load {config or 'the default configuration'}, {split} of {name}"
         hint = "" if Path(name).expanduser().exists() else "; check the name, and `hf auth login` for a private one"
         fail(f"{what}: {first_line(error.__cause__ or error)}{hint}")
@@ -1015,18 +1018,20 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         fail(f"can't write to --output_dir {args.output_dir}: {first_line(error)}")
 
-    # 2. This process labels its part of what is not there yet.
-    report = Progress(accelerator, shards, pending, args) if main_process else lambda clips, seconds: None
-    mine = [shard for shard in pending if shard % accelerator.num_processes == accelerator.process_index]
-    label_shards(dataset, shards, mine, teacher, args, report)
+    try:
+        # 2. This process labels its part of what is not there yet.
+        report = Progress(accelerator, shards, pending, args) if main_process else lambda clips, seconds: None
+        mine = [shard for shard in pending if shard % accelerator.num_processes == accelerator.process_index]
+        label_shards(dataset, shards, mine, teacher, args, report)
 
-    # 3. The first and last time that processes wait for each other.
-    accelerator.wait_for_everyone()
-    if main_process:
-        report.bar.close()
-        finish(shards, args, report, repository)
-    accelerator.end_training()
-    lock.release()
+        # 3. The first and last time that processes wait for each other.
+        accelerator.wait_for_everyone()
+        if main_process:
+            report.bar.close()
+            finish(shards, args, report, repository)
+        accelerator.end_training()
+    finally:
+        lock.release()
     return 0
 
 

@@ -317,7 +317,9 @@ def local_directory(reference: str) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The line of an error that says what is wrong; the Hub's begin with the request's id."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
+    return lines[0] if lines else type(error).__name__
 
 
 def open_dataset(args: argparse.Namespace) -> Dataset:
@@ -335,7 +337,7 @@ def open_dataset(args: argparse.Namespace) -> Dataset:
             dataset = read_directory(Path(snapshot_download(name, repo_type="dataset")), config, split)
         else:
             dataset = datasets.load_dataset(name, config, split=split, num_proc=workers)
-    except (ValueError, KeyError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         what = f"can't load {config or 'the default configuration'}, {split} of {name}"
         hint = "" if Path(name).exists() else "; check the name, and `hf auth login` for a private one"
         fail(f"{what}: {first_line(error.__cause__ or error)}{hint}")
@@ -374,6 +376,8 @@ def read_directory(directory: Path, config: str | None, split: str) -> Dataset:
         expected = int(shards[0].stem.rsplit("-", 1)[1])
         if len(shards) != expected:
             fail(f"{directory} has {len(shards)} of {expected} shards of {split}: finish the stage that writes it")
+        if not any(pq.read_metadata(path).num_rows for path in shards):
+            fail(f"{split} of {directory} has no rows")  # `load_dataset` can't read it
         return datasets.load_dataset("parquet", data_files={split: list(map(str, shards))}, split=split)
     builder = datasets.load_dataset_builder(str(directory), config)
     files = builder.config.data_files

@@ -41,10 +41,25 @@ import tarfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 from tests.sandbox.corpus import build_corpus, cache_directory  # noqa: E402
 from tests.sandbox.mirror import MirrorServer  # noqa: E402
 from tests.sandbox.teachers import tiny_whisper  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    """What a script's `main` sets for its whole process is taken back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -10,8 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Audio, Features, List, Value
 from huggingface_hub import HfApi
 from transformers import WhisperTokenizer
@@ -43,19 +40,6 @@ FLAGS = {
 LABELLING, FILTERING, STUDENT = "run_pseudo_labelling", "run_data_filtering", "create_student_model"
 DISTILLATION, EVALUATION = "run_distillation", "run_short_form_eval"
 DOWNLOADER, LOADER = "reazonspeech_manual_downloader", "reazonspeech_manual_dataloader"
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch):
-    """What a script sets for its whole process is taken back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def write_split(root: Path, split: str, features: Features, rows: list[dict]) -> Path:
@@ -311,6 +295,42 @@ def test_a_wrong_token_is_one_line_that_says_how_to_log_in(script, changes, comm
     line = complaint(script, arguments, capsys)
     assert "hf auth" in line
     assert "hf_wrong" not in line
+
+
+@pytest.mark.parametrize(
+    "repository, message",
+    [
+        ("somebody-else/repository", "somebody-else"),
+        ("acme/not--allowed", "not--allowed"),
+        ("acme/" + "long" * 30, "longlong"),
+        ("no such name/at all", "no such name"),
+    ],
+)
+@pytest.mark.parametrize("script", [LABELLING, FILTERING, STUDENT, DISTILLATION, LOADER])
+def test_a_repository_that_can_not_be_pushed_to_is_refused_before_the_work(
+    script, repository, message, command, hub, mirror, tmp_path, capsys
+):
+    if script == LOADER:
+        downloader = importlib.import_module(DOWNLOADER)
+        assert downloader.main(command(DOWNLOADER)) == 0
+    changes = {"output_dir": tmp_path / "output"} if script == LOADER else {}
+    given = command(script, hub_model_id=repository, push_to_hub=True, **changes)
+    line = complaint(script, given, capsys)
+    assert message in line
+    made = [path for path in (tmp_path / "output").rglob("*") if path.suffix in (".parquet", ".safetensors")]
+    assert not made
+
+
+@pytest.mark.parametrize("script", [LABELLING, FILTERING, STUDENT, DISTILLATION])
+def test_storage_that_is_used_up_ends_in_a_line_and_the_same_command_pushes_later(script, command, hub, capsys):
+    name = f"quota-{script.replace('_', '-')}"
+    given = command(script, hub_model_id=f"acme/{name}", push_to_hub=True)
+    hub.fault(f"{name}.*/(preupload|commit|xet-write)", times=-1, status=403, message="Private storage limit reached")
+    line = complaint(script, given, capsys)
+    assert "storage limit reached" in line
+    assert "command" in line  # what to run to push what is complete
+    hub.faults.clear()
+    assert importlib.import_module(script).main(given) == 0
 
 
 def test_a_tar_range_that_is_empty_is_refused(command, capsys):
