@@ -53,6 +53,7 @@ import librosa
 import matplotlib
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import soundfile
 import torch
 import transformers
