@@ -1217,7 +1217,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preprocessing_batch_size", type=int, default=8, help="clips whose features are computed together")
     add("--shard_size", type=int, default=1000, help="rows of the input that make one shard")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", help="where the results go (None: beside a local dataset, else the current directory)")
+    add(
+        "--output_dir",
+        type=os.path.expanduser,
+        help="where the results go (None: beside a local dataset, else the current directory)",
+    )
     add("--overwrite_output_dir", default=False, **flag, help="start afresh")
     add("--push_to_hub", default=None, **flag, help="push the results (None: where the dataset is on the Hub)")
     add("--hub_model_id", help="Hub id to which .wer_10.0 and .wer_10.0.vectorized are added (None: the dataset's)")
