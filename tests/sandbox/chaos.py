@@ -10,7 +10,6 @@ must equal the undisturbed run's, on the disk and on the Hub, and no file may li
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -183,12 +182,6 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def digest_predictions(path: Path) -> str:
-    """Of the rows in a CSV file, whatever its model was called."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return hashlib.sha256(repr(list(csv.reader(file))).encode()).hexdigest()
-
-
 def read_results(world: World) -> Results:
     """All under the directory but the Hugging Face cache, which is the clients' own, and logs of trackers."""
     directory, files, scores = world.directory, {}, {}
@@ -196,6 +189,7 @@ def read_results(world: World) -> Results:
         name = path.relative_to(directory).as_posix()
         if not path.is_file() or re.search(r"^huggingface/|(^|/)(wandb|runs|logs|\.cache)/", name):
             continue
+        name = re.sub(r"/[0-9a-f]{16}-", "/key-", name)  # predictions are kept under a key of the model's place, too
         files[name] = digest(path) if path.suffix in EXACT else None
         if path.name.startswith("metric."):
             saved = json.loads(path.read_text(encoding="utf-8"))
