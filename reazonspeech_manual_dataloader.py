@@ -28,6 +28,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -35,7 +36,7 @@ import tarfile
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -48,7 +49,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 from filelock import FileLock, Timeout
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
@@ -453,24 +454,38 @@ def card(text: str | None, config: str, split: str) -> str:
     return str(card)
 
 
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and again where another push to the same repository came between, which the Hub answers with 409 or 412."""
+    for waits in (1, 2, 4, 0):  # seconds, about
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not waits:
+                raise
+        time.sleep(waits * random.uniform(0.5, 1))
+
+
 def push(repo_id: str, directory: Path, config: str, split: str) -> None:
     """Upload the shards and the record of a split, and a card that keeps what else the repository has."""
     api = huggingface_hub.HfApi()
     mine = [f"{config}/{split}-*.parquet", f"loading.{config}.{split}.json"]
     repo = {"repo_id": repo_id, "repo_type": "dataset", "commit_message": f"Add {config}, {split}"}
-    try:
-        api.upload_folder(
-            folder_path=directory,
-            allow_patterns=mine,
-            ignore_patterns=[".*", "*.partial"],
-            delete_patterns=mine,
-            **repo,
-        )
+    what = {"allow_patterns": mine, "ignore_patterns": [".*", "*.partial"], "delete_patterns": mine}
+
+    def push_card() -> None:
+        head = api.dataset_info(repo_id).sha
         try:
-            text = Path(api.hf_hub_download(repo_id, "README.md", repo_type="dataset")).read_text(encoding="utf-8")
+            path = api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head)
+            text = Path(path).read_text(encoding="utf-8")
         except EntryNotFoundError:
             text = None
-        api.upload_file(path_or_fileobj=card(text, config, split).encode(), path_in_repo="README.md", **repo)
+        text = card(text, config, split)
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **repo)
+
+    try:
+        push_again(lambda: api.upload_folder(folder_path=directory, **what, **repo))
+        push_again(push_card)
     except HUB_ERRORS as error:
         fail(f"the push to {repo_id} failed: {reason(error)}; all is in {directory}, the same command only pushes it")
     logger.info("pushed to %s/datasets/%s", api.endpoint, repo_id)

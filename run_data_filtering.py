@@ -66,8 +66,8 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Audio, DownloadManager, Features, List, Value, load_dataset_builder
-from huggingface_hub import HfApi, HfFileSystem, metadata_load, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import DatasetCard, HfApi, HfFileSystem, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -849,7 +849,7 @@ def exact_match_notice(report: dict, settings: dict) -> str:
 
 def markdown_table(*rows: Iterable) -> str:
     """A Markdown table, the first row of which is its head."""
-    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "| --- " * len(list(rows[0])) + "|", *lines[1:]])
 
 
@@ -898,12 +898,12 @@ def draw(report: dict, settings: dict, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def write_card(directory: Path) -> None:
-    """Dataset card with a section for every record in the directory; keeps configurations that an older card lists."""
-    path = directory / "README.md"
-    old = (metadata_load(path) or {}) if path.exists() else {}
+def card(directory: Path, text: str | None) -> str:
+    """Dataset card with a section for every record in the directory, and for what else the card `text` has."""
+    old = DatasetCard(text).data.to_dict() if text else {}
     configs = {entry["config_name"]: entry["data_files"] for entry in old.get("configs", [])}
-    sections, languages = [], set()
+    sections = {part.partition("\n")[0]: part.strip() for part in re.split(r"(?m)^(?=## )", text or "")[1:]}
+    languages = {old["language"]} if isinstance(old.get("language"), str) else set(old.get("language") or [])
     for record_path in sorted(directory.glob("filtering.*.json")):
         record = json.loads(record_path.read_text(encoding="utf-8"))
         if "report" in record:
@@ -911,13 +911,15 @@ def write_card(directory: Path) -> None:
             listed = configs.get(config, [])
             others = [file for file in listed if file["split"] != split] if isinstance(listed, list) else []
             configs[config] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
-            sections.append(describe(record, record_path.with_suffix(".png").name))
+            section = describe(record, record_path.with_suffix(".png").name)
+            sections[section.partition("\n")[0]] = section
             languages.add(record["settings"]["language"])
     head = {"language": sorted(languages), "task_categories": ["automatic-speech-recognition"]}
     head["configs"] = [{"config_name": name, "data_files": files} for name, files in configs.items()]
     about = CARDS[directory.suffix if directory.suffix in CARDS else ""]
+    sections = [sections[heading] for heading in sorted(sections)]
     body = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {directory.name}", about, *sections]
-    path.write_text("\n\n".join(body) + "\n", encoding="utf-8")
+    return "\n\n".join(body) + "\n"
 
 
 # ---- input and output ------------------------------------------------------------------------------------------------
@@ -1051,6 +1053,39 @@ def open_outputs(job: Job, overwrite: list[Path], check: bool = False) -> None:
             write_record(record, {"stage": "filtering", "status": "running", "settings": settings})
 
 
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and again where another push to the same repository came between, which the Hub answers with 409 or 412."""
+    for waits in (1, 2, 4, 0):  # seconds, about
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not waits:
+                raise
+        time.sleep(waits * random.uniform(0.5, 1))
+
+
+def push(directory: Path, repository: str, settings: dict) -> None:
+    """Upload shards, record and figure, then a card that keeps what else the repository has."""
+    api, split = HfApi(), f"{settings['config']}/{settings['split']}-*"
+    message = f"Add {settings['config']}, {settings['split']}"
+    to = {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
+    ignored = [".*", "*.partial", "README.md"]
+
+    def push_card() -> None:
+        head = api.dataset_info(repository).sha
+        try:
+            path = api.hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
+            text = Path(path).read_text(encoding="utf-8")
+        except EntryNotFoundError:
+            text = None
+        text = card(directory, text)
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **to)
+
+    push_again(lambda: api.upload_folder(folder_path=directory, delete_patterns=[split], ignore_patterns=ignored, **to))
+    push_again(push_card)
+
+
 def find_repositories(args: argparse.Namespace, job: Job) -> dict[Path, str]:
     """The repository that each output is pushed to; none stays local."""
     repository = name_results(args)[2]
@@ -1147,7 +1182,9 @@ def finish(job: Job, args: argparse.Namespace, repositories: dict[Path, str], ne
         if json.loads(path.read_text(encoding="utf-8"))["status"] == "running":
             write_record(path, record | {"settings": own_settings, "report": report})
         draw(report, settings, path.with_suffix(".png"))
-        write_card(directory)
+        readme = directory / "README.md"
+        text = readme.read_text(encoding="utf-8") if readme.exists() else None
+        readme.write_text(card(directory, text), encoding="utf-8")
     logger.info("kept %d of %d clips, %.3f of %.3f h: %s", kept, clips, *report["hours"][::-1], report["reasons"])
     logger.info("in %s", " and ".join(map(str, outputs)))
     if notice := exact_match_notice(report, settings):
@@ -1161,14 +1198,7 @@ def finish(job: Job, args: argparse.Namespace, repositories: dict[Path, str], ne
         )
     for directory, repository in repositories.items():
         try:
-            HfApi().upload_folder(
-                repo_id=repository,
-                repo_type="dataset",
-                folder_path=directory,
-                delete_patterns=[f"{settings['config']}/{settings['split']}-*"],
-                ignore_patterns=[".*", "*.partial"],
-                commit_message=f"Add {settings['config']}, {settings['split']}",
-            )
+            push(directory, repository, settings)
         except HUB_ERRORS as error:
             hub_fail(f"{directory} is complete; pushing it to {repository} (the same command tries again)", error)
         logger.info("pushed to %s", repository)

@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import pickle
+import random
 import re
 import signal
 import sys
@@ -58,7 +59,7 @@ from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 from transformers import LogitsProcessor, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
@@ -797,18 +798,38 @@ def prepare_repository(args: argparse.Namespace) -> str | None:
     return target
 
 
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and again where another push to the same repository came between, which the Hub answers with 409 or 412."""
+    for waits in (1, 2, 4, 0):  # seconds, about
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not waits:
+                raise
+        time.sleep(waits * random.uniform(0.5, 1))
+
+
 def push(repository: str, shards: Shards, total: dict, args: argparse.Namespace) -> None:
     """Upload shards and record, then a card that keeps the repository's other configurations."""
     api, ours = HfApi(), [f"{shards.config}/{shards.split}-*-of-*.parquet", shards.record.name]
     to = {"repo_id": repository, "repo_type": "dataset", "commit_message": f"Label {shards.config}, {shards.split}"}
-    try:
-        api.upload_folder(folder_path=shards.directory, allow_patterns=ours, delete_patterns=ours, **to)
+
+    def push_card() -> None:
+        head = api.dataset_info(repository).sha
         try:
-            text = Path(hf_hub_download(repository, "README.md", repo_type="dataset")).read_text(encoding="utf-8")
+            path = hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
+            text = Path(path).read_text(encoding="utf-8")
         except EntryNotFoundError:
             text = None
         text = card(text, shards, total, args)
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", **to)
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **to)
+
+    try:
+        push_again(
+            lambda: api.upload_folder(folder_path=shards.directory, allow_patterns=ours, delete_patterns=ours, **to)
+        )
+        push_again(push_card)
     except HUB_ERRORS as error:
         fail(
             f"the push to {repository} failed: {first_line(error)}; all labels are in {shards.directory}, "

@@ -887,6 +887,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate_model(args: argparse.Namespace) -> int:
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes without a GPU would not know of each other
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, Features, List, Value
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, HfApi
 from transformers import WhisperTokenizer
 
 # Every flag of the commands that were published with the recipe.
@@ -331,6 +331,31 @@ def test_storage_that_is_used_up_ends_in_a_line_and_the_same_command_pushes_late
     assert "command" in line  # what to run to push what is complete
     hub.faults.clear()
     assert importlib.import_module(script).main(given) == 0
+
+
+@pytest.mark.parametrize("script", [LABELLING, FILTERING, LOADER])
+def test_two_pushes_at_once_lose_neither_card(script, command, hub, mirror, tmp_path, monkeypatch):
+    if script == LOADER:
+        assert importlib.import_module(DOWNLOADER).main(command(DOWNLOADER)) == 0
+    name = f"at-once-{script.replace('_', '-')}"
+    changes = {"output_dir": tmp_path / "output"} if script == LOADER else {}
+    hub.fault(f"{name}.*/commit", times=1, status=412)
+    upload, pushed = HfApi.upload_file, []
+
+    def upload_after_another(self, **what):
+        """Another machine's card appears after this one's was read."""
+        monkeypatch.setattr(HfApi, "upload_file", upload)
+        pushed.append(what["repo_id"])
+        other = b"---\nconfigs:\n- config_name: other\n  data_files: other/*\n---\n\n## other, train\n\nOther words.\n"
+        upload(self, path_or_fileobj=other, path_in_repo="README.md", repo_id=what["repo_id"], repo_type="dataset")
+        return upload(self, **what)
+
+    monkeypatch.setattr(HfApi, "upload_file", upload_after_another)
+    given = command(script, hub_model_id=f"acme/{name}", push_to_hub=True, **changes)
+    assert importlib.import_module(script).main(given) == 0
+    card = DatasetCard.load(pushed[0])
+    assert {entry["config_name"] for entry in card.data.configs} == {"other", "tiny"}
+    assert "Other words." in card.text
 
 
 def test_a_tar_range_that_is_empty_is_refused(command, capsys):

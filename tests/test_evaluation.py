@@ -31,7 +31,8 @@ import run_short_form_eval as evaluation
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_short_form_eval.py"
-PROCESSES = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+# `--cpu` would start only one.
+PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 

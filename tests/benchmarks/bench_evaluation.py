@@ -4,52 +4,52 @@
     python -m tests.benchmarks.bench_evaluation --model org/model --clips 500 --rounds 1 --dtype bfloat16
     python -m tests.benchmarks.bench_evaluation --assistant org/student --clips 16
 
-Runs take turns on the same clips in one process, after a first batch of each that is not counted. Ours is the
-script's own `predict`, from stored audio to stored predictions. The plain one is what one writes first, with nothing of
-ours: log-mels padded to 30 s and mapped to the disk, which counts, then batches of 4 in the dataset's order. The
-encoder's own time is that of the same windows, ready in memory, the way that ours calls it (on a CPU one by one, which
-is faster than in batches). With whisper-base, which ends its texts by itself as a trained model does.
+Runs take turns on the same clips, after a first batch of each that is not counted. Ours is the script's own `predict`,
+from stored audio to stored predictions, on a CPU in a process for every core, as `accelerate launch` starts them. The
+plain one is what one writes first, with nothing of ours, in one process with a thread for every core: log-mels padded
+to 30 s and mapped to the disk, which counts, then batches of 4 in the dataset's order. The encoder's own time is that
+of the same windows, ready in memory, in our processes, the way that ours calls it (on a CPU one by one, which is faster
+than in batches). With whisper-base, which ends its texts by itself as a trained model does.
 """
 
 import argparse
 import io
+import multiprocessing
+import os
 import random
 import statistics
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
+import datasets
 import soundfile
 import torch
+import transformers
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import datasets  # noqa: E402
-import transformers  # noqa: E402
-
-import run_short_form_eval as evaluation  # noqa: E402
-from tests.sandbox.base_teacher import whisper_base  # noqa: E402
-from tests.sandbox.corpus import build_corpus, cache_directory  # noqa: E402
-from tests.sandbox.sentences import sentences  # noqa: E402
+import run_short_form_eval as evaluation
+from tests.sandbox.base_teacher import whisper_base
+from tests.sandbox.corpus import build_corpus, cache_directory
+from tests.sandbox.sentences import sentences
 
 PLAIN_BATCH = 4
+OURS, PLAIN, ENCODER = "run_short_form_eval.py", "plain", "encoder alone"
+ALONE = "run_short_form_eval.py, batches of 1"
+RUNS: dict = {}  # in a worker: what it can run, and its clips
 
 
-def make_clips(number: int, root: Path) -> datasets.Dataset:
-    """Spoken Japanese, as the script itself opens it."""
+def make_clips(number: int, root: Path) -> Path:
+    """Manifest of spoken Japanese."""
     corpus = build_corpus(cache_directory() / f"corpus-bench-{number}", {"000": number + 1})
     with tarfile.open(corpus / "data" / "000.tar") as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar if member.isfile()][:number]
     for index, (_, audio) in enumerate(members):
         (root / f"{index}.flac").write_bytes(audio)
     (root / "clips.csv").write_text("audio,text\n" + "".join(f"{index}.flac,音声\n" for index in range(len(members))))
-    return evaluation.open_dataset(
-        evaluation.parse_args(["--model_name_or_path", "none", "--dataset_name", str(root / "clips.csv")])
-    )
+    return root / "clips.csv"
 
 
 def ours(clips, transcriber, args, root: Path) -> list[str]:
@@ -82,12 +82,66 @@ def encoder_alone(windows: torch.Tensor, model, batch_size: int) -> None:
         torch.cuda.synchronize()
 
 
-def clock(function: Callable) -> tuple[float, float, list[str] | None]:
-    """Seconds by the wall and of the CPU, and what came out."""
+class Worker:
+    """A process that evaluates a part of the clips."""
+
+    def __init__(self, options: argparse.Namespace, manifest: Path, part: slice, threads: int):
+        self.executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self.executor.submit(prepare, options, manifest, part, threads).result()
+
+    def submit(self, run: str, clips: int | None = None) -> Future:
+        return self.executor.submit(execute, run, clips)
+
+
+def prepare(options: argparse.Namespace, manifest: Path, part: slice, threads: int) -> None:
+    """Everything before the clock starts, kept for `execute`."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flags = ["--model_name_or_path", options.model, "--dataset_name", str(manifest), "--dtype", options.dtype]
+    flags += ["--per_device_eval_batch_size", str(options.batch_size)] if options.batch_size else []
+
+    def load(*more: str) -> tuple:
+        args = evaluation.parse_args([*flags, *more])
+        transcriber = evaluation.Transcriber(args, device)
+        transcriber.load()
+        return transcriber, args
+
+    transcriber, args = load()
+    clips = evaluation.open_dataset(args)
+    clips = clips.select(range(len(clips))[part])
+    if options.assistant:  # which goes one clip at a time, so what it gains is against that
+        alone, assisted = load("--per_device_eval_batch_size", "1"), load("--assistant_model", options.assistant)
+        RUNS[ALONE] = lambda clips, root: ours(clips, *alone, root)
+        RUNS["with the assistant"] = lambda clips, root: ours(clips, *assisted, root)
+        RUNS["in batches"] = lambda clips, root: ours(clips, transcriber, args, root)
+    else:
+        model, processor = transcriber.model, transformers.WhisperProcessor.from_pretrained(options.model)
+        waveforms = [evaluation.read_item(clips, [row], args)[1] for row in range(len(clips))]
+        windows = torch.cat([transcriber.extract([waveform]) for waveform in waveforms])
+        RUNS[OURS] = lambda clips, root: ours(clips, transcriber, args, root)
+        RUNS[PLAIN] = lambda clips, root: plain(clips, model, processor, root)
+        RUNS[ENCODER] = lambda clips, root: encoder_alone(windows, model, transcriber.batch_size)
+    RUNS["clips"] = clips
+
+
+def execute(run: str, number: int | None) -> tuple[float, list[str] | None]:
+    """CPU seconds, and the texts of this process' clips, or of the first of them."""
+    clips = RUNS["clips"] if number is None else RUNS["clips"].select(range(number))
     with tempfile.TemporaryDirectory() as root:
-        before = time.perf_counter(), time.process_time()
-        result = function(Path(root))
-        return time.perf_counter() - before[0], time.process_time() - before[1], result
+        before = time.process_time()
+        texts = RUNS[run](clips, Path(root))
+        return time.process_time() - before, texts
+
+
+def clock(workers: list[Worker], run: str, clips: int | None = None) -> tuple[float, float, list | None]:
+    """Seconds by the wall and of the CPU, and what came out."""
+    before = time.perf_counter()
+    answers = [future.result() for future in [worker.submit(run, clips) for worker in workers]]
+    texts = [text for _, part in answers for text in part or []]
+    return time.perf_counter() - before, sum(seconds for seconds, _ in answers), texts or None
 
 
 def score_saved(number: int) -> float:
@@ -108,70 +162,48 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, help="clips of a batch of ours; the script's own choice if unset")
     parser.add_argument("--assistant", help="student that drafts; then it is compared with none")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, help="threads of torch; its own choice if unset")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help="threads of both; one for every core if unset")
+    parser.add_argument("--processes", type=int, help="processes of ours; on a CPU one for every thread if unset")
     options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    options.model = options.model or str(whisper_base())
+    processes = options.processes or (1 if torch.cuda.is_available() else options.threads)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = options.model or str(whisper_base())
-    flags = ["--model_name_or_path", name, "--dataset_name", "none", "--dtype", options.dtype]
-    flags += ["--per_device_eval_batch_size", str(options.batch_size)] if options.batch_size else []
-
-    def load(*more: str) -> tuple:
-        args = evaluation.parse_args([*flags, *more])
-        transcriber = evaluation.Transcriber(args, device)
-        transcriber.load()
-        return transcriber, args
-
-    transcriber, args = load()
-    model, processor = transcriber.model, transformers.WhisperProcessor.from_pretrained(name)
     with tempfile.TemporaryDirectory() as root:
-        clips = make_clips(options.clips, Path(root))
-        waveforms = [evaluation.read_item(clips, [row], args)[1] for row in range(len(clips))]
-        windows = torch.cat([transcriber.extract([waveform]) for waveform in waveforms])
-        runs = {
-            "run_short_form_eval.py": lambda root: ours(clips, transcriber, args, root),
-            "plain": lambda root: plain(clips, model, processor, root),
-            "encoder alone": lambda root: encoder_alone(windows, model, transcriber.batch_size),
-        }
-        if options.assistant:  # which goes one clip at a time, so what it gains is against that
-            alone = load("--per_device_eval_batch_size", "1")
-            assisted = load("--assistant_model", options.assistant)
-            runs = {
-                "run_short_form_eval.py, batches of 1": lambda root: ours(clips, *alone, root),
-                "with the assistant": lambda root: ours(clips, *assisted, root),
-                "in batches": lambda root: ours(clips, transcriber, args, root),
-            }
-        warm = clips.select(range(PLAIN_BATCH))
-        for function in (lambda root: ours(warm, transcriber, args, root), lambda r: plain(warm, model, processor, r)):
-            clock(function)
+        manifest = make_clips(options.clips, Path(root))
+        parts = [slice(process, None, processes) for process in range(processes)]
+        mine = [Worker(options, manifest, part, max(1, options.threads // processes)) for part in parts]
+        if options.assistant:
+            runs = {name: mine for name in (ALONE, "with the assistant", "in batches")}
+        else:
+            runs = {OURS: mine, PLAIN: [Worker(options, manifest, slice(None), options.threads)], ENCODER: mine}
+        for run, workers in runs.items():
+            clock(workers, run, PLAIN_BATCH)
         times: dict[str, list[tuple]] = {name: [] for name in runs}
         for _ in range(options.rounds):
-            for run, function in runs.items():
-                times[run].append(clock(function))
+            for run, workers in runs.items():
+                times[run].append(clock(workers, run))
 
     first = next(iter(times))
-    seconds = sum(map(len, waveforms)) / evaluation.SAMPLING_RATE
-    print(f"{Path(name).name}, {options.dtype}, {len(clips)} clips of {seconds / len(clips):.1f} s, ", end="")
-    print(f"{torch.get_num_threads()} threads, batches of {transcriber.batch_size}\n")
+    print(f"{Path(options.model).name}, {options.dtype}, {options.clips} clips, {options.threads} threads in ", end="")
+    print(f"{processes} processes against one\n")
     print("| | clips/s | wall s | CPU s | wall, it / ours | CPU, it / ours | same texts as ours |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    order = [row for part in parts for row in range(options.clips)[part]]  # of what our processes return
     for run, taken in times.items():
         wall, cpu = (statistics.median(turn[kind] for turn in taken) for kind in (0, 1))
         ratios = [
             statistics.median(other[kind] / mine[kind] for mine, other in zip(times[first], taken, strict=True))
             for kind in (0, 1)
         ]
-        texts, mine = taken[0][2], times[first][0][2]
+        mine, texts = times[first][0][2], taken[0][2]
+        if run == PLAIN:
+            texts = [texts[row] for row in order]
         same = "" if texts is None else sum(map(str.__eq__, texts, mine))
-        print(
-            f"| {run} | {len(clips) / wall:.2f} | {wall:.1f} | {cpu:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {same} |"
-        )
-    if "encoder alone" in times:
-        pairs = zip(times[first], times["encoder alone"], strict=True)
+        against = f"{ratios[0]:.2f} | {ratios[1]:.2f} | {same}"
+        print(f"| {run} | {options.clips / wall:.2f} | {wall:.1f} | {cpu:.1f} | {against} |")
+    if ENCODER in times:
+        pairs = zip(times[first], times[ENCODER], strict=True)
         print(f"\nours / encoder alone, wall: {statistics.median(mine[0] / encoder[0] for mine, encoder in pairs):.2f}")
     print(f"10,000 predictions scored, with intervals: {score_saved(10_000):.1f} s of CPU time")
     return 0
