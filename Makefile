@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m tests.sandbox.demo $(DEMO_ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.sandbox.chaos $(CHAOS_ARGS)

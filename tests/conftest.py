@@ -11,6 +11,12 @@ import tempfile
 # A shell's background job ignores Ctrl-C, and so would every script that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of several that run tests each has cores of its own: threads that wait for each other on a shared one hardly go on.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    number, workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[number % len(cores) :: workers])
+
 assert not {"huggingface_hub", "datasets", "transformers"} & set(sys.modules), "a Hub client was imported too early"
 
 from tests.sandbox.hub import HubServer, User  # noqa: E402

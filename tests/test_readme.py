@@ -26,8 +26,10 @@ NOT_HERE = ("make demo", "git clone", "accelerate config", "HF_ORG=")
 
 
 def blocks() -> list[str]:
-    """The README's shell commands, block by block."""
-    return re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    """The README's shell commands, and its Python for a shell to run, block by block."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.M | re.S)
+    return [block if kind == "bash" else f"python - <<'END'\n{block}END\n" for kind, block in found]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def published(teacher, clips) -> None:
     test_set.push_to_hub("asahi417/ja_asr.reazonspeech_test", split="test", token="hf_asahi")
 
 
-def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published, tmp_path):
+def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published, clips, tmp_path):
     from tests.conftest import HUB
 
     wanted = [block for block in blocks() if not block.startswith(NOT_HERE)]
@@ -97,6 +99,7 @@ def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published,
         script.append(f"echo '#### {first}' >&2\n{block}")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    (tmp_path / "clip.flac").write_bytes(clips[0]["audio"])
     with MirrorServer(agreeing_corpus) as mirror:
         env = environment(tmp_path, "", mirror.url, HUB.url, "hf_write", "acme")
         env |= {"ACCELERATE_USE_CPU": "1", "WANDB_MODE": "offline"}
@@ -108,6 +111,8 @@ def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published,
     assert {"model.safetensors", "README.md", "create_student_model.py", "run_distillation.py"} <= files
     assert (tmp_path / "eval" / "report.test.html").is_file()
     assert (tmp_path / "models" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "eval" / "metric.test.windows_30.json").is_file()
+    assert (tmp_path / "models" / "student-faster-whisper" / "model.bin").is_file()
 
 
 def test_the_readme_names_every_script_and_its_links_lead_somewhere():
