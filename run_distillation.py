@@ -22,6 +22,7 @@ command only pushes what is missing. Several machines need an --output_dir (and 
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -642,12 +643,22 @@ def choose_start(output_dir: Path, args, settings: dict, total: int) -> tuple[st
 # ---- the world outside -----------------------------------------------------------------------------------------------
 
 
-def cloned_repository(directory: Path) -> str | None:
-    """The model repository on the Hub of which a directory is a clone."""
-    command = ["git", "-C", str(directory), "config", "remote.origin.url"]
-    remote = urlsplit(subprocess.run(command, capture_output=True, text=True).stdout.strip())
-    name = remote.path.strip("/").removesuffix(".git")
-    return name if remote.hostname == urlsplit(constants.ENDPOINT).hostname and name.count("/") == 1 else None
+def home_repository(directory: Path) -> str:
+    """The model repository that a directory is a clone of, or that its path ends with; else its name.
+
+    `hf download org/name --local-dir org/name`, unlike `git clone`, leaves no other trace of where it came from.
+    """
+    if shutil.which("git"):
+        command = ["git", "-C", str(directory), "config", "remote.origin.url"]
+        remote = urlsplit(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        name = remote.path.strip("/").removesuffix(".git")
+        if remote.hostname == urlsplit(constants.ENDPOINT).hostname and name.count("/") == 1:
+            return name
+    name = "/".join(directory.resolve().parts[-2:])
+    with contextlib.suppress(HFValidationError):
+        if HfApi().repo_exists(name):
+            return name
+    return directory.resolve().name
 
 
 class Publisher:
@@ -656,7 +667,7 @@ class Publisher:
     def __init__(self, args: argparse.Namespace, output_dir: Path):
         self.api, self.output_dir, self.push = HfApi(), output_dir, None
         try:
-            name = args.hub_model_id or cloned_repository(output_dir) or output_dir.resolve().name
+            name = args.hub_model_id or home_repository(output_dir)
             if args.dry_run:
                 account = self.api.whoami()
                 self.repo_id = name if "/" in name else f"{account['name']}/{name}"
@@ -1333,7 +1344,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wandb_project", default="distillation", help="tracker's project")
     add("--wandb_name", help="tracker's name for the run")
     add("--push_to_hub", **switch, help="push of the result, at every save in the background and at the end")
-    add("--hub_model_id", help="repository to push to (that of the clone, or named as --output_dir)")
+    add("--hub_model_id", help="repository to push to (that of the clone, or named as the end of --output_dir)")
     add("--hub_private_repo", **switch, help="a private repository, where it has to be made")
     dry_run = "say what would be read, written and pushed, how much, and what is done already; change nothing"
     add("--dry_run", **switch, help=dry_run)

@@ -22,6 +22,7 @@ import pytest
 import soundfile
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -527,6 +528,20 @@ def test_two_machines_two_processes_and_one_train_the_same_model_and_take_over_f
     assert json.loads((tmp_path / "machines" / "distillation.json").read_text())["processes"] == 2
     interrupt(tmp_path / "machines", tmp_path / "one", keep=4)
     assert_close_weights(run("one"), uninterrupted, 2e-4)
+
+
+def test_a_directory_is_pushed_to_the_repository_that_it_came_from(hub, tmp_path):
+    HfApi().create_repo("acme/came-from")
+    downloaded, cloned = tmp_path / "acme" / "came-from", tmp_path / "cloned"
+    for directory in (downloaded, cloned, tmp_path / "not--allowed" / "new"):
+        directory.mkdir(parents=True)
+    subprocess.run(["git", "init", "--quiet", str(cloned)], check=True)
+    subprocess.run(
+        ["git", "-C", str(cloned), "remote", "add", "origin", f"{hub.url}/acme/of-the-clone.git"], check=True
+    )
+    assert script.home_repository(downloaded) == "acme/came-from"
+    assert script.home_repository(cloned) == "acme/of-the-clone"
+    assert script.home_repository(tmp_path / "not--allowed" / "new") == "new"
 
 
 def test_an_output_directory_that_another_machine_does_not_see_is_refused(command, monkeypatch):

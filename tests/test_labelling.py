@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
@@ -763,6 +764,7 @@ def test_a_local_directory_as_hub_model_id_and_push_to_hub_false_push_nothing(
 def test_a_tracker_that_cannot_be_had_stops_nothing(whole, tiny_teacher, loaded, tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()  # forget the mode that an earlier test has set
     flags = arguments(tiny_teacher, loaded, tmp_path / "out", *TWELVE, "--report_to", "wandb")
     with caplog.at_level(logging.WARNING):
         assert script.main(flags) == 0
