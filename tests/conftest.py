@@ -55,17 +55,22 @@ from tests.sandbox.mirror import MirrorServer  # noqa: E402
 from tests.sandbox.teachers import tiny_whisper  # noqa: E402
 
 
+def forget_processes() -> None:
+    """accelerate keeps its first settings for the life of a process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def fresh_process():
     """What a script's `main` sets for its whole process is taken back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     threads = torch.get_num_threads()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_processes()
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +30,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 import create_student_model
 import run_distillation as script
+from tests.conftest import forget_processes
 
 SCRIPT = str(Path(script.__file__))
 FLAGS = "--freeze_encoder --dtype float32 --report_to none --language ja --do_train --warmup_steps 2"
@@ -48,20 +48,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def forget_processes() -> None:
-    """accelerate keeps its first settings for the life of a process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 @pytest.fixture(autouse=True)
-def fresh_process(caplog):
-    forget_processes()
+def every_message(caplog):
     caplog.set_level("INFO")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
