@@ -63,7 +63,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
@@ -97,33 +96,54 @@ OWN_FILES = (*TRAINING_FILES, *TOKENIZER_FILES, *SCRIPTS, "config.json", "genera
 # ---- small pure functions --------------------------------------------------------------------------------------------
 
 
-def token_losses(hidden, head, teacher_hidden, teacher_head, targets, temperature) -> torch.Tensor:
-    """Cross-entropy and T² · KL(teacher ‖ student), summed over some tokens, in float32 at least."""
-    logits, teacher_logits = F.linear(hidden, head), F.linear(teacher_hidden, teacher_head)  # (tokens, vocabulary)
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    logits, teacher_logits = logits.to(exact), teacher_logits.to(exact)
-    ce = F.cross_entropy(logits, targets, reduction="sum")
-    log_probs, teacher_log_probs = ((each / temperature).log_softmax(dim=-1) for each in (logits, teacher_logits))
-    kl = F.kl_div(log_probs, teacher_log_probs, reduction="sum", log_target=True)
-    return torch.stack([ce, temperature**2 * kl])
+class DistillationLoss(torch.autograd.Function):
+    """ce_weight · CE + kl_weight · T² · KL(teacher ‖ student), summed over tokens; and the two sums, unweighted.
 
-
-def distillation_losses(hidden, head, teacher_hidden, teacher_head, targets, temperature: float) -> torch.Tensor:
-    """Sums of cross-entropy and T² · KL over tokens, of which logits exist for LOSS_CHUNK at a time.
-
-    They are computed again for the gradient: a little more work, and memory grows neither with padding nor the batch.
+    Logits exist for LOSS_CHUNK tokens at a time, and the gradient is computed with them: memory grows neither with
+    padding nor the batch, and no logit is computed twice.
 
     Args:
         hidden, teacher_hidden: last hidden states, (tokens, width).
         head, teacher_head: output projections, (vocabulary, width).
         targets: ids, (tokens).
+        weights: ce_weight and kl_weight.
     """
-    sums = torch.zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    parts = (each.split(LOSS_CHUNK) for each in (hidden, teacher_hidden, targets))
-    for part, teacher_part, ids in zip(*parts, strict=True):
-        given = (part, head, teacher_part, teacher_head, ids, temperature)
-        sums = sums + checkpoint(token_losses, *given, use_reentrant=False, preserve_rng_state=False)
-    return sums
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature: float, weights: tuple):
+        dtype = F.linear(hidden[:0], head[:1]).dtype  # what autocast makes of them
+        exact = torch.promote_types(dtype, torch.float32)
+        gradients = [torch.zeros_like(hidden), torch.zeros_like(head)] if ctx.needs_input_grad[0] else []
+        hidden, head, teacher_hidden, teacher_head = (
+            tensor.to(dtype) for tensor in (hidden, head, teacher_hidden, teacher_head)
+        )
+        sums = torch.zeros(2, dtype=exact, device=hidden.device)
+        for start in range(0, len(targets), LOSS_CHUNK):
+            part = slice(start, start + LOSS_CHUNK)
+            ids = targets[part, None]
+            logits, teacher_logits = (
+                F.linear(states[part], weight).to(exact)  # (tokens, vocabulary)
+                for states, weight in ((hidden, head), (teacher_hidden, teacher_head))
+            )
+            log_q, log_p = ((each / temperature).log_softmax(-1) for each in (logits, teacher_logits))
+            p, log_probs = log_p.exp(), logits.log_softmax(-1)
+            kl = temperature**2 * (p * (log_p - log_q)).sum()
+            sums += torch.stack([-log_probs.gather(1, ids).sum(), kl])
+            if gradients:
+                gradient = log_q.exp_().sub_(p).mul_(weights[1] * temperature)
+                gradient.add_(log_probs.exp_(), alpha=weights[0])
+                gradient.scatter_add_(1, ids, torch.full_like(ids, -weights[0], dtype=exact))
+                gradient = gradient.to(dtype)
+                gradients[0][part] = gradient @ head
+                gradients[1] += gradient.T @ hidden[part]
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(sums)
+        return (sums * sums.new_tensor(weights)).sum(), sums
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        of_hidden, of_head = ctx.saved_tensors
+        return of_hidden * gradient, of_head.mul_(gradient), *[None] * 5
 
 
 def epoch_order(sizes: list[int], weights: list[float] | None, seed: int, epoch: int) -> np.ndarray:
@@ -468,17 +488,17 @@ class Frozen:
 class Trained(nn.Module):
     """What is trained, as one module: the decoder with its head, and the encoder unless it is frozen."""
 
-    def __init__(self, student: WhisperForConditionalGeneration, freeze_encoder: bool, temperature: float):
+    def __init__(self, student: WhisperForConditionalGeneration, args: argparse.Namespace):
         super().__init__()
-        self.encoder = None if freeze_encoder else student.model.encoder
-        self.decoder, self.temperature = student.model.decoder, temperature
+        self.encoder = None if args.freeze_encoder else student.model.encoder
+        self.decoder, self.loss = student.model.decoder, (args.temperature, (args.ce_weight, args.kl_weight))
         self.proj_out = None if student.proj_out.weight is self.decoder.embed_tokens.weight else student.proj_out
 
     def forward(self, inputs: torch.Tensor, teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, batch: dict):
-        """The sums of cross-entropy and T² · KL over the tokens of a batch."""
+        """`DistillationLoss` of a batch."""
         states = inputs if self.encoder is None else self.encoder(inputs).last_hidden_state
         head, hidden = (self.proj_out or self.decoder.embed_tokens).weight, decode(self.decoder, states, batch)
-        return distillation_losses(hidden, head, teacher_hidden, teacher_head, batch["targets"], self.temperature)
+        return DistillationLoss.apply(hidden, head, teacher_hidden, teacher_head, batch["targets"], *self.loss)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -822,7 +842,7 @@ class Distillation:
         if args.freeze_encoder:
             encoder = self.student.model.encoder.requires_grad_(False).eval()
         self.frozen = Frozen(teacher, encoder)
-        self.trained = self.model = Trained(self.student, args.freeze_encoder, args.temperature)
+        self.trained = self.model = Trained(self.student, args)
         if args.dry_run:
             return
         transformers.logging.set_verbosity_error()  # from here on it warns only of what is meant so
@@ -1062,7 +1082,6 @@ class Distillation:
         rows, head = self.plan.rows(step), self.frozen.teacher.proj_out.weight
         tokens = int(self.counts[rows].sum())
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # cross-entropy, KL, processes with a signal
-        weights = torch.tensor([args.ce_weight, args.kl_weight], device=self.device)
         scale = accelerator.num_processes * args.gradient_accumulation_steps / tokens
         for start in range(self.offset, self.plan.batch_size, self.stride):
             batch, counted = send_to_device(next(batches), self.device, non_blocking=True), start < len(rows)
@@ -1071,10 +1090,10 @@ class Distillation:
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     inputs, teacher_hidden = self.frozen(batch)
-                    losses = self.model(inputs, teacher_hidden, head, batch)
+                    loss, parts = self.model(inputs, teacher_hidden, head, batch)
                 # DDP takes the mean over processes and accelerate over micro-batches; ours is the one over tokens.
-                accelerator.backward((losses * weights).sum() * (counted * scale))
-                sums[:2] += counted * losses.detach()
+                accelerator.backward(loss * (counted * scale))
+                sums[:2] += counted * parts
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm or math.inf)
                     norm, sums[2] = float(norm if norm is not None else 0.0), float(stop.status != 0)
@@ -1147,9 +1166,11 @@ class Distillation:
                 inputs, hidden = self.frozen(batch)
                 head = teacher.proj_out.weight
                 if model is teacher:
-                    sums[:2] += distillation_losses(hidden, head, hidden, head, batch["targets"], args.temperature)
+                    sums[:2] += DistillationLoss.apply(
+                        hidden, head, hidden, head, batch["targets"], *self.trained.loss
+                    )[1]
                 else:
-                    sums[:2] += self.model(inputs, hidden, head, batch)
+                    sums[:2] += self.model(inputs, hidden, head, batch)[1]
                 sequences = model.generate(
                     batch["features"].to(model.model.encoder.conv1.weight.dtype),
                     generation_config=generation_config(model, args, args.max_label_length),

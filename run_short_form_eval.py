@@ -36,6 +36,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import re
 import signal
 import statistics
@@ -63,6 +64,7 @@ from datasets import Audio, Dataset
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, metadata_update, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -721,6 +723,18 @@ def write_results(clips: Dataset, items, rows: list[dict], normalise: Callable, 
     return metrics
 
 
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and again where another push to the same repository came between, which the Hub answers with 409 or 412."""
+    for waits in (1, 2, 4, 0):  # seconds, about
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not waits:
+                raise
+        time.sleep(waits * random.uniform(0.5, 1))
+
+
 def publish(metrics: dict) -> None:
     """Write the two rates into the model card's `model-index`, where the Hub shows them."""
     dataset, model = metrics["dataset"], metrics["model"]
@@ -732,8 +746,9 @@ def publish(metrics: dict) -> None:
     ]
     result = {"task": {"type": "automatic-speech-recognition"}, "metrics": rates}
     result["dataset"] = source | {"split": metrics["name"]}
-    try:
-        metadata_update(model, {"model-index": [{"name": model, "results": [result]}]}, overwrite=True)
+    index = {"model-index": [{"name": model, "results": [result]}]}
+    try:  # from the card as it is at that commit, so that no other evaluation's rates are lost
+        push_again(lambda: metadata_update(model, index, overwrite=True, parent_commit=HfApi().model_info(model).sha))
     except (OSError, ValueError) as error:
         fail(f"the results are written, but not on the card of {model}: {first_line(error)}; run this again to push")
 

@@ -1,5 +1,6 @@
 """run_distillation.py: the loss, the batches, resuming, the encoder cache, held-out evaluation, and what it leaves."""
 
+import argparse
 import io
 import json
 import math
@@ -198,13 +199,15 @@ def test_the_loss_and_its_gradients_equal_the_formula_in_float64(tokens, ce_weig
     targets = torch.randint(50, (tokens,), generator=generator)
     ours = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
     exact = [hidden.double().requires_grad_(), head.double().requires_grad_()]
-    ce, kl = script.distillation_losses(*ours, teacher_hidden, teacher_head, targets, temperature)
-    loss, logits = ce_weight * ce + kl_weight * kl, exact[0] @ exact[1].T
+    weights = (ce_weight, kl_weight)
+    loss, (ce, kl) = script.DistillationLoss.apply(*ours, teacher_hidden, teacher_head, targets, temperature, weights)
+    logits = exact[0] @ exact[1].T
     weight = (ce_weight, kl_weight, temperature)
     expected = plain_loss(logits, teacher_hidden.double() @ teacher_head.double().T, targets, *weight)
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
-    loss.backward()
-    expected.backward()
+    torch.testing.assert_close((ce_weight * ce + kl_weight * kl).double(), expected, rtol=2e-6, atol=1e-5)
+    (3 * loss).backward()
+    (3 * expected).backward()
     for one, other in zip(ours, exact, strict=True):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
 
@@ -212,10 +215,8 @@ def test_the_loss_and_its_gradients_equal_the_formula_in_float64(tokens, ce_weig
 def test_the_loss_is_the_formulas_on_random_logits_when_the_head_is_the_identity():
     logits, teacher_logits = torch.randn(2, 40, 30, generator=torch.Generator().manual_seed(0)).double() * 4
     targets, eye = torch.arange(40) % 30, torch.eye(30).double()
-    ce, kl = script.distillation_losses(logits, eye, teacher_logits, eye, targets, 2.0)
-    torch.testing.assert_close(
-        0.8 * ce + kl, plain_loss(logits, teacher_logits, targets, 0.8, 1.0, 2.0), rtol=1e-12, atol=0
-    )
+    loss, _ = script.DistillationLoss.apply(logits, eye, teacher_logits, eye, targets, 2.0, (0.8, 1.0))
+    torch.testing.assert_close(loss, plain_loss(logits, teacher_logits, targets, 0.8, 1.0, 2.0), rtol=1e-12, atol=0)
 
 
 def pack(examples: list[dict], processor, tokens: int) -> dict:
@@ -271,8 +272,9 @@ def test_a_batch_with_prompts_windows_and_padding_has_the_loss_of_its_rows_alone
     batch = script.collate(rows)
     assert batch["decoder_input_ids"].shape[1] % 8 == 0 and len(batch["targets"]) == count
     frozen = script.Frozen(teacher_model, teacher_model.model.encoder)
-    ce, kl = script.Trained(student_model, True, 2.0)(*frozen(batch), teacher_model.proj_out.weight, batch).tolist()
-    assert 0.8 * ce + kl == pytest.approx(expected, rel=1e-5)
+    args = argparse.Namespace(freeze_encoder=True, temperature=2.0, ce_weight=0.8, kl_weight=1.0)
+    loss, _ = script.Trained(student_model, args)(*frozen(batch), teacher_model.proj_out.weight, batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_logits_exist_for_prompts_or_padding_nor_for_more_than_a_chunk(monkeypatch, student, tiny_teacher, examples):
@@ -281,8 +283,9 @@ def test_no_logits_exist_for_prompts_or_padding_nor_for_more_than_a_chunk(monkey
     monkeypatch.setattr(script.F, "linear", lambda *a: seen.append(real(*a).shape) or real(*a))
     monkeypatch.setattr(script, "LOSS_CHUNK", 16)
     hidden, head = torch.randn(50, 4, requires_grad=True), torch.randn(1000, 4)
-    script.distillation_losses(hidden, head, hidden.detach(), head, torch.arange(50), 2.0).sum().backward()
-    assert sorted(set(seen)) == [(2, 1000), (16, 1000)] and sum(shape[0] for shape in seen) == 2 * 2 * 50  # and again
+    given = (hidden, head, hidden.detach(), head, torch.arange(50), 2.0, (0.8, 1.0))
+    script.DistillationLoss.apply(*given)[0].backward()
+    assert sorted(set(seen)) == [(0, 1), (2, 1000), (16, 1000)] and sum(shape[0] for shape in seen) == 2 * 50
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------

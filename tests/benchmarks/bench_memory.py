@@ -86,7 +86,8 @@ def peak_bytes(shape: str, rows: int, tokens: int, decoder_layers: int) -> int:
         student = make_model(shape, decoder_layers, torch.float32)
         student.model.encoder = teacher.model.encoder.requires_grad_(False)
         frozen = distillation.Frozen(teacher, teacher.model.encoder)
-        trained = distillation.Trained(student, True, 2.0).train()
+        settings = argparse.Namespace(freeze_encoder=True, temperature=2.0, ce_weight=0.8, kl_weight=1.0)
+        trained = distillation.Trained(student, settings).train()
         optimizer = torch.optim.AdamW([weight for weight in trained.parameters() if weight.requires_grad])
         width = -(-tokens // 8) * 8
         batch = {
@@ -102,11 +103,11 @@ def peak_bytes(shape: str, rows: int, tokens: int, decoder_layers: int) -> int:
             for _ in range(2):  # the optimiser's state appears with the first
                 with torch.autocast("cpu", torch.bfloat16):
                     inputs, hidden = frozen(batch)
-                    losses = trained(inputs, hidden, teacher.proj_out.weight, batch)
-                losses.sum().backward()
+                    loss, _ = trained(inputs, hidden, teacher.proj_out.weight, batch)
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                del inputs, hidden, losses
+                del inputs, hidden, loss
     return memory.peak
 
 
