@@ -196,13 +196,14 @@ def read_results(world: World) -> Results:
             scores[name] = {key: saved[key] for key in SCORES}
     hub = {}
     if world.hub:
-        for kind in ("datasets", "models"):
+        for kind in ("dataset", "model"):
             for repo_id, repo in world.hub.store.list_repos(kind):
                 if repo_id.partition("/")[2] in (*DATASETS, *MODELS):
                     commit = repo["commits"][repo["refs"]["main"]]
                     for name, entry in commit["files"].items():
                         exact = name.endswith(EXACT)
                         hub[f"{repo_id}/{name}"] = entry["sha256"] if exact else None
+        assert hub, "nothing was pushed"
     return Results(files, hub, scores)
 
 
