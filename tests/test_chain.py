@@ -100,6 +100,10 @@ def test_a_fault_is_told_without_a_traceback(finished):
     assert not finished["chaos"].tracebacks
 
 
+def test_no_process_outlives_its_run(finished):
+    assert not finished["chaos"].survivors
+
+
 def test_a_disturbed_run_leaves_the_files_and_scores_of_a_quiet_one(finished, worlds):
     quiet, disturbed = (read_results(worlds[mode]) for mode in ("local", "hub"))
     disturbed.hub.clear()  # the other one has no Hub

@@ -10,6 +10,7 @@ must equal the undisturbed run's, on the disk and on the Hub, and no file may li
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -63,6 +64,7 @@ class World:
     teacher: Path
     mirror: MirrorServer
     hub: HubServer | None
+    groups: list[int] = field(default_factory=list)  # of the processes of each run
 
     def start(self, output: Path, **settings: str) -> subprocess.Popen:
         """The shell script, leader of its own process group, with what it prints in a file."""
@@ -71,7 +73,7 @@ class World:
         env = environment(self.directory, str(self.teacher), self.mirror.url, url, TOKEN, ORGANISATION)
         env |= SETTINGS | SMALL | settings
         with open(output, "wb") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 ["bash", str(SCRIPT)],
                 env=env,
                 cwd=self.directory,
@@ -79,6 +81,8 @@ class World:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.groups.append(process.pid)
+        return process
 
 
 @dataclass
@@ -216,6 +220,7 @@ class Chaos:
     happened: Counter = field(default_factory=Counter)
     status: int = 0
     last_output: str = ""
+    survivors: list[int] = field(default_factory=list)  # process groups of runs that did not end with them
 
 
 def run_disturbed(world: World, disturbances: list[Disturbance], outputs: Path, **settings: str) -> Chaos:
@@ -234,6 +239,10 @@ def run_disturbed(world: World, disturbances: list[Disturbance], outputs: Path, 
     output = outputs / f"{world.directory.name}-end.log"
     chaos.status = world.start(output, **settings).wait()
     chaos.last_output = output.read_text(encoding="utf-8", errors="replace")
+    for group in world.groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+            chaos.survivors.append(group)
     return chaos
 
 
@@ -272,12 +281,14 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(f"{count:3d} x {what}" for what, count in sorted(chaos.happened.items())))
     for traceback in chaos.tracebacks:
         print(f"\na traceback where a line was due: {traceback}")
+    if chaos.survivors:
+        print(f"{len(chaos.survivors)} runs left processes behind")
     if chaos.status:
         print(f"{chaos.last_output[-5000:]}\nthe last run ended with exit status {chaos.status}")
         return 1
     differences = results[0].differences(results[1])
     print("\n".join(differences) or f"equal: {len(results[0].files)} files, {len(results[0].hub)} on the Hub")
-    return 1 if differences or chaos.tracebacks else 0
+    return 1 if differences or chaos.tracebacks or chaos.survivors else 0
 
 
 if __name__ == "__main__":
