@@ -39,6 +39,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -420,17 +421,21 @@ class Plan:
                 yield rows[start : start + size].tolist() or rows[:1].tolist()
 
 
-def ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def read_batches(rows: torch.utils.data.Dataset, batches, workers: int, pin: bool) -> Iterator[dict]:
+    """Batches by workers, which leave Ctrl-C and SIGTERM, that reach a whole process group, to the process that saves.
 
-
-def make_loader(rows: torch.utils.data.Dataset, batches, workers: int, pin: bool) -> torch.utils.data.DataLoader:
-    """Workers are spawned: a process forked after threads have run may hang in its first parallel region."""
-    more = {"multiprocessing_context": "spawn", "worker_init_fn": ignore_signals} if workers else {}
+    They are spawned: a process forked after threads have run may hang in its first parallel region. And they are born
+    with both signals blocked: one that died before it had read what it is to do would leave us writing that for ever.
+    """
+    more = {"multiprocessing_context": "spawn"} if workers else {}
     more |= {"collate_fn": collate, "num_workers": workers, "pin_memory": pin}
-    return torch.utils.data.DataLoader(rows, batch_sampler=batches, **more)
+    loader = torch.utils.data.DataLoader(rows, batch_sampler=batches, **more)
+    resource_tracker.ensure_running()  # as workers start, which would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -1024,9 +1029,9 @@ class Distillation:
             fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
         blocks = missing[accelerator.process_index :: accelerator.num_processes]
         batches = [range(block * CACHE_BLOCK, min(len(rows), (block + 1) * CACHE_BLOCK)) for block in blocks]
-        loader = make_loader(rows, batches, self.args.dataloader_num_workers if batches else 0, pin=False)
+        batches = read_batches(rows, batches, self.args.dataloader_num_workers if batches else 0, pin=False)
         bar = tqdm(blocks, "encoding", unit="block", disable=not (self.is_main and blocks), mininterval=PACE)
-        for block, batch in zip(bar, loader, strict=True):
+        for block, batch in zip(bar, batches, strict=True):
             batch = send_to_device(batch, self.device, non_blocking=True)
             with accelerator.autocast():
                 states, hidden = (each.to(teacher.dtype) for each in self.frozen(batch))
@@ -1043,7 +1048,7 @@ class Distillation:
         args, state, plan, step = self.args, self.state, self.plan, self.state["step"]
         batches = plan.micro_batches(step, self.total, args.per_device_train_batch_size, self.stride, self.offset)
         rows = torch.utils.data.ConcatDataset(self.train_rows)
-        batches = iter(make_loader(rows, batches, args.dataloader_num_workers, pin=self.device.type == "cuda"))
+        batches = read_batches(rows, batches, args.dataloader_num_workers, pin=self.device.type == "cuda")
         look = {"desc": "training", "unit": "step", "mininterval": PACE, "disable": not self.is_main}
         bar = tqdm(total=self.total, initial=step, **look)
         self.model.train()
@@ -1394,18 +1399,14 @@ def main(argv: list[str] | None = None) -> int:
         fail(f"--output_dir {args.output_dir} is the student to start from: choose another")
     try:
         return Distillation(args).run(Stop())
-    except (
-        OSError,
-        safetensors.SafetensorError,
-        DatasetGenerationError,
-    ) as error:  # a full disk, a place that can't be written
+    except (OSError, safetensors.SafetensorError, DatasetGenerationError) as error:  # no room, no right to write
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno is None:  # not the system's
             raise
         fail(f"{reason(cause)}; when that is mended, the same command goes on from the last checkpoint")
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():  # the loader's ignore SIGTERM: an exit would wait for them
+        for worker in multiprocessing.active_children():  # the loader's get no SIGTERM: an exit would wait for them
             worker.kill()
             worker.join()
 

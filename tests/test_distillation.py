@@ -1,6 +1,7 @@
 """run_distillation.py: the loss, the batches, resuming, the encoder cache, held-out evaluation, and what it leaves."""
 
 import argparse
+import contextlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -647,6 +649,21 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said(run, uninte
     assert_equal_weights(run("out"), uninterrupted)
     assert "checkpoint-4-epoch-1 is not whole and is skipped" in caplog.text
     assert "going on from step 2" in caplog.text
+
+
+@pytest.mark.timeout(300)  # what it guards against is waiting for ever
+def test_signals_to_a_whole_process_group_do_not_reach_the_loader_even_as_it_starts(command, uninterrupted, tmp_path):
+    process, told = launch(command("told", "--dataloader_num_workers", "2")), set()
+    while process.poll() is None:
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "spawn_main" in " ".join(child.cmdline()) and child.pid not in told:
+                    child.send_signal(signal.SIGTERM)
+                    told.add(child.pid)
+        time.sleep(0.005)
+    finish(process)
+    assert len(told) == 2
+    assert_equal_weights(tmp_path / "told", uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
