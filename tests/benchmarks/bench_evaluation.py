@@ -38,7 +38,7 @@ from tests.sandbox.sentences import sentences
 PLAIN_BATCH = 4
 OURS, PLAIN, ENCODER = "run_short_form_eval.py", "plain", "encoder alone"
 ALONE = "run_short_form_eval.py, batches of 1"
-RUNS: dict = {}  # in a worker: what it can run, and its clips
+RUNS: dict = {}  # in a worker: what it can run, its clips, and how many of them a first batch takes
 
 
 def make_clips(number: int, root: Path) -> Path:
@@ -89,8 +89,8 @@ class Worker:
         self.executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self.executor.submit(prepare, options, manifest, part, threads).result()
 
-    def submit(self, run: str, clips: int | None = None) -> Future:
-        return self.executor.submit(execute, run, clips)
+    def submit(self, run: str, whole: bool) -> Future:
+        return self.executor.submit(execute, run, whole)
 
 
 def prepare(options: argparse.Namespace, manifest: Path, part: slice, threads: int) -> None:
@@ -124,22 +124,22 @@ def prepare(options: argparse.Namespace, manifest: Path, part: slice, threads: i
         RUNS[OURS] = lambda clips, root: ours(clips, transcriber, args, root)
         RUNS[PLAIN] = lambda clips, root: plain(clips, model, processor, root)
         RUNS[ENCODER] = lambda clips, root: encoder_alone(windows, model, transcriber.batch_size)
-    RUNS["clips"] = clips
+    RUNS["clips"], RUNS["first"] = clips, min(transcriber.batch_size, len(clips))
 
 
-def execute(run: str, number: int | None) -> tuple[float, list[str] | None]:
-    """CPU seconds, and the texts of this process' clips, or of the first of them."""
-    clips = RUNS["clips"] if number is None else RUNS["clips"].select(range(number))
+def execute(run: str, whole: bool) -> tuple[float, list[str] | None]:
+    """CPU seconds, and the texts of this process' clips, or of a first batch."""
+    clips = RUNS["clips"] if whole else RUNS["clips"].select(range(RUNS["first"]))
     with tempfile.TemporaryDirectory() as root:
         before = time.process_time()
         texts = RUNS[run](clips, Path(root))
         return time.process_time() - before, texts
 
 
-def clock(workers: list[Worker], run: str, clips: int | None = None) -> tuple[float, float, list | None]:
+def clock(workers: list[Worker], run: str, whole: bool = True) -> tuple[float, float, list | None]:
     """Seconds by the wall and of the CPU, and what came out."""
     before = time.perf_counter()
-    answers = [future.result() for future in [worker.submit(run, clips) for worker in workers]]
+    answers = [future.result() for future in [worker.submit(run, whole) for worker in workers]]
     texts = [text for _, part in answers for text in part or []]
     return time.perf_counter() - before, sum(seconds for seconds, _ in answers), texts or None
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             runs = {OURS: mine, PLAIN: [Worker(options, manifest, slice(None), options.threads)], ENCODER: mine}
         for run, workers in runs.items():
-            clock(workers, run, PLAIN_BATCH)
+            clock(workers, run, whole=False)
         times: dict[str, list[tuple]] = {name: [] for name in runs}
         for _ in range(options.rounds):
             for run, workers in runs.items():
