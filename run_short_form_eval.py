@@ -26,6 +26,7 @@ its word error rate the share of clips with a mistake: the character error rate 
 import argparse
 import base64
 import collections
+import copy
 import csv
 import hashlib
 import html
@@ -568,6 +569,13 @@ class Transcriber:
         except (OSError, ValueError, pickle.UnpicklingError) as error:
             fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
         self.model.to(self.device).eval()
+        self.one_by_one = self.device.type == "cpu" and args.dtype == "float32"
+        if self.one_by_one:
+            # Where each clip has one query a step, two plain products are faster than "sdpa", which is made for many.
+            eager = copy.copy(self.model.config)
+            eager._attn_implementation = "eager"
+            for layer in self.model.model.decoder.layers:
+                layer.encoder_attn.config = eager
         if args.assistant_model:
             self.assistance = {"assistant_model": assistant.to(self.device).eval()}
             if tokens := self.model.generation_config.begin_suppress_tokens:  # which `generate` then leaves out
@@ -585,24 +593,26 @@ class Transcriber:
 
     def encode(self, features: torch.Tensor) -> dict:
         """States of log-mels, and perhaps the decoder's keys and values of them, as arguments of `generate`."""
-        if self.device.type != "cpu" or self.assistance or self.flags["num_beams"] > 1:
+        if not self.one_by_one or self.assistance or self.flags["num_beams"] > 1:
             return {"encoder_outputs": BaseModelOutput(self.model.model.encoder(features)[0])}
         # What one clip needs stays in a CPU's caches, and memory that is kept need not be made anew for every batch.
+        # Keys lie as the product with a query reads them: position after position.
         rows, attentions = len(features), [layer.encoder_attn for layer in self.model.model.decoder.layers]
         positions, heads, width = self.config.max_source_positions, attentions[0].num_heads, attentions[0].head_dim
         if not self.memory or len(self.memory[0]) < rows:
-            shapes = [(positions, heads * width), *[(heads, positions, width)] * (2 * len(attentions))]
+            of_layer = [(heads, width, positions), (heads, positions, width)]
+            shapes = [(positions, heads * width), *of_layer * len(attentions)]
             self.memory = [torch.empty(rows, *shape, dtype=features.dtype) for shape in shapes]
         states, *cross = (memory[:rows] for memory in self.memory)
         for row in range(rows):
             states[row] = self.model.model.encoder(features[row : row + 1])[0][0]
             for attention, keys, values in zip(attentions, cross[::2], cross[1::2], strict=True):
-                keys[row] = attention.k_proj(states[row]).view(positions, heads, width).transpose(0, 1)
+                keys[row] = attention.k_proj(states[row]).view(positions, heads, width).permute(1, 2, 0)
                 values[row] = attention.v_proj(states[row]).view(positions, heads, width).transpose(0, 1)
         cache = DynamicCache()
         for keys, values in zip(cross[::2], cross[1::2], strict=True):
             layer = DynamicLayer()
-            layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+            layer.keys, layer.values, layer.dtype, layer.device = keys.mT, values, keys.dtype, keys.device
             layer.is_initialized = True
             cache.layers.append(layer)
         return {

@@ -118,7 +118,9 @@ def prepare(options: argparse.Namespace, manifest: Path, part: slice, threads: i
         RUNS["with the assistant"] = lambda clips, root: ours(clips, *assisted, root)
         RUNS["in batches"] = lambda clips, root: ours(clips, transcriber, args, root)
     else:
-        model, processor = transcriber.model, transformers.WhisperProcessor.from_pretrained(options.model)
+        processor = transformers.WhisperProcessor.from_pretrained(options.model)
+        model = transformers.WhisperForConditionalGeneration.from_pretrained(options.model, dtype=options.dtype)
+        model.to(device).eval()
         waveforms = [evaluation.read_item(clips, [row], args)[1] for row in range(len(clips))]
         windows = torch.cat([transcriber.extract([waveform]) for waveform in waveforms])
         RUNS[OURS] = lambda clips, root: ours(clips, transcriber, args, root)
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.assistant:
             runs = {name: mine for name in (ALONE, "with the assistant", "in batches")}
         else:
-            runs = {OURS: mine, PLAIN: [Worker(options, manifest, slice(None), options.threads)], ENCODER: mine}
+            runs = {OURS: mine, ENCODER: mine, PLAIN: [Worker(options, manifest, slice(None), options.threads)]}
         for run, workers in runs.items():
             clock(workers, run, whole=False)
         times: dict[str, list[tuple]] = {name: [] for name in runs}

@@ -189,7 +189,7 @@ def main(argv=None) -> int:
     parser.add_argument("--arrangement", choices=list(MEL_BINS), default="large-v3")
     parser.add_argument("--seed", type=int, default=2)
     args = parser.parse_args(argv)
-    print(tiny_whisper(args.directory, args.arrangement, args.seed))
+    print(tiny_whisper(args.directory, args.arrangement, seed=args.seed))
     return 0
 
 
