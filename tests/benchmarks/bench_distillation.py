@@ -178,7 +178,7 @@ def serve_script(root: Path, dtype: str, cached: bool, batch_size: int) -> None:
 
         def train(self, stop):
             plan = self.plan.micro_batches(0, self.total, batch_size, self.stride, self.offset)
-            batches = iter(script.make_loader(self.train_rows[0], plan, 0, pin=False))
+            batches = script.read_batches(self.train_rows[0], plan, workers=0, pin=False)
             self.model.train()
             answer(ready=True, filling=self.filling)
             for _ in sys.stdin:
