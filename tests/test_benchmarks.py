@@ -1,0 +1,49 @@
+"""Every benchmark runs to its table, at its smallest: one that nobody runs breaks with the next name that changes.
+
+`bench_packing` alone is not here, as it trains whisper-base, whose weights the tests do without.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def benchmark(name: str, *flags) -> str:
+    """What a benchmark prints."""
+    command = [sys.executable, "-m", f"tests.benchmarks.bench_{name}", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "rows"),
+    [
+        ("download", ["--megabytes", 4, "--rounds", 1], ["builder", "parquet shards"]),
+        ("filtering", ["--clips", 20, "--runs", 1], ["shuffled epoch", "another threshold"]),
+        ("student", ["--shape", "base", "--runs", 1], ["peak resident memory, GB", "seconds"]),
+        ("memory", ["--shape", "base"], ["clips, 20 tokens", "packed windows, 250 tokens"]),
+        # This one ends with an error where ours has another loss than the plain way.
+        ("distillation", ["--shape", "tiny", "--batch_size", 2, "--steps", 1], ["baseline", "ours, 8 epochs"]),
+    ],
+)
+def test_a_benchmark_prints_its_table(name, flags, rows):
+    printed = benchmark(name, *flags)
+    for row in rows:
+        assert re.search(rf"^\| {row}.*\d\.\d", printed, re.MULTILINE), printed
+
+
+def test_the_labelling_benchmark_s_plain_way_gives_the_same_labels(tiny_teacher):
+    printed = benchmark("labelling", "--teacher", tiny_teacher, "--max_label_length", 8, "--clips", 2, "--rounds", 1)
+    assert "2 of 2 labels are equal" in printed
+
+
+def test_the_evaluation_benchmark_s_plain_way_gives_the_same_texts(tiny_teacher):
+    printed = benchmark("evaluation", "--model", tiny_teacher, "--clips", 2, "--rounds", 1)
+    assert re.search(r"^\| plain .* 2 \|$", printed, re.MULTILINE), printed
