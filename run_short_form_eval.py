@@ -569,7 +569,8 @@ class Transcriber:
         except (OSError, ValueError, pickle.UnpicklingError) as error:
             fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
         self.model.to(self.device).eval()
-        self.one_by_one = self.device.type == "cpu" and args.dtype == "float32"
+        simple = not args.assistant_model and args.generation_num_beams == 1
+        self.one_by_one = self.device.type == "cpu" and args.dtype == "float32" and simple
         if self.one_by_one:
             # Where each clip has one query a step, two plain products are faster than "sdpa", which is made for many.
             eager = copy.copy(self.model.config)
@@ -593,7 +594,7 @@ class Transcriber:
 
     def encode(self, features: torch.Tensor) -> dict:
         """States of log-mels, and perhaps the decoder's keys and values of them, as arguments of `generate`."""
-        if not self.one_by_one or self.assistance or self.flags["num_beams"] > 1:
+        if not self.one_by_one:
             return {"encoder_outputs": BaseModelOutput(self.model.model.encoder(features)[0])}
         # What one clip needs stays in a CPU's caches, and memory that is kept need not be made anew for every batch.
         # Keys lie as the product with a query reads them: position after position.
