@@ -234,6 +234,15 @@ def test_a_damaged_tar_is_named_with_the_byte(small, tmp_path, num_proc):
     assert re.search(r"small\.004\.tar: byte 2,048: neither a header nor the end of the archive; run .*", chain)
 
 
+def test_a_member_of_negative_size_ends_the_reading(tmp_path):
+    good, bad = tarfile.TarInfo("000/good.flac"), tarfile.TarInfo("000/bad.flac")
+    bad.size = -512  # which leads back to its own header
+    tar = tmp_path / "x.tar"
+    tar.write_bytes(good.tobuf() + bad.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(loader.BrokenTarError, match=r"x\.tar: byte 512: .*; run .*--health_check"):
+        list(loader.read_tar(tar, {}, collections.defaultdict(list)))
+
+
 def test_nothing_here_is_a_line_that_says_how_to_get_it(data_dir, tmp_path):
     with pytest.raises(SystemExit, match=r"no medium\.\*\.tar in .*reazonspeech_manual_downloader\.py -t medium"):
         load("medium", tmp_path)
@@ -246,7 +255,8 @@ def test_nothing_here_is_a_line_that_says_how_to_get_it(data_dir, tmp_path):
 def test_neither_ffmpeg_nor_torchcodec_is_loaded(tiny, tmp_path):
     code = (
         "import sys, reazonspeech_manual_dataloader as l; b = l.ReazonSpeech(sys.argv[1], config_name='tiny');"
-        "b.download_and_prepare(); d = b.as_dataset(split='train').cast_column('audio', l.AUDIO); d[0];"
+        "b.download_and_prepare(); d = b.as_dataset(split='train');"
+        "d.cast_column('audio', l.datasets.Audio(decode=False))[0];"
         "assert not {'torchcodec', 'av', 'torchaudio', 'ffmpeg'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, cwd=SCRIPT.parent, capture_output=True)
@@ -328,8 +338,10 @@ def test_the_written_dataset_is_the_loaded_one(tiny, clips, tmp_path):
     out = tmp_path / "out"
     assert loader.main(["-t", "tiny", "--output_dir", str(out)]) == 0
     dataset = datasets.load_dataset(str(out), "tiny", split="train", cache_dir=str(tmp_path / "cache"))
-    assert dataset.features["audio"] == AUDIO
-    assert rows(dataset) == [(clip["name"], clip["audio"], clip["transcription"]) for clip in clips]
+    assert dataset.features["audio"] == datasets.Audio(sampling_rate=16000)  # who loads it gets decoded audio
+    assert rows(dataset.cast_column("audio", AUDIO)) == [
+        (clip["name"], clip["audio"], clip["transcription"]) for clip in clips
+    ]
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if not path.name.startswith(".")) == [
         "README.md",
         "loading.tiny.train.json",
@@ -357,6 +369,15 @@ def test_the_shards_do_not_depend_on_the_number_of_processes_or_on_interruptions
     assert digests(one) == digests(three)
     after = {path.name: path.stat().st_mtime_ns for path in one.glob("*.parquet")}
     assert {name for name in before if before[name] != after[name]} == {"train-00004-of-00012.parquet"}
+
+
+def test_a_shard_that_was_damaged_is_written_anew(small, tmp_path):
+    flags = ["-t", "small", "--output_dir", str(tmp_path / "out")]
+    assert loader.main(flags) == 0
+    before = digests(tmp_path / "out" / "small")
+    os.truncate(tmp_path / "out" / "small" / "train-00004-of-00012.parquet", 1000)
+    assert loader.main(flags) == 0
+    assert digests(tmp_path / "out" / "small") == before
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +433,7 @@ def test_other_files_than_those_of_the_shards_are_refused_until_told(small, tmp_
     last.unlink()
     assert loader.main(flags) == 0
     last.write_bytes(content)
-    with pytest.raises(SystemExit, match=r"loading\.small\.train\.json says .*--overwrite_output_dir"):
+    with pytest.raises(SystemExit, match=r"loading\.small\.train\.json was made .*--overwrite_output_dir"):
         loader.main(flags)
     foreign = tmp_path / "out" / "small" / "notes.txt"
     foreign.write_text("mine")
@@ -465,6 +486,7 @@ def test_what_is_pushed_comes_back_the_same_and_is_private(tiny, clips, hub, tmp
         flags = ["-t", target, "--output_dir", str(tmp_path / target), "--hub_model_id", "acme/loader-corpus"]
         assert loader.main(flags) == 0
     dataset = datasets.load_dataset("acme/loader-corpus", "tiny", split="train", cache_dir=str(tmp_path / "cache"))
+    dataset = dataset.cast_column("audio", AUDIO)
     assert rows(dataset) == [(clip["name"], clip["audio"], clip["transcription"]) for clip in clips]
     held_out = datasets.load_dataset("acme/loader-corpus", "test", split="test", cache_dir=str(tmp_path / "cache"))
     assert len(held_out) == 8
@@ -480,7 +502,7 @@ def test_what_is_pushed_comes_back_the_same_and_is_private(tiny, clips, hub, tmp
 def test_a_push_that_fails_says_what_to_run_and_that_only_pushes(tiny, hub, tmp_path):
     flags = ["-t", "tiny", "--output_dir", str(tmp_path / "out"), "--hub_model_id", "acme/loader-failing"]
     hub.fault(r"/commit/", method="POST", times=-1, status=403)
-    with pytest.raises(SystemExit, match=r"the push to acme/loader-failing failed: .*the same command only pushes it"):
+    with pytest.raises(SystemExit, match=r"the push to acme/loader-failing failed: .*All data is in .*same command"):
         loader.main(flags)
     shard = tmp_path / "out" / "tiny" / "train-00000-of-00001.parquet"
     before = shard.stat().st_mtime_ns
@@ -497,7 +519,7 @@ def test_a_push_that_will_not_be_allowed_is_refused_before_the_work(
     token, repository, tiny, hub, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(SystemExit, match=r"can't push to .*hf auth login"):
+    with pytest.raises(SystemExit, match=r"preparing the dataset repository .*hf auth login"):
         loader.main(["-t", "tiny", "--output_dir", str(tmp_path / "out"), "--hub_model_id", repository])
     assert not (tmp_path / "out").exists()
 
@@ -514,11 +536,12 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny, clips, tm
     told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert re.fullmatch(rf"1 tars, 0\.00\d GB, about {len(clips)} clips, 0\.\d\d h", told["input"])
     assert (told["done"], told["pushes"]) == ("0 of 1 shards", "acme/loader-plan (private)")
+    assert re.fullmatch(r"1 tars, 0\.00\d GB", told["left"])
     assert re.fullmatch(rf"about 0:00:0\d \(from a sample of {len(clips)} clips\)", told["time"])
     assert not (tmp_path / "out").exists()
     assert not huggingface_hub.repo_exists("acme/loader-plan", repo_type="dataset")
     assert loader.main(flags) == 0
     assert loader.main([*flags, "--dry_run"]) == 0
     output = capsys.readouterr().out
-    assert "done: 1 of 1 shards" in output
+    assert "done: 1 of 1 shards\nleft: 0 tars" in output
     assert "pushes: nothing" in output

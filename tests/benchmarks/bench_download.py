@@ -61,13 +61,15 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def compare(rounds: int, ours: Callable[[], object], baseline: Callable[[], object]) -> tuple[float, float, float]:
-    """Medians of the seconds of both and of baseline / ours, after a pair that is not counted."""
+def table_row(
+    name: str, amount: float, unit: str, ours: Callable[[], object], baseline: Callable[[], object], rounds: int
+) -> str:
+    """Medians of both rates and of baseline / ours in time, after a pair of runs that is not counted."""
     pairs = [(seconds(ours), seconds(baseline)) for _ in range(rounds + 1)][1:]
-    return (
-        *(statistics.median(times) for times in zip(*pairs, strict=True)),
-        statistics.median(b / a for a, b in pairs),
-    )
+    our_time = statistics.median(pair[0] for pair in pairs)
+    baseline_time = statistics.median(pair[1] for pair in pairs)
+    ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
+    return f"| {name} | {amount / our_time:,.0f} {unit} | {amount / baseline_time:,.0f} {unit} | {ratio:.2f} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,29 +115,41 @@ def main(argv: list[str] | None = None) -> int:
             flags = ["-t", "small", "--data_dir", str(downloads), "--output_dir", str(scratch / "out")]
             loader.main([*flags, "--preprocessing_num_workers", str(workers)])
 
-        some = ["-t", "small", "-e", "4", "-p", "4"]
-        rows = []
-        for what, amount, unit, ours, baseline in [
-            ("download of 1 tar, curl", size / 4, "MB/s", lambda: download("-t", "tiny"), lambda: curl(tars[0].name)),
-            (
+        def check() -> None:
+            for tar in tars:
+                downloader.check_tar(tar)
+
+        def cat() -> None:
+            subprocess.run(["cat", *tars], stdout=subprocess.DEVNULL, check=True)
+
+        four = ["-t", "small", "-e", "4", "-p", "4"]
+        names = [tar.name for tar in tars]
+        rows = [
+            table_row(
+                "download of 1 tar, curl",
+                size / 4,
+                "MB/s",
+                lambda: download("-t", "tiny"),
+                lambda: curl(names[0]),
+                args.rounds,
+            ),
+            table_row(
                 "download of 4 at once, curl",
                 size,
                 "MB/s",
-                lambda: download(*some),
-                lambda: curl(*(t.name for t in tars)),
+                lambda: download(*four),
+                lambda: curl(*names),
+                args.rounds,
             ),
-            (
-                *("check of 4 tars, cat", size, "MB/s"),
-                lambda: [downloader.check_tar(tar) for tar in tars],
-                lambda: subprocess.run(["cat", *tars], stdout=subprocess.DEVNULL, check=True),
+            table_row("check of 4 tars, cat", size, "MB/s", check, cat, args.rounds),
+        ]
+        seconds(lambda: download(*four))
+        rows += [
+            table_row("builder, 2 workers and 1", clips, "clips/s", lambda: build(2), lambda: build(1), args.rounds),
+            table_row(
+                "parquet shards, 2 workers and 1", clips, "clips/s", lambda: write(2), lambda: write(1), args.rounds
             ),
-            ("builder, 2 workers and 1", clips, "clips/s", lambda: build(2), lambda: build(1)),
-            ("parquet shards, 2 workers and 1", clips, "clips/s", lambda: write(2), lambda: write(1)),
-        ]:
-            if what.startswith("builder"):
-                seconds(lambda: download(*some))
-            a, b, ratio = compare(args.rounds, ours, baseline)
-            rows.append(f"| {what} | {amount / a:,.0f} {unit} | {amount / b:,.0f} {unit} | {ratio:.2f} |")
+        ]
     print("| | ours | baseline | ratio |\n| --- | --- | --- | --- |")
     print("\n".join(rows))
     return 0
