@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Initialise a small student Whisper with layers copied from a large teacher.
 
-In: any Whisper checkpoint, a Hub id or a local directory. Its weights are read once, tensor by tensor.
+In: any Whisper checkpoint, a Hub id or a local directory.
 
 Out: `--save_dir`, a local directory with the student's weights and configuration, every file that transformers,
 faster-whisper (CTranslate2) and whisper.cpp's converter look for, a model card (`README.md`) and a record of how it
-was made (`student.json`). It appears only after the saved copy has been loaded back, compared and run once.
+was made (`student.json`).
 
 Layers are copied from positions spaced as far apart as possible: the first and the last, and the rest evenly between
 them (DistilBART, https://arxiv.org/abs/2010.13002). A student of one layer gets the teacher's last.
@@ -19,55 +19,352 @@ The same from chosen layers, pushed to the Hub as my-org/my-model-init:
 
     python create_student_model.py --teacher_checkpoint openai/whisper-large-v3 --decoder_layer_indices 0 15 31 \
         --save_dir init --push_to_hub --hub_model_id my-org/my-model-init
+
+The student appears in `--save_dir` only after the saved copy has been loaded back, compared and run once; after an
+interruption, run the same command again to continue.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from datetime import timedelta
-from fnmatch import fnmatch
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizerFast,
+)
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
+
+RECORD = "student.json"
+# Everything that this script writes into --save_dir. The configuration and the record come last, because without them
+# nothing takes the directory for a model.
+STUDENT_FILES = [
+    "model.safetensors",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "normalizer.json",
+    "README.md",
+    "config.json",
+    RECORD,
+]
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--teacher_checkpoint", required=True, help="Hub id or local directory of a Whisper model")
+    teacher.add_argument("--subfolder", default="", help="folder of the model inside the teacher's repository")
+    teacher.add_argument("--cache_dir", help="directory for downloads; unset = the Hub client's own cache")
+
+    layers = parser.add_argument_group("layers")
+    encoder = layers.add_mutually_exclusive_group()
+    encoder.add_argument(
+        "--encoder_layers", type=int, metavar="N", help="number of encoder layers; unset = all of the teacher's"
+    )
+    encoder.add_argument(
+        "--encoder_layer_indices",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="the teacher's encoder layers to copy, counted from 0; unset = evenly spaced ones",
+    )
+    decoder = layers.add_mutually_exclusive_group()
+    decoder.add_argument("--decoder_layers", type=int, default=2, metavar="N", help="number of decoder layers")
+    decoder.add_argument(
+        "--decoder_layer_indices",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="the teacher's decoder layers to copy, counted from 0; unset = evenly spaced ones",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--save_dir", required=True, help="local directory for the student; its parents are made")
+    output.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="precision of the saved weights; training needs float32",
+    )
+    output.add_argument("--overwrite_output_dir", **switch, help="replace another student, but no other files")
+    output.add_argument("--seed", type=int, default=42, help="seed of the features that the saved student is run on")
+    output.add_argument("--dry_run", **switch, help="print what a run would do, and stop")
+
+    hub = parser.add_argument_group("Hugging Face Hub")
+    hub.add_argument("--push_to_hub", **switch, help="publish the student")
+    hub.add_argument("--hub_model_id", help="repository to push to; unset = --save_dir, if it reads org/name")
+
+    args = parser.parse_args(argv)
+    args.hub_model_id = args.hub_model_id or args.save_dir
+    if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.hub_model_id):
+        parser.error(f"--push_to_hub needs --hub_model_id org/name; {args.hub_model_id!r} is not one")
+    return args
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+CONTINUE = "Run the same command again to continue."
 
 logger = logging.getLogger(__name__)
 
-RECORD = "student.json"
-# Everything that this script writes into --save_dir. The configuration and the record come last: without them nothing
-# takes the directory for a model.
-OWN_FILES = [
-    *("model.safetensors", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "normalizer.json", "README.md", "config.json", RECORD),
-]
-# The first of these that a repository has is read. The value matches the files that the name stands for.
-WEIGHTS = {
-    "model.safetensors": "model.safetensors",
-    "model.safetensors.index.json": "model-*.safetensors",
-    "pytorch_model.bin": "pytorch_model.bin",
-    "pytorch_model.bin.index.json": "pytorch_model-*.bin",
-}
-SAMPLE = 64 << 20  # bytes that --dry_run writes to a temporary file
-ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only the English-only Whispers (`*.en`) use
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
+
+def fail(message: str) -> NoReturn:
+    """End the script with one line for the user: what was wrong, with which value, what to do."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+
+
+def boolean(value: str) -> bool:
+    """Value of a flag that may stand alone (`--flag`) or carry a value (`--flag False`)."""
+    if value.lower() in ("true", "1", "yes"):
+        return True
+    if value.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag in its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def set_up_process(is_main_process: bool = True) -> None:
+    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    level = logging.INFO if is_main_process else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+# ---- common: records -------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file; what JSON does not know, such as a path, is written as its text."""
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Version of each of these installed packages, for a record."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def changed_setting(earlier: dict, settings: dict) -> str | None:
+    """The first setting in which an earlier run differs from this one, for people to read; None where none does."""
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if earlier.get(name) != value:
+            return f"{name} was {earlier.get(name)!r} and is now {value!r}"
+    return None
+
+
+def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
+    """Fail where `place` holds the results of a run with other settings, which must not be mixed with this run's."""
+    if changed := changed_setting(earlier, settings):
+        fail(
+            f"{place} was made with other settings: {changed}. Choose another directory, "
+            "or pass --overwrite_output_dir to start afresh"
+        )
+
+
+# ---- common: the Hub -------------------------------------------------------------------------------------------------
+
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    for line in str(error).splitlines():
+        if line.strip() and not line.startswith("(Request ID"):
+            return line.strip().rstrip(".")
+    return type(error).__name__
+
+
+def hub_fail(action: str, error: BaseException) -> NoReturn:
+    """Fail because the Hub refused something."""
+    fail(
+        f"{action} failed: {first_line(error)}. Check the name, and the token with `hf auth whoami`; "
+        "`hf auth login` sets another token"
+    )
+
+
+def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
+    """Create a repository if it is missing, check the right to write to it, and return its full id.
+
+    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    """
+    api = HfApi()
+    try:
+        if not dry_run:
+            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
+            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
+            return url.repo_id
+        account = api.whoami()
+        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+        if api.repo_exists(repo_id, repo_type=repo_type):
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+        elif repo_id.split("/")[0] not in owners:
+            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+        return repo_id
+    except HUB_ERRORS as error:
+        hub_fail(f"preparing the {repo_type} repository {repository}", error)
+
+
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
+    for seconds in (1, 2, 4, 0):
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not seconds:
+                raise
+        time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: models --------------------------------------------------------------------------------------------------
+
+ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
+
+
+def local_directory(reference: str) -> Path | None:
+    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
+        fail(f"{reference!r} is neither a directory that exists nor a Hub id such as org/name")
+    return None
+
+
+def load_pretrained(kind: type, reference: str, **options) -> Any:
+    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+    except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        # The last three are weights that were cut off, that are damaged, and that would run code.
+        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
+
+
+def load_config(reference: str, **options) -> WhisperConfig:
+    """The configuration of a Whisper; fails for models of other kinds."""
+    config = load_pretrained(AutoConfig, reference, **options)
+    if config.model_type != "whisper":
+        fail(f"{reference} is a {config.model_type} model, not a Whisper")
+    return config
+
+
+def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
+    """The tokenizer of a Whisper. Without its files, `transformers` silently makes one with an empty vocabulary."""
+    tokenizer = load_pretrained(WhisperTokenizerFast, reference, **options)
+    # "a" as well: with tokenizer_config.json alone there are the special tokens, and no others.
+    if not {"a", "<|startoftranscript|>"} <= tokenizer.get_vocab().keys():
+        fail(f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt")
+    return tokenizer
+
+
+def is_multilingual(vocabulary: dict[str, int]) -> bool:
+    """Whether a Whisper with this vocabulary takes a language and a task."""
+    return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
+
+
+def load_generation_config(
+    reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
+) -> GenerationConfig:
+    """How a model decodes. What its file lacks, as those of 2022 do, comes from vocabulary and configuration."""
+    try:
+        source = str(local_directory(reference) or reference)
+        generation_config = GenerationConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if "does not appear to have a file named" not in str(error):  # a damaged file, or a Hub that does not answer
+            fail(f"cannot load the generation config of {reference}: {first_line(error)}")
+        generation_config = GenerationConfig()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            setattr(generation_config, name, getattr(config, name))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            setattr(generation_config, name, getattr(config, name, None))
+    generation_config.is_multilingual = is_multilingual(vocabulary)
+    values = {
+        "max_length": config.max_target_positions,
+        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
+        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
+        "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
+    }
+    if is_multilingual(vocabulary):
+        tokens = [f"<|{code}|>" for code in LANGUAGES]
+        values["lang_to_id"] = {token: vocabulary[token] for token in tokens if token in vocabulary}
+        values["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}
+    for name, value in values.items():
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, value)
+    return generation_config
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 def spaced_layers(teacher_layers: int, student_layers: int) -> list[int]:
@@ -81,170 +378,113 @@ def spaced_layers(teacher_layers: int, student_layers: int) -> list[int]:
     return [i * (teacher_layers - 1) // (student_layers - 1) for i in range(student_layers)]
 
 
-def teacher_name(student_name: str, layers: dict[str, list[int]]) -> str:
-    """The teacher's name of a student's tensor: the same, but for the number of the layer."""
-    match = re.match(r"model\.(encoder|decoder)\.layers\.(\d+)", student_name)
-    if match is None:
-        return student_name
-    return f"model.{match[1]}.layers.{layers[match[1]][int(match[2])]}{student_name[match.end() :]}"
+def choose_layers(args: argparse.Namespace, side: str, teacher_layers: int) -> list[int]:
+    """The teacher's layers to copy into the student's encoder or decoder (`side`), checked."""
+    count = getattr(args, f"{side}_layers")
+    indices = getattr(args, f"{side}_layer_indices")
+    if indices is not None:
+        if sorted(set(indices)) != indices or indices[0] < 0 or indices[-1] >= teacher_layers:
+            fail(f"--{side}_layer_indices {indices} must ascend without repeats within 0 to {teacher_layers - 1}")
+        return indices
+    if count is None:
+        return list(range(teacher_layers))
+    if not 1 <= count <= teacher_layers:
+        fail(f"--{side}_layers {count} must lie between 1 and the teacher's {teacher_layers}")
+    return spaced_layers(teacher_layers, count)
 
 
-def remap_alignment_heads(heads: list[list[int]] | None, decoder_layers: list[int], width: int) -> list[list[int]]:
+def remap_alignment_heads(heads: list[list[int]] | None, decoder_layers: list[int], num_heads: int) -> list[list[int]]:
     """The `[layer, head]` pairs that word timestamps are read from, renumbered to the student's layers.
 
-    Heads of layers that were not copied are dropped. Where none is left, or the teacher names none, all `width` heads
-    of the last half of the layers are used, as openai/whisper does for a model that it does not know.
+    Heads of layers that were not copied are dropped. Where none is left, or the teacher names none, all heads of the
+    last half of the layers are used, as openai/whisper does for a model that it does not know.
     """
     kept = [[decoder_layers.index(layer), head] for layer, head in heads or [] if layer in decoder_layers]
     depth = len(decoder_layers)
-    return kept or [[layer, head] for layer in range(depth // 2, depth) for head in range(width)]
+    return kept or [[layer, head] for layer in range(depth // 2, depth) for head in range(num_heads)]
 
 
-def fingerprint(student: WhisperForConditionalGeneration, processor: WhisperProcessor) -> str:
+# ---- student ---------------------------------------------------------------------------------------------------------
+
+
+def fetch_teacher(reference: str, cache_dir: str | None) -> tuple[Path, str | None]:
+    """The teacher's directory and its commit on the Hub, from where everything but the weights is downloaded."""
+    directory = local_directory(reference)
+    if directory is not None:
+        return directory, None
+    try:
+        small_files = ["*.json", "*.txt", "README.md"]
+        directory = Path(snapshot_download(reference, allow_patterns=small_files, cache_dir=cache_dir))
+    except HUB_ERRORS as error:
+        hub_fail(f"downloading the teacher {reference}", error)
+    return directory, directory.name
+
+
+def load_teacher_weights(args: argparse.Namespace, commit: str | None) -> WhisperForConditionalGeneration:
+    """The whole teacher. `transformers` only warns of weights that are missing, and fills in random numbers."""
+    teacher, report = load_pretrained(
+        WhisperForConditionalGeneration,
+        args.teacher_checkpoint,
+        subfolder=args.subfolder,
+        revision=commit or "main",
+        cache_dir=args.cache_dir,
+        dtype=getattr(torch, args.dtype),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
+    )
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    if lacking := sorted(report["missing_keys"] | mismatched):
+        checkpoint = args.teacher_checkpoint
+        fail(f"the weights of {checkpoint} lack {lacking[0]} and {len(lacking) - 1} more, or their shapes differ")
+    return teacher
+
+
+def keep_layers(model: WhisperForConditionalGeneration, layers: dict[str, list[int]]) -> None:
+    """Turn a teacher into its student: drop all layers of `encoder` and `decoder` but these."""
+    for side, chosen in layers.items():
+        stack = getattr(model.model, side)
+        stack.layers = torch.nn.ModuleList(stack.layers[layer] for layer in chosen)
+        setattr(model.config, f"{side}_layers", len(chosen))
+
+
+def fingerprint(student: WhisperForConditionalGeneration, tokenizer: WhisperTokenizerFast) -> str:
     """SHA-256 over what makes a student: how it decodes, its vocabulary, and its tensors with names and types."""
-    decoding = {**student.generation_config.to_diff_dict(), "transformers_version": None}
-    digest = hashlib.sha256(json.dumps([decoding, processor.tokenizer.get_vocab()], sort_keys=True).encode())
+    decoding = student.generation_config.to_diff_dict()
+    decoding["transformers_version"] = None
+    digest = hashlib.sha256(json.dumps([decoding, tokenizer.get_vocab()], sort_keys=True).encode())
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def boolean(value: str) -> bool:
-    """Value of a flag that may stand alone (`--flag`) or carry a value (`--flag False`)."""
-    if value.lower() in ("true", "1", "yes"):
-        return True
-    if value.lower() in ("false", "0", "no"):
+def check_saved(directory: Path, expected: str) -> None:
+    """Load a saved student, compare its fingerprint with the expected one, and run it once on random features."""
+    student = load_pretrained(WhisperForConditionalGeneration, str(directory)).eval()
+    if fingerprint(student, load_tokenizer(str(directory))) != expected:
+        fail(f"{directory} has another student than this teacher gives; --overwrite_output_dir replaces it")
+    shape = (1, student.config.num_mel_bins, 2 * student.config.max_source_positions)  # (batch, mels, frames)
+    features = torch.randn(shape, dtype=student.dtype)
+    start = torch.tensor([[student.config.decoder_start_token_id]])
+    with torch.inference_mode():
+        logits = student(features, decoder_input_ids=start).logits
+    if not logits.isfinite().all():
+        fail(f"the student's output in {student.dtype} is not finite; choose another --dtype")
+
+
+# ---- files, record, card, push ---------------------------------------------------------------------------------------
+
+
+def find_student(save_dir: Path, settings: dict) -> bool:
+    """Whether `save_dir` has a student of these settings. Fails for anything else that a run would overwrite."""
+    present = [name for name in STUDENT_FILES if (save_dir / name).exists()]
+    if not present:
         return False
-    raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
-
-
-def fail(message: str) -> NoReturn:
-    """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
-
-
-def hub_fail(action: str, error: Exception) -> NoReturn:
-    """End the script because the Hub refused something, with the commands that may help."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
-    reason = lines[0] if lines else type(error).__name__
-    fail(f"{action} failed: {reason} Check name, connection and token (`hf auth login`); the same command tries again.")
-
-
-def local_directory(reference: str) -> Path | None:
-    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
-        fail(f"{reference!r} is neither a directory that exists nor a Hub id such as org/name")
-    return None
-
-
-def fetch_teacher(reference: str, subfolder: str, cache_dir: str | None, weights: bool) -> tuple[Path, str | None]:
-    """The directory of the teacher's repository and its commit on the Hub. Of its weights one form is downloaded."""
-    directory = local_directory(reference)
-    if directory is not None:
-        return directory, None
-    try:
-        small = ["*.json", "*.txt", "README.md"]
-        directory = Path(snapshot_download(reference, allow_patterns=small, cache_dir=cache_dir))
-        for name, pattern in WEIGHTS.items() if weights else ():
-            if name.endswith(".index.json") and not (directory / subfolder / name).exists():
-                continue
-            wanted = str(Path(subfolder, pattern))
-            snapshot_download(reference, revision=directory.name, allow_patterns=wanted, cache_dir=cache_dir)
-            if (directory / subfolder / name).exists():
-                break
-    except HUB_ERRORS as error:
-        hub_fail(f"downloading the teacher {reference}", error)
-    return directory, directory.name
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint one after another, mapped from its files rather than read into memory at once."""
-    files = [name for name in WEIGHTS if (folder / name).is_file()][:1]
-    if not files:
-        fail(f"{folder} has no weights: one of {', '.join(WEIGHTS)} must be there")
-    if files[0].endswith(".index.json"):
-        files = sorted(set(json.loads((folder / files[0]).read_text(encoding="utf-8"))["weight_map"].values()))
-    for file in files:
-        if file.endswith(".safetensors"):
-            with safe_open(folder / file, framework="pt") as tensors:
-                yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
-        else:
-            try:
-                tensors = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                fail(f"{folder / file} can't be read as tensors: {str(error).splitlines()[0]}")
-            yield from tensors.items()
-
-
-def choose_layers(side: str, teacher_layers: int, count: int | None, indices: list[int] | None) -> list[int]:
-    """The teacher's layers to copy into the student's encoder or decoder (`side`), checked."""
-    if indices is None:
-        count = teacher_layers if count is None else count
-        if not 1 <= count <= teacher_layers:
-            fail(f"--{side}_layers {count} must lie between 1 and the teacher's {teacher_layers}")
-        return spaced_layers(teacher_layers, count)
-    if sorted(set(indices)) != indices or indices[0] < 0 or indices[-1] >= teacher_layers:
-        fail(f"--{side}_layer_indices {indices} must ascend without repeats within 0 to {teacher_layers - 1}")
-    return indices
-
-
-def remapped_generation_config(folder: Path, config: WhisperConfig, vocabulary: dict, layers: list) -> GenerationConfig:
-    """The generation config of the teacher in `folder` with its alignment heads remapped to the decoder's `layers`.
-
-    What decoding looks up in it today, and checkpoints of 2022 do not have yet, is added from the vocabulary.
-    """
-    if (folder / "generation_config.json").is_file():
-        generation_config = GenerationConfig.from_pretrained(folder)
-    else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        known = {name: getattr(config, name) for name in (*names, "suppress_tokens", "begin_suppress_tokens")}
-        generation_config = GenerationConfig(max_length=config.max_target_positions, **known)
-    languages = {token: vocabulary[token] for code in LANGUAGES if (token := f"<|{code}|>") in vocabulary}
-    additions = {
-        "is_multilingual": bool(languages) and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END,
-        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
-        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
-        "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
-    }
-    if getattr(generation_config, "is_multilingual", additions["is_multilingual"]):
-        additions |= {"lang_to_id": languages, "task_to_id": {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}}
-    for name, value in additions.items():
-        if getattr(generation_config, name, None) is None:
-            setattr(generation_config, name, value)
-    heads = getattr(generation_config, "alignment_heads", None)
-    generation_config.alignment_heads = remap_alignment_heads(heads, layers, config.decoder_attention_heads)
-    return generation_config
-
-
-def empty_model(config: WhisperConfig) -> WhisperForConditionalGeneration:
-    """A model of this configuration with shapes but no memory."""
-    with torch.device("meta"):
-        return WhisperForConditionalGeneration(config)
-
-
-def build_student(config: WhisperConfig, folder: Path, layers: dict, dtype: torch.dtype) -> torch.nn.Module:
-    """A student of this configuration with the tensors of the teacher in `folder` and its `layers`, as `dtype`."""
-    student = empty_model(config)
-    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["proj_out.weight"]  # the same tensor as the embedding
-    student_names = {teacher_name(name, layers): name for name in shapes}
-    state = {}
-    for stored_name, tensor in read_tensors(folder):
-        # checkpoints saved from a bare WhisperModel lack the prefix
-        target = student_names.get(stored_name, student_names.get(f"model.{stored_name}"))
-        if target is not None and tensor.shape == shapes[target]:
-            state[target] = tensor.to(dtype, copy=True)
-    missing = sorted(teacher_name(name, layers) for name in shapes.keys() - state.keys())
-    if missing:
-        fail(f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more, or their shapes differ")
-    student.load_state_dict(state, strict=False, assign=True)
-    student.tie_weights()
-    return student
+    record = read_json(save_dir / RECORD)
+    if record is None:
+        fail(f"{save_dir} has a {present[0]} that this script did not write; --overwrite_output_dir replaces it")
+    refuse_other_settings(save_dir, record["settings"], settings)
+    return record["status"] == "complete"
 
 
 def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
@@ -252,43 +492,27 @@ def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
     tokenizer = processor.tokenizer
     processor.save_pretrained(directory)
     processor.feature_extractor.save_pretrained(directory)  # preprocessor_config.json
-    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [" ".join(pair) for pair in model["merges"]]
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer.backend_tokenizer.model.save(str(directory))  # vocab.json and merges.txt
+    write_json(directory / "added_tokens.json", tokenizer.get_added_vocab())
+    write_json(directory / "special_tokens_map.json", tokenizer.special_tokens_map)
+    if tokenizer.english_spelling_normalizer is not None:
+        write_json(directory / "normalizer.json", tokenizer.english_spelling_normalizer)
+    config = read_json(directory / "tokenizer_config.json")
     config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # transformers 4 fails over 5's name
-    contents = {
-        "vocab": model["vocab"],
-        "added_tokens": tokenizer.get_added_vocab(),
-        "normalizer": tokenizer.english_spelling_normalizer,
-        "special_tokens_map": tokenizer.special_tokens_map,
-        "tokenizer_config": config,
-    }
-    for name, content in contents.items():
-        if content is not None:
-            text = json.dumps(content, ensure_ascii=False, indent=2)
-            (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", config)
 
 
-def check_saved(directory: Path, expected: str, seed: int) -> None:
-    """Load a saved student, compare its fingerprint with the expected one, and run it once on random features."""
-    student = WhisperForConditionalGeneration.from_pretrained(directory).eval()
-    if fingerprint(student, WhisperProcessor.from_pretrained(directory)) != expected:
-        fail(f"{directory} has another student than this teacher gives; --overwrite_output_dir replaces it")
-    shape = (1, student.config.num_mel_bins, 2 * student.config.max_source_positions)  # (batch, mels, frames)
-    features = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(student.dtype)
-    with torch.inference_mode():
-        logits = student(features, decoder_input_ids=torch.tensor([[student.config.decoder_start_token_id]])).logits
-    if not logits.isfinite().all():
-        fail(f"the student's output in {student.dtype} is not finite; choose another --dtype")
+def licence_of(card: Path) -> str | None:
+    """The licence that a model card names, if there is a card."""
+    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.exists() else None
 
 
-def model_card(record: dict, repository: Path) -> str:
-    """README.md: where the student comes from, what it is made of and how. `repository` is the teacher's."""
-    settings, commit = record["settings"], record["teacher_commit"]
+def student_card(record: dict) -> str:
+    """README.md: where the student comes from, what it is made of and how."""
+    settings = record["settings"]
     teacher = settings["teacher_checkpoint"]
-    card = repository / "README.md"
-    licence = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    commit = record["teacher_commit"]
+    licence = record["teacher_licence"]
     header = ModelCardData(
         license=licence or "unknown",
         base_model=teacher if commit else None,  # a local directory means nothing to the Hub
@@ -296,10 +520,13 @@ def model_card(record: dict, repository: Path) -> str:
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "distillation", "student-initialisation"],
     )
-    source = (
-        f"[{teacher}](https://huggingface.co/{teacher}) at commit {commit}" if commit else Path(teacher).resolve().name
-    )
-    encoder, decoder = (" ".join(map(str, settings[f"{side}_layer_indices"])) for side in ("encoder", "decoder"))
+    source = Path(teacher).resolve().name
+    if commit:
+        source = f"[{teacher}](https://huggingface.co/{teacher}) at commit {commit}"
+    rows = ""
+    for side, depth in record["teacher_layers"].items():
+        copied = settings[f"{side}_layer_indices"]
+        rows += f"| {side} layers | {depth} | {len(copied)} | {' '.join(map(str, copied))} |\n"
     return f"""---
 {header.to_yaml()}
 ---
@@ -310,9 +537,7 @@ Its layers are copied from {source}. It is the start of a distillation: untraine
 
 | | teacher | student | student's layers are the teacher's (counted from 0) |
 | --- | --- | --- | --- |
-| encoder layers | {record["teacher_layers"]["encoder"]} | {len(encoder.split())} | {encoder} |
-| decoder layers | {record["teacher_layers"]["decoder"]} | {len(decoder.split())} | {decoder} |
-| parameters | {record["parameters"]["teacher"]:,} | {record["parameters"]["student"]:,} | |
+{rows}| parameters | {record["parameters"]["teacher"]:,} | {record["parameters"]["student"]:,} | |
 
 Embeddings, positions, convolutions, final norms and output projection are the teacher's too, and every tensor equals
 the teacher's as {settings["dtype"]}. The alignment heads of word timestamps (layer, head):
@@ -320,26 +545,8 @@ the teacher's as {settings["dtype"]}. The alignment heads of word timestamps (la
 
 Licence of the teacher: {licence or "unknown (its model card names none)"}.
 
-Made by `create_student_model.py --encoder_layer_indices {encoder} --decoder_layer_indices {decoder}`; see `{RECORD}`.
+Made by `create_student_model.py`; `{RECORD}` has its arguments.
 """
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def student_in(save_dir: Path, settings: dict) -> bool:
-    """Whether `save_dir` has a student of these settings already. Anything else that would be overwritten fails."""
-    present = [name for name in OWN_FILES if (save_dir / name).exists()]
-    if not present:
-        return False
-    if RECORD not in present:
-        fail(f"{save_dir} has a {present[0]} that this script did not write; --overwrite_output_dir replaces it")
-    record = json.loads((save_dir / RECORD).read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if (other := record["settings"].get(name)) != value:
-            fail(f"{save_dir} has a student with {name} {other}, not {value}; --overwrite_output_dir replaces it")
-    return record["status"] == "complete"
 
 
 def install(partial: Path, save_dir: Path, record: dict) -> None:
@@ -353,167 +560,140 @@ def install(partial: Path, save_dir: Path, record: dict) -> None:
         os.replace(partial, save_dir)
         return
     write_json(save_dir / RECORD, {**record, "status": "running"})
-    for name in reversed(OWN_FILES[:-1]):
+    for name in reversed(STUDENT_FILES[:-1]):
         (save_dir / name).unlink(missing_ok=True)
-    for name in OWN_FILES:
+    for name in STUDENT_FILES:
         if (partial / name).exists():
             shutil.move(partial / name, save_dir / name)
 
 
-def print_plan(args: argparse.Namespace, config: WhisperConfig, folder: Path, commit: str | None, exists: bool) -> None:
-    """Say what a run would read, write and push, how much and about how long."""
-    files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    if commit:
-        tree = HfApi().list_repo_tree(args.teacher_checkpoint, args.subfolder or None, revision=commit)
-        files = {Path(file.path).name: getattr(file, "size", 0) for file in tree}
-    forms = [[size for name, size in files.items() if fnmatch(name, pattern)] for pattern in WEIGHTS.values()]
-    stored = next((sum(sizes) for sizes in forms if sizes), 0)
-    size = empty_model(config).num_parameters() * getattr(torch, args.dtype).itemsize
-    began = time.monotonic()
-    with tempfile.TemporaryFile() as file:
-        file.write(os.urandom(SAMPLE))
-        os.fsync(file.fileno())
-    rate = SAMPLE / (time.monotonic() - began)
-    seconds = round((stored + 3 * size) / rate)  # the student is written once and read twice
-    print(f"input: {args.teacher_checkpoint}, {stored / 1e9:,.3f} GB of weights{', on the Hub' if commit else ''}")
+def write_student(
+    student: WhisperForConditionalGeneration, processor: WhisperProcessor, save_dir: Path, record: dict, started: float
+) -> None:
+    """Save the student beside `save_dir`, load the copy back and run it, and only then put it in place."""
+    partial = save_dir.with_name(f".{save_dir.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        student.save_pretrained(partial)
+        save_tokenizer_files(processor, partial)
+        check_saved(partial, record["fingerprint"])
+        write_atomically(partial / "README.md", student_card(record))
+        record["wall_time_s"] = round(time.monotonic() - started, 1)
+        write_json(partial / RECORD, record)
+        install(partial, save_dir, record)
+    except (OSError, SafetensorError) as error:
+        fail(f"cannot write the student to {save_dir}: {error}. {CONTINUE}")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def push_student(save_dir: Path, repository: str) -> None:
+    """Upload the student, but no other files of its directory."""
+    api = HfApi()
+    try:
+        push_again(lambda: api.upload_folder(repo_id=repository, folder_path=save_dir, allow_patterns=STUDENT_FILES))
+    except HUB_ERRORS as error:
+        reason = first_line(error)
+        fail(f"the student is complete in {save_dir}, but the push to {repository} failed: {reason}. {CONTINUE}")
+    logger.info("pushed to %s/%s", api.endpoint, repository)
+
+
+def weights_size(config: WhisperConfig, dtype: torch.dtype) -> float:
+    """Size of a model's weights in GB."""
+    with torch.device("meta"):  # shapes without memory
+        model = WhisperForConditionalGeneration(config)
+    return model.num_parameters() * dtype.itemsize / 1e9
+
+
+def print_student_plan(args: argparse.Namespace, config: WhisperConfig, layers: dict, exists: bool) -> None:
+    """Say what a run would read, write and push. `config` is the teacher's and becomes the student's."""
+    size = weights_size(config, config.dtype or torch.float32)
+    print(f"input: {args.teacher_checkpoint}, {size:,.3f} GB of weights")
+    for side, chosen in layers.items():
+        setattr(config, f"{side}_layers", len(chosen))
+    size = weights_size(config, getattr(torch, args.dtype))
     print(f"done: {'the student is there and would be checked' if exists else 'nothing'}")
-    print(f"writes: {'nothing' if exists else f'{args.save_dir}, about {size / 1e9:,.3f} GB'}")
-    print(f"pushes: {f'{args.hub_model_id}, about {size / 1e9:,.3f} GB' if args.push_to_hub else 'nothing'}")
-    print(f"time: about {timedelta(seconds=seconds)} without any download (a disk that writes {rate / 1e6:,.0f} MB/s)")
+    print(f"writes: {'nothing' if exists else f'{args.save_dir}, about {size:,.3f} GB'}")
+    print(f"pushes: {f'{args.hub_model_id}, about {size:,.3f} GB' if args.push_to_hub else 'nothing'}")
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    group = parser.add_argument_group("teacher")
-    group.add_argument("--teacher_checkpoint", required=True, help="Hub id or local directory of a Whisper model")
-    group.add_argument("--subfolder", default="", help="folder of the model inside the teacher's repository")
-    group.add_argument("--cache_dir", help="directory for downloads (unset = the Hub client's own cache)")
-    group = parser.add_argument_group("layers")
-    for side, default, unset in (("encoder", None, " (unset = all of the teacher's)"), ("decoder", 2, "")):
-        number, one = {"type": int, "default": default, "metavar": "N"}, {"type": int, "nargs": "+", "metavar": "LAYER"}
-        either = group.add_mutually_exclusive_group()
-        either.add_argument(f"--{side}_layers", **number, help=f"number of {side} layers{unset}")
-        either.add_argument(f"--{side}_layer_indices", **one, help="the teacher's layers to copy instead, from 0")
-    group = parser.add_argument_group("output")
-    group.add_argument("--save_dir", required=True, help="local directory for the student; its parents are made")
-    dtypes = {"choices": ["float32", "float16", "bfloat16"], "default": "float32"}
-    group.add_argument("--dtype", **dtypes, help="precision of the saved weights; training wants float32")
-    group.add_argument("--overwrite_output_dir", **flag, help="replace another student, but no other files")
-    group.add_argument("--seed", type=int, default=42, help="seed of the features that the saved student is run on")
-    group = parser.add_argument_group("Hugging Face Hub")
-    group.add_argument("--push_to_hub", **flag, help="publish the student")
-    group.add_argument("--hub_model_id", help="repository to push to (unset = --save_dir, if it reads org/name)")
-    group.add_argument("--dry_run", **flag, help="say what a run would do and how long it takes, stop")
-
-    args = parser.parse_args(argv)
-    args.hub_model_id = args.hub_model_id or args.save_dir
-    if args.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.hub_model_id):
-        parser.error(f"--push_to_hub needs --hub_model_id org/name; {args.hub_model_id!r} is not one")
-    return args
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
-def create_student(args: argparse.Namespace) -> int:
+def main(argv=None) -> int:
+    # 1. Set up.
+    args = parse_args(argv)
+    set_up_process()
+    torch.manual_seed(args.seed)
     started = time.monotonic()
     save_dir = Path(args.save_dir).expanduser().resolve()
+
+    # 2. Refuse what can be refused.
     if save_dir.exists() and not save_dir.is_dir():
         fail(f"--save_dir {args.save_dir} is not a directory")
-
-    # 1. The right to push is proved before the work.
     if args.push_to_hub:
-        try:
-            HfApi().whoami() if args.dry_run else HfApi().create_repo(args.hub_model_id, exist_ok=True)
-        except HUB_ERRORS as error:
-            hub_fail(f"creating {args.hub_model_id}", error)
-
-    # 2. The teacher, and which of its layers the student gets.
-    repository, commit = fetch_teacher(args.teacher_checkpoint, args.subfolder, args.cache_dir, not args.dry_run)
+        prepare_repository(args.hub_model_id, "model", None, args.dry_run)
+    repository, commit = fetch_teacher(args.teacher_checkpoint, args.cache_dir)
     folder = repository / args.subfolder
     if folder.resolve() == save_dir:
         fail(f"--save_dir {args.save_dir} is the teacher's own directory")
-    config = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
-    if getattr(config, "model_type", None) != "whisper":
-        fail(f"--teacher_checkpoint {args.teacher_checkpoint} has no config.json of a Whisper model")
-    depths = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
-    layers = {
-        side: choose_layers(side, depth, getattr(args, f"{side}_layers"), getattr(args, f"{side}_layer_indices"))
-        for side, depth in depths.items()
-    }
-    settings = {name: getattr(args, name) for name in ("teacher_checkpoint", "subfolder", "dtype")}
-    settings |= {f"{side}_layer_indices": chosen for side, chosen in layers.items()}
-    exists = not args.overwrite_output_dir and student_in(save_dir, settings)
 
-    # 3. The student.
-    teacher_parameters = empty_model(config).num_parameters()
-    config.encoder_layers, config.decoder_layers = len(layers["encoder"]), len(layers["decoder"])
+    # 3. Load.
+    config = load_config(str(folder))
+    depths = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
+    layers = {side: choose_layers(args, side, depth) for side, depth in depths.items()}
+
+    # 4. Find what is left to do.
+    settings = {"teacher_checkpoint": args.teacher_checkpoint, "subfolder": args.subfolder, "dtype": args.dtype}
+    for side, chosen in layers.items():
+        settings[f"{side}_layer_indices"] = chosen
+    exists = not args.overwrite_output_dir and find_student(save_dir, settings)
     if args.dry_run:
-        print_plan(args, config, folder, commit, exists)
+        print_student_plan(args, config, layers, exists)
         return 0
-    processor = WhisperProcessor.from_pretrained(folder)
-    student = build_student(config, folder, layers, getattr(torch, args.dtype))
-    vocabulary = processor.tokenizer.get_vocab()
-    student.generation_config = remapped_generation_config(folder, config, vocabulary, layers["decoder"])
+
+    # 5. Work.
+    extractor = load_pretrained(WhisperFeatureExtractor, str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    generation_config = load_generation_config(str(folder), config, tokenizer.get_vocab())
+    teacher_heads = getattr(generation_config, "alignment_heads", None)
+    heads = remap_alignment_heads(teacher_heads, layers["decoder"], config.decoder_attention_heads)
+    generation_config.alignment_heads = heads
+    student = load_teacher_weights(args, commit)
+    parameters = {"teacher": student.num_parameters()}
+    keep_layers(student, layers)
+    parameters["student"] = student.num_parameters()
+    student.generation_config = generation_config
+
+    # 6. Write record and card.
     record = {
         "status": "complete",
         "settings": settings,
         "teacher_commit": commit,
+        "teacher_licence": licence_of(repository / "README.md"),
         "teacher_layers": depths,
-        "parameters": {"teacher": teacher_parameters, "student": student.num_parameters()},
-        "alignment_heads": student.generation_config.alignment_heads,
-        "fingerprint": fingerprint(student, processor),
+        "parameters": parameters,
+        "alignment_heads": heads,
+        "fingerprint": fingerprint(student, tokenizer),
         "arguments": vars(args),
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        "versions": library_versions("torch", "transformers", "safetensors"),
     }
+    if exists:
+        check_saved(save_dir, record["fingerprint"])
+    else:
+        write_student(student, WhisperProcessor(extractor, tokenizer), save_dir, record, started)
+    logger.info("the student of the layers %s %s %s", layers, "was already in" if exists else "is in", save_dir)
 
-    # 4. Saved beside --save_dir, loaded back and run, and only then put in place.
-    partial = save_dir.with_name(f".{save_dir.name}.partial")
-    try:
-        if exists:
-            del student
-            check_saved(save_dir, record["fingerprint"], args.seed)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            student.save_pretrained(partial)
-            save_tokenizer_files(processor, partial)
-            del student  # the copy that is loaded back takes its place in memory
-            check_saved(partial, record["fingerprint"], args.seed)
-            (partial / "README.md").write_text(model_card(record, repository), encoding="utf-8")
-            record["wall_time_s"] = round(time.monotonic() - started, 1)
-            write_json(partial / RECORD, record)
-            install(partial, save_dir, record)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    logger.info("Layers: encoder %(encoder)s, decoder %(decoder)s", layers)
-    logger.info("Parameters: teacher %(teacher)d, student %(student)d", record["parameters"])
-    logger.info("The student %s %s", "was already in" if exists else "is in", save_dir)
-
-    # 5. Published, if asked for.
+    # 7. Push.
     if args.push_to_hub:
-        try:
-            done = HfApi().upload_folder(repo_id=args.hub_model_id, folder_path=save_dir, allow_patterns=OWN_FILES)
-        except HUB_ERRORS as error:
-            hub_fail(f"the student is complete in {save_dir}, but pushing it to {args.hub_model_id}", error)
-        logger.info("Pushed to %s", done.commit_url)
+        push_student(save_dir, args.hub_model_id)
     return 0
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return create_student(args)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, SafetensorError) as error:  # a full disk, a place where nothing may be written, damaged weights
-        fail(f"{error}; when that is mended, run the same command")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"stopped. {CONTINUE}", file=sys.stderr)
+        sys.exit(130)

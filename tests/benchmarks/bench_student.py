@@ -1,9 +1,9 @@
-"""Memory and time of `create_student_model.py` on a teacher with random weights, beside the plain way of doing it.
+"""Memory and time of `create_student_model.py` on a teacher with random weights, beside a straightforward baseline.
 
     python -m tests.benchmarks.bench_student [--shape large-v3] [--directory /a/disk/with/room]
 
-The plain way loads the teacher, builds the student, copies the layers and saves. Each way runs in a process of its own;
-the peak is the kernel's count of resident pages, those mapped from files included.
+The baseline loads the teacher, builds the student, copies the layers and saves, and does not check what it saved. Each
+runs in a process of its own; the peak is the kernel's count of resident pages, which includes those mapped from files.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = {  # width, layers of encoder and decoder, heads
     "medium": (1024, 24, 16),
     "large-v3": (1280, 32, 20),
 }
-# Run as `python -c PLAIN TEACHER STUDENT`.
+# The baseline, run as `python -c PLAIN TEACHER STUDENT`.
 PLAIN = """
 import sys
 from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -93,7 +93,7 @@ def main(argv=None) -> int:
         weights = weight(teacher) + weight(Path(scratch) / "ours")
     rows = {"peak resident memory, GB": 0, "seconds": 1}
     print(f"{args.shape}, random float16 weights, 2 decoder layers, medians of {args.runs}\n")
-    print("| | create_student_model.py | plain | ratio |\n| --- | --- | --- | --- |")
+    print("| | create_student_model.py | baseline | ratio |\n| --- | --- | --- | --- |")
     for name, column in rows.items():
         mine, theirs = (statistics.median(pair[way][column] for pair in pairs) for way in (0, 1))
         print(f"| {name} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} |")

@@ -385,7 +385,7 @@ def test_a_hub_started_again_on_its_directory_and_port_has_what_it_had(tmp_path)
 
 def test_the_hub_can_be_started_by_hand(tmp_path):
     command = [sys.executable, "-m", "tests.sandbox.hub", tmp_path, "--user", "hf_dora=dora,acme"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         account = HfApi(endpoint=process.stdout.readline().strip(), token="hf_dora").whoami()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0

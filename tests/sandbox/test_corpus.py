@@ -22,7 +22,7 @@ from tests.sandbox import corpus as corpus_module
 from tests.sandbox.corpus import VOICES, Clip, build_corpus, cache_directory, speak
 from tests.sandbox.sentences import PATTERNS, WRITTEN, sentences
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"000": 1, "00b": 1, "fff": 1}
 
 
