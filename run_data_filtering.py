@@ -1,41 +1,41 @@
 #!/usr/bin/env python
-"""Keep the clips whose teacher label agrees with the reference, and store what the student trains on.
+"""Keep the clips whose teacher label agrees with the reference text, and store what the student trains on.
 
-In: a labelled dataset, as run_pseudo_labelling.py writes it: a local directory or a Hub id, with the columns `audio`,
-a reference text and `whisper_transcript`. Out, beside a local dataset, or in --output_dir and on the Hub for one that
-is there (`.cer_10.0` with `--cer_threshold 10`):
+In: a labelled dataset as run_pseudo_labelling.py writes it, a local directory or a Hub id, stored as parquet.
+Out, next to a local dataset, or in --output_dir and on the Hub (`.cer_10.0` with `--cer_threshold 10`):
 
     <dataset>.wer_10.0             audio, text, whisper_transcript, labels, input_length (samples at 16 kHz), wer, cer
     <dataset>.wer_10.0.vectorized  input_features, labels, input_length
 
-and with --concatenate_audio, instead of the second, windows of several whole clips each, to train or evaluate on:
+and with --concatenate_audio, instead of the second, windows that hold several whole clips each:
 
     <dataset>.wer_10.0.packed      audio, text, whisper_transcript, labels, input_length, clips (rows of the labelled
-                                   dataset) and clip_starts (seconds)
+                                   dataset), clip_starts (seconds)
     <dataset>.wer_10.0.packed.vectorized
 
-`input_features` is binary: float16, little-endian, [frames, mels] in C order, only the frames that the clip fills and
-the first padded one. `np.frombuffer(value, "<f2").reshape(-1, mels)`, its last frame repeated up to 3,000, is what
-`WhisperFeatureExtractor` gives. A clip is dropped when its score, in per cent of Whisper-normalised text, is more than
-the threshold. A card, a record (filtering.<config>.<split>.json) and a figure beside the data say what was dropped and
-why, and what other thresholds would have kept.
-
-Work is done in shards: the same command again does only what is missing, and another threshold takes the scores and
-features of the results that lie beside it. One machine, then one of two with a common file system:
+A card, a record (filtering.<config>.<split>.json) and a figure say what was dropped, why, and what other thresholds
+would keep. Run it on one machine, or on each of two machines that share a file system:
 
     python run_data_filtering.py -d org/dataset --dataset_config_name tiny --wer_threshold 10
     accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank 0 --main_process_ip HOST \\
         --main_process_port 29500 run_data_filtering.py -d /shared/dataset --preprocessing_num_workers 32
+
+Run the same command again to continue: complete shards are kept. A run with another threshold takes scores, audio and
+features from them.
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import logging
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -45,90 +45,186 @@ import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
+import datasets
+import fsspec
 import jiwer
 import librosa
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 import torch
-import yaml
 from accelerate import PartialState
-from datasets import Audio, DownloadManager, Features, List, Value, load_dataset_builder
+from datasets import Audio, Features, List, Value
 from huggingface_hub import DatasetCard, HfApi, HfFileSystem, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
+from transformers import AutoConfig, GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizerFast
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 
-logger = logging.getLogger(__name__)
-
-SAMPLING_RATE = 16_000  # Whisper's
-HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200 samples to either side of its centre
-STEP = 320  # samples from one timestamp token to the next: 0.02 s
-TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
-UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces: none counts in the CER
-OTHER_THRESHOLDS = (0, 5, 10, 15, 20, 30, 40, 80, 100)  # per cent; in the report
-LENGTHS = (1, 8, 16, 32, 64, 128)  # characters; where the report's classes of reference length begin
-CLIP_LABEL, WINDOW_LABEL = 128, 256  # tokens; the longest label, where --max_label_length is not given
-PACKED_ROWS = 1000  # rows of the input, at least, that are packed together: fewer fill windows less well
-SAMPLE = 64  # rows that a dry run works on
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
-# Scores that the labeller can leave in columns: flag, column, and the reason given for a drop.
-SCORE_COLUMNS = {
+STEP_SECONDS = 0.02  # from one timestamp token to the next
+TIMESTAMP_SAMPLES = 320  # the same in samples
+TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, the last ids of the vocabulary
+MAX_CLIP_LABEL = 128  # tokens; for clips, if --max_label_length is not given
+MAX_WINDOW_LABEL = 256  # tokens; for windows, likewise
+PACKED_ROWS = 1000  # fewest rows of the labelled dataset that are packed together: fewer would fill windows less well
+SAMPLE_ROWS = 64  # rows that a dry run measures
+OTHER_THRESHOLDS = (0, 5, 10, 15, 20, 30, 40, 80, 100)  # per cent; the report counts what each would keep
+LENGTH_CLASSES = (1, 8, 16, 32, 64, 128)  # characters; the report's classes of reference length begin at these
+LIBRARIES = ("datasets", "jiwer", "librosa", "numpy", "pyarrow", "soundfile", "torch", "transformers")  # in the record
+NORMALISER = "Whisper's, without spaces for languages that are written without them"  # part of the settings
+# Reasons to drop a row that cannot be used. Reasons are stored by name.
+UNUSABLE = (
+    "no label",
+    "label ids outside the vocabulary",
+    "label for another language or task",
+    "malformed label",
+    "empty reference",
+    "undecodable audio",
+)
+OVER_THRESHOLD = "score over the threshold"
+KEPT = "kept"
+# Flags on scores that the labelling can store: each with the score's column and the reason to drop a row.
+TEACHER_SCORES = {
     "min_avg_logprob": ("avg_logprob", "mean log-probability under the minimum"),
     "max_compression_ratio": ("compression_ratio", "compression ratio over the maximum"),
     "max_no_speech_prob": ("no_speech_prob", "no-speech probability over the maximum"),
 }
-# Why a row is not kept; of those that hold, the first in this order is given.
-UNUSABLE = (
-    *("no label", "label ids outside the vocabulary", "label for another language or task", "malformed label"),
-    *("empty reference", "undecodable audio"),
-)
-LIMITS = ("shorter than the minimum", "longer than the maximum", "label too long", "label repeats itself")
-SCORE, KEPT = "score over the threshold", "kept"
-REASONS = (*UNUSABLE, *LIMITS, *(reason for _, reason in SCORE_COLUMNS.values()), SCORE, KEPT)
-# Arguments that change the data, those that change the windows, and settings on which scores and features depend.
-DATA_ARGUMENTS = (
-    *("split", "text_column_name", "audio_column_name", "speaker_id_column_name", "task", "shard_size", "seed"),
-    *("min_duration_in_seconds", "max_duration_in_seconds", "max_ngram_repeats", *SCORE_COLUMNS),
-    *("timestamp_probability", "condition_on_prev_probability"),
+# Arguments that the filtered dataset depends on, and those that the windows depend on as well.
+FILTER_ARGUMENTS = (
+    "split",
+    "text_column_name",
+    "audio_column_name",
+    "speaker_id_column_name",
+    "task",
+    "metric",
+    "threshold",
+    "shard_size",
+    "seed",
+    "min_duration_in_seconds",
+    "max_duration_in_seconds",
+    "max_ngram_repeats",
+    *TEACHER_SCORES,
+    "timestamp_probability",
+    "condition_on_prev_probability",
 )
 WINDOW_ARGUMENTS = ("concatenate_seconds", "concatenate_gap_seconds", "concatenate_probability")
-REUSE_SETTINGS = (
-    *("dataset", "split", "text_column_name", "audio_column_name", "task", "language", "shard_size"),
-    *("tokenizer", "feature_extractor"),
-)
-COLUMNS = {
-    "audio": Audio(sampling_rate=SAMPLING_RATE, decode=False),
+# What is measured for every row, and the settings that these measures and the features depend on.
+MEASURES = ["samples", "word_errors", "words", "character_errors", "characters"]
+MEASURE_SETTINGS = ("dataset", "audio_column_name", "task", "language", "normaliser", "tokenizer", "feature_extractor")
+# Columns of the datasets that are written.
+AUDIO_COLUMNS = {
+    "audio": Audio(sampling_rate=16_000),
     "text": Value("string"),
     "whisper_transcript": List(Value("int32")),
     "labels": List(Value("int32")),
     "input_length": Value("int32"),
 }
-AUDIO_CARD = "`labels` is the decoder sequence, `input_length` the samples at 16 kHz. "
-CARDS = {
-    "": f"Clips whose teacher label agrees with the reference, to train a student on. {AUDIO_CARD}"
+SCORE_COLUMNS = {"wer": Value("float64"), "cer": Value("float64")}
+WINDOW_COLUMNS = {"clips": List(Value("int32")), "clip_starts": List(Value("float64"))}
+FEATURE_COLUMNS = {"input_features": Value("binary"), "labels": List(Value("int32")), "input_length": Value("int32")}
+ABOUT_AUDIO = "`labels` is the decoder sequence, `input_length` the samples at 16 kHz. "
+ABOUT = {
+    "filtered": f"Clips whose teacher label agrees with the reference, to train a student on. {ABOUT_AUDIO}"
     "`wer` and `cer` compare normalised texts, in per cent.",
-    ".packed": f"Windows of several whole clips with silence between them, to train a student on. {AUDIO_CARD}"
-    "`clips` are rows of the labelled dataset, `clip_starts` where they begin in the window, in seconds.",
-    ".vectorized": "Log-mel features and labels for training. `input_features` is binary: little-endian float16, "
-    '`[frames, mels]`, read with `np.frombuffer(value, "<f2").reshape(-1, mels)`. Repeat the last frame up to 3,000.',
+    "packed": f"Windows of several whole clips with silence between them, to train a student on. {ABOUT_AUDIO}"
+    "`clips` are rows of the labelled dataset, `clip_starts` the seconds at which they begin in the window.",
+    "vectorized": "Log-mel features and labels, to train a student on. `input_features` is binary: little-endian "
+    'float16, `[frames, mels]`, read with `np.frombuffer(value, "<f2").reshape(-1, mels)`. Repeat the last frame to '
+    "reach 3,000.",
 }
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    description = __doc__.partition("\n\n")[0]
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    flag = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    add = parser.add_argument_group("input").add_argument
+    add("-d", "--dataset_name", required=True, help="labelled dataset, a local directory or a Hub id")
+    add("--dataset_config_name", help="configuration of the dataset; unset = its only or default one")
+    add("--split", default="train", help="split of the dataset")
+    add("--text_column_name", default="transcription", help="column of the reference texts")
+    add("--audio_column_name", default="audio", help="column of the audio")
+    add("--speaker_id_column_name", help="column of the speakers, one to a window; unset = windows mix speakers")
+    add("--model", default="openai/whisper-large-v3", help="teacher, whose tokenizer and feature extractor are used")
+    add("--language", default="ja", help="language of the labels, a Whisper code or name")
+    add("--task", default="transcribe", choices=("transcribe", "translate"), help="task of the labels")
+    add = parser.add_argument_group("what is kept").add_argument
+    add("--wer_threshold", type=float, default=10.0, help="highest WER to keep, per cent")
+    add("--cer_threshold", type=float, help="highest CER to keep, per cent; unset = filter by WER")
+    add("--min_duration_in_seconds", type=float, default=0.0, help="shortest clip to keep, seconds")
+    add("--max_duration_in_seconds", type=float, default=30.0, help="longest clip to keep, seconds")
+    add("--max_label_length", type=int, help="longest label, tokens with special ones; unset = 128, 256 for windows")
+    repeats_help = "most consecutive repetitions of any piece of a label; unset = no limit"
+    add("--max_ngram_repeats", type=int, help=repeats_help)
+    for name, (column, _) in TEACHER_SCORES.items():
+        add(f"--{name}", type=float, help=f"{name[:3]}imum of the labels' {column}; unset = no limit")
+    add = parser.add_argument_group("labels").add_argument
+    add("--timestamp_probability", type=float, default=0.2, help="share of labels with timestamps that keep them")
+    prompt_help = "share of labels that get the previous row's text as a prompt"
+    add("--condition_on_prev_probability", type=float, default=0.0, help=prompt_help)
+    add("--seed", type=int, default=42, help="seed of all random choices")
+    add = parser.add_argument_group("windows").add_argument
+    add("--concatenate_audio", default=False, **flag, help="pack several clips into each window")
+    add("--concatenate_seconds", type=float, default=30.0, help="longest window, seconds")
+    add("--concatenate_gap_seconds", type=float, default=0.4, help="longest silence between clips, seconds")
+    add("--concatenate_probability", type=float, default=1.0, help="share of clips that are packed with others")
+    add = parser.add_argument_group("work").add_argument
+    add("--skip_filtering", default=False, **flag, help="pack and vectorise what an earlier run filtered")
+    add("--skip_logmel", default=False, **flag, help="compute no features")
+    add("--preprocessing_num_workers", type=int, default=len(os.sched_getaffinity(0)), help="processes on this machine")
+    add("--preprocessing_batch_size", type=int, default=8, help="clips whose features are computed together")
+    add("--shard_size", type=int, default=1000, help="rows of the labelled dataset in a shard")
+    add = parser.add_argument_group("output").add_argument
+    output_help = "directory of the results; unset = next to a local dataset, else the current directory"
+    add("--output_dir", type=os.path.expanduser, help=output_help)
+    add("--overwrite_output_dir", default=False, **flag, help="start afresh, also with equal settings")
+    push_help = "push the results; unset = if the dataset is on the Hub or --hub_model_id is given"
+    add("--push_to_hub", default=None, **flag, help=push_help)
+    add("--hub_model_id", help="Hub id of the results, without .wer_10.0; unset = that of the dataset")
+    add("--hub_private_repo", default=True, **flag, help="make new repositories private")
+    add("--dry_run", default=False, **flag, help="only print what a run would do and how long it would take")
+    args = parser.parse_args(argv)
+    for name in ("timestamp_probability", "condition_on_prev_probability", "concatenate_probability"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)} is not between 0 and 1")
+    if not 0 <= args.concatenate_gap_seconds < args.concatenate_seconds:
+        parser.error(f"--concatenate_gap_seconds {args.concatenate_gap_seconds} is not between 0 and a window's length")
+    for name in ("preprocessing_num_workers", "preprocessing_batch_size", "shard_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is less than 1")
+    args.metric = "wer" if args.cer_threshold is None else "cer"
+    args.threshold = args.wer_threshold if args.cer_threshold is None else args.cer_threshold
+    return args
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+CONTINUE = "Run the same command again to continue."
+
+logger = logging.getLogger(__name__)
+
+
+def fail(message: str) -> NoReturn:
+    """End the script with one line for the user: what was wrong, with which value, what to do."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
 def boolean(value: str) -> bool:
@@ -140,18 +236,205 @@ def boolean(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
 
 
-def fail(message: str) -> NoReturn:
-    """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag in its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def hub_fail(action: str, error: Exception) -> NoReturn:
-    """End the script because the Hub refused something, with the commands that may help."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
-    reason = lines[0] if lines else type(error).__name__
+def set_up_process(is_main_process: bool = True) -> None:
+    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    level = logging.INFO if is_main_process else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+# ---- common: records -------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file; what JSON does not know, such as a path, is written as its text."""
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Version of each of these installed packages, for a record."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def changed_setting(earlier: dict, settings: dict) -> str | None:
+    """The first setting in which an earlier run differs from this one, for people to read; None where none does."""
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if earlier.get(name) != value:
+            return f"{name} was {earlier.get(name)!r} and is now {value!r}"
+    return None
+
+
+def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
+    """Fail where `place` holds the results of a run with other settings, which must not be mixed with this run's."""
+    if changed := changed_setting(earlier, settings):
+        fail(
+            f"{place} was made with other settings: {changed}. Choose another directory, "
+            "or pass --overwrite_output_dir to start afresh"
+        )
+
+
+# ---- common: the Hub -------------------------------------------------------------------------------------------------
+
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    for line in str(error).splitlines():
+        if line.strip() and not line.startswith("(Request ID"):
+            return line.strip().rstrip(".")
+    return type(error).__name__
+
+
+def hub_fail(action: str, error: BaseException) -> NoReturn:
+    """Fail because the Hub refused something."""
     fail(
-        f"{action} failed: {reason} (check the name, and with `hf auth whoami` the token; `hf auth login` sets another)"
+        f"{action} failed: {first_line(error)}. Check the name, and the token with `hf auth whoami`; "
+        "`hf auth login` sets another token"
     )
+
+
+def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
+    """Create a repository if it is missing, check the right to write to it, and return its full id.
+
+    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    """
+    api = HfApi()
+    try:
+        if not dry_run:
+            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
+            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
+            return url.repo_id
+        account = api.whoami()
+        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+        if api.repo_exists(repo_id, repo_type=repo_type):
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+        elif repo_id.split("/")[0] not in owners:
+            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+        return repo_id
+    except HUB_ERRORS as error:
+        hub_fail(f"preparing the {repo_type} repository {repository}", error)
+
+
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
+    for seconds in (1, 2, 4, 0):
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not seconds:
+                raise
+        time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: dataset repositories ------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, notes: dict) -> None:
+    """Write a shard that appears under its name only when it is complete and on the disk.
+
+    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made.
+    """
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+        for table in tables:
+            if table.num_rows:  # `datasets` cannot read a row group without rows
+                writer.write_table(table, row_group_size=100)
+        writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+
+
+def read_notes(path: Path) -> dict | None:
+    """What `write_parquet` noted in a shard; None where the shard is missing or damaged."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
+        return None
+    return json.loads(metadata.get(b"kotoba", "{}"))
+
+
+def list_split(card: DatasetCard, config: str, split: str) -> None:
+    """Name the files of a split in a dataset card, which keeps what it says of other splits."""
+    configs = {entry["config_name"]: entry for entry in card.data.get("configs") or []}
+    entry = configs.setdefault(config, {"config_name": config})
+    listed = entry.get("data_files")
+    others = [files for files in listed if files["split"] != split] if isinstance(listed, list) else []
+    entry["data_files"] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
+    card.data.configs = list(configs.values())
+    card.data.dataset_info = None  # row counts of earlier contents, on which `datasets` would insist
+
+
+def push_dataset(
+    repository: str, directory: Path, patterns: list[str], update_card: Callable[[str | None], str], message: str
+) -> None:
+    """Upload the files of a directory that match, and then the card.
+
+    Args:
+        repository: Hub id of a dataset.
+        patterns: which files are this run's; those that are only on the Hub are deleted there.
+        update_card: gives the new text of the card for the one on the Hub, None where there is none.
+        message: of the commits.
+    """
+    api, target = HfApi(), {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
+
+    def push_files() -> None:
+        ignored = [".*", "*.partial"]
+        api.upload_folder(
+            folder_path=directory, allow_patterns=patterns, delete_patterns=patterns, ignore_patterns=ignored, **target
+        )
+
+    def push_card() -> None:
+        head = api.dataset_info(repository).sha
+        try:
+            path = api.hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
+            text = Path(path).read_text(encoding="utf-8")
+        except EntryNotFoundError:
+            text = None
+        card = update_card(text).encode()
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", parent_commit=head, **target)
+
+    try:
+        push_again(push_files)
+        push_again(push_card)
+    except HUB_ERRORS as error:
+        fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
+    logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
+
+
+# ---- common: models --------------------------------------------------------------------------------------------------
+
+ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
 
 
 def local_directory(reference: str) -> Path | None:
@@ -164,680 +447,1023 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
-def percent(part: float, whole: float) -> float:
-    return 100 * part / whole if whole else 0.0
+def load_pretrained(kind: type, reference: str, **options) -> Any:
+    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+    except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        # The last three are weights that were cut off, that are damaged, and that would run code.
+        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def load_config(reference: str, **options) -> WhisperConfig:
+    """The configuration of a Whisper; fails for models of other kinds."""
+    config = load_pretrained(AutoConfig, reference, **options)
+    if config.model_type != "whisper":
+        fail(f"{reference} is a {config.model_type} model, not a Whisper")
+    return config
+
+
+def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
+    """The tokenizer of a Whisper. Without its files, `transformers` silently makes one with an empty vocabulary."""
+    tokenizer = load_pretrained(WhisperTokenizerFast, reference, **options)
+    # "a" as well: with tokenizer_config.json alone there are the special tokens, and no others.
+    if not {"a", "<|startoftranscript|>"} <= tokenizer.get_vocab().keys():
+        fail(f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt")
+    return tokenizer
+
+
+def is_multilingual(vocabulary: dict[str, int]) -> bool:
+    """Whether a Whisper with this vocabulary takes a language and a task."""
+    return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
+
+
+def load_generation_config(
+    reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
+) -> GenerationConfig:
+    """How a model decodes. What its file lacks, as those of 2022 do, comes from vocabulary and configuration."""
+    try:
+        source = str(local_directory(reference) or reference)
+        generation_config = GenerationConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if "does not appear to have a file named" not in str(error):  # a damaged file, or a Hub that does not answer
+            fail(f"cannot load the generation config of {reference}: {first_line(error)}")
+        generation_config = GenerationConfig()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            setattr(generation_config, name, getattr(config, name))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            setattr(generation_config, name, getattr(config, name, None))
+    generation_config.is_multilingual = is_multilingual(vocabulary)
+    values = {
+        "max_length": config.max_target_positions,
+        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
+        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
+        "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
+    }
+    if is_multilingual(vocabulary):
+        tokens = [f"<|{code}|>" for code in LANGUAGES]
+        values["lang_to_id"] = {token: vocabulary[token] for token in tokens if token in vocabulary}
+        values["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}
+    for name, value in values.items():
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, value)
+    return generation_config
+
+
+# ---- common: languages -----------------------------------------------------------------------------------------------
+
+
+def language_code(language: str) -> str:
+    """Whisper's code of a language that is given by code, name or token: `Japanese`, `JA` and `<|ja|>` are `ja`."""
+    name = language.lower().strip("<|>")
+    return TO_LANGUAGE_CODE.get(name, name)
+
+
+def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str | None, task: str) -> dict[str, str]:
+    """Language and task as `generate` takes them; none for an English-only model, where they are an error."""
+    codes = [code for code in LANGUAGES if f"<|{code}|>" in vocabulary] if is_multilingual(vocabulary) else ["en"]
+    if language is not None and language not in codes:
+        fail(f"--language {language}: {reference} has no such language, only {', '.join(sorted(codes))}")
+    if not is_multilingual(vocabulary):
+        if task != "transcribe":
+            fail(f"--task {task}: {reference} knows only English")
+        return {}
+    return {"task": task} if language is None else {"language": language, "task": task}
+
+
+# ---- common: finding datasets ----------------------------------------------------------------------------------------
+
+
+def find_files(reference: str, config: str | None, split: str) -> tuple[datasets.DatasetBuilder, list[str]]:
+    """The builder that `datasets` chooses for a local directory or a Hub id, and the files of one split."""
+    source = str(local_directory(reference) or reference)
+    builder = datasets.load_dataset_builder(source, config)
+    files_by_split = builder.config.data_files or {}
+    if split not in files_by_split:
+        fail(f"{reference} ({builder.config.name}) has no split {split!r}; it has {', '.join(files_by_split)}")
+    files = list(files_by_split[split])
+    directories = {file.rpartition("/")[0] for file in files}
+    shard = re.search(r"-of-(\d+)\.parquet$", files[0])
+    if shard and len(directories) == 1 and len(files) != int(shard[1]):
+        fail(f"{reference} has {len(files)} of {int(shard[1])} shards of {split}: finish the stage that writes it")
+    return builder, files
+
+
+# ---- common: audio ---------------------------------------------------------------------------------------------------
+
+SAMPLING_RATE = 16_000  # Hz; Whisper's
+WINDOW_SECONDS = 30  # what Whisper hears at a time
+HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200 samples to either side of its centre
+WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
+
+
+class Clip(NamedTuple):
+    """A decoded clip, or the problem why there is none."""
+
+    waveform: np.ndarray | None  # mono float32 at 16 kHz
+    samples: int  # of the whole clip at 16 kHz, also where the waveform is cut
+    seconds: float  # of the whole clip
+    problem: str | None = None
+
+
+def read_audio(audio: dict | None) -> bytes | None:
+    """The encoded bytes of an undecoded value of an audio column, which may only name a file."""
+    if not audio:
+        return None
+    if audio["bytes"] is None and audio["path"]:
+        try:
+            with fsspec.open(audio["path"], "rb") as file:
+                return file.read()
+        except (OSError, ValueError):
+            return None
+    return audio["bytes"]
+
+
+def decode_clip(content: bytes | None, whole: bool = False) -> Clip:
+    """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
+
+    It is read to its end, because the header of a damaged file, and of many an MP3, only estimates the length.
+    """
+    if not content:
+        return Clip(None, 0, 0.0, "no audio")
+    kept, frames = [], 0
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate = file.samplerate
+            # A block is a second longer than what is kept, so that resampling sees what follows the cut.
+            while len(block := file.read((WINDOW_SECONDS + 1) * rate, dtype="float32", always_2d=True)):
+                if not np.isfinite(block).all():
+                    return Clip(None, 0, 0.0, "samples that are not finite numbers")
+                if whole or not kept:
+                    kept.append(block.mean(axis=1))
+                frames += len(block)
+    except soundfile.LibsndfileError as error:
+        return Clip(None, 0, 0.0, f"undecodable audio: {error.error_string}")
+    if not frames:
+        return Clip(None, 0, 0.0, "zero length")
+    waveform = np.concatenate(kept)
+    if rate != SAMPLING_RATE:
+        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
+    if not whole:
+        waveform = waveform[: WINDOW_SECONDS * SAMPLING_RATE]
+    return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
+
+
+def filled_frames(samples: int) -> int:
+    """Log-mel frames of a clip up to the first padded one; all later ones are equal to that one."""
+    return min(WINDOW_FRAMES, math.ceil((samples + 200) / HOP_LENGTH) + 1)
+
+
+def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, device: str = "cpu") -> torch.Tensor:
+    """Whisper's log-mel of clips of at most 30 s, float32 (clips, mels, frames), as far as the longest clip fills it.
+
+    Padding to 30 s instead changes no bit: all padded frames are one constant, and the one that is kept brings this
+    constant into the clip's maximum. `pad_window` gives the frames that are left out.
+    """
+    samples = HOP_LENGTH * filled_frames(max(len(waveform) for waveform in waveforms))
+    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=device)
+    return features.input_features
+
+
+def pad_window(features: torch.Tensor) -> torch.Tensor:
+    """(..., mels, frames) -> (..., mels, 3000): the last frame repeated, as all padded frames of a clip are equal."""
+    missing = WINDOW_FRAMES - features.shape[-1]
+    return torch.cat([features, features[..., -1:].expand(*features.shape[:-1], missing)], dim=-1)
+
+
+# ---- common: text ----------------------------------------------------------------------------------------------------
+
+UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
+
+
+def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
+    """The rule by which two texts are compared for WER and CER, the same in filter, training and evaluation.
+
+    It is Whisper's own normaliser, then without spaces where the language is written without them: such a text is one
+    word. `spellings`, British to American, come from the tokenizer and serve English.
+    """
+    whisper_rule = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
+
+    def normalise(text: str) -> str:
+        words = whisper_rule(text).split()
+        return ("" if language in UNSPACED else " ").join(words)
+
+    return normalise
+
+
+# ---- the job ---------------------------------------------------------------------------------------------------------
+
+
+TokenIds = list[int]
+
+
+class RowGroup(NamedTuple):
+    """Rows of the labelled dataset that a parquet file stores together and that are read together."""
+
+    start: int
+    stop: int
+    path: str
+    number: int  # of the row group in its file
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of Whisper's special tokens. They are above the ids of text, and timestamps are above `no_timestamps`."""
+
+    prefix: TokenIds  # <|startoftranscript|> <|ja|> <|transcribe|>; only the first in an English-only model
+    end: int  # <|endoftext|>, the first special token
+    previous: int  # <|startofprev|>
+    no_timestamps: int
+
+
+@dataclass
+class Output:
+    """One configuration and split of a dataset that this script writes."""
+
+    kind: str  # filtered; packed: windows of the filtered clips; vectorized: features of the windows or filtered clips
+    directory: Path
+    repository: str | None  # Hub id; None = it is not pushed
+    settings: dict  # that its contents depend on
+    shards: int
+
+    @property
+    def record(self) -> Path:
+        return self.directory / f"filtering.{self.settings['config']}.{self.settings['split']}.json"
+
+    def shard_path(self, shard: int) -> Path:
+        name = f"{self.settings['split']}-{shard:05d}-of-{self.shards:05d}.parquet"
+        return self.directory / self.settings["config"] / name
+
+    def missing_shards(self) -> list[int]:
+        """The shards that do not exist or are damaged."""
+        return [shard for shard in range(self.shards) if read_notes(self.shard_path(shard)) is None]
+
+
+@dataclass
+class Job:
+    """What a worker needs to know. Every worker receives it once."""
+
+    row_groups: list[RowGroup]
+    columns: dict[str, str]  # names by role: audio, text, label; if they are needed, name, speaker and scores
+    tokenizer: WhisperTokenizerFast
+    tokens: SpecialTokens
+    extractor: WhisperFeatureExtractor
+    batch_size: int
+    outputs: dict[str, Output]  # by kind, in the order in which they are made
+    results: Path  # directory and name of the outputs, without the suffix of each
+
+
+def find_row_groups(paths: list[str]) -> tuple[list[RowGroup], str]:
+    """The row groups of parquet files, and a digest of their footers, which hold sizes, minima and maxima."""
+    row_groups = []
+    footers = io.BytesIO()
+    start = 0
+    for path in paths:
+        metadata = pq.ParquetFile(path).metadata
+        metadata.write_metadata_file(footers)
+        for number in range(metadata.num_row_groups):
+            stop = start + metadata.row_group(number).num_rows
+            row_groups.append(RowGroup(start, stop, path, number))
+            start = stop
+    return row_groups, digest(footers.getvalue())
+
+
+def read_rows(job: Job, start: int, stop: int, roles: list[str]) -> pa.Table:
+    """Rows `start` to `stop` of the labelled dataset, or up to its end. Columns are chosen and named by role."""
+    columns = [job.columns[role] for role in roles]
+    tables = []
+    first = bisect_right(job.row_groups, start, key=lambda group: group.stop)
+    for group in job.row_groups[first:]:
+        if group.start >= stop:
+            break
+        table = pq.ParquetFile(group.path).read_row_group(group.number, columns)
+        skipped = max(start - group.start, 0)
+        tables.append(table.slice(skipped, stop - group.start - skipped))
+    return pa.concat_tables(tables).select(columns).rename_columns(roles)
+
+
+def digest(content: bytes) -> str:
+    """A short hash of the content."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
-class Unusable(ValueError):
-    """A label that can't be used; the message is one of `UNUSABLE`."""
+class UnusableLabel(ValueError):
+    """Raised for a label that cannot be trained on. The message is the reason to drop its row, one of `UNUSABLE`."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Ids of the special tokens, which are looked up by name."""
+class Label(NamedTuple):
+    """A stored label, parsed, and the training label built from it."""
 
-    prefix: list[int]  # <|startoftranscript|> <|ja|> <|transcribe|>; only the first for an English-only model
-    end: int
-    previous: int  # <|startofprev|>
-    no_timestamps: int  # the next id is <|0.00|>
-    special: frozenset[int]  # all added tokens but the timestamps
-    size: int
+    ids: TokenIds  # the text, without special tokens and timestamps
+    labels: TokenIds  # the decoder sequence to train on
+    label_length: int  # tokens of that sequence, without a prompt
+    problem: str | None  # why the stored label cannot be used
 
 
-def find_tokens(tokenizer: Any, prefix: list[str]) -> Tokens:
-    """The ids that labels need. Old vocabularies end before the timestamps. Raises KeyError for a name they lack."""
-    added = tokenizer.get_added_vocab()
-    end, previous, no_timestamps = (added[f"<|{name}|>"] for name in ("endoftext", "startofprev", "notimestamps"))
-    special = frozenset(token for token in added.values() if token <= no_timestamps)
-    size = max(len(tokenizer), no_timestamps + 1 + TIMESTAMPS)
-    return Tokens([added[name] for name in prefix], end, previous, no_timestamps, special, size)
+def find_special_tokens(vocabulary: dict[str, int], prompt: dict[str, str]) -> SpecialTokens:
+    """Look up the special tokens. `prompt` has language and task, and is empty for an English-only model."""
+    return SpecialTokens(
+        prefix=[vocabulary[f"<|{name}|>"] for name in ("startoftranscript", *prompt.values())],
+        end=vocabulary["<|endoftext|>"],
+        previous=vocabulary["<|startofprev|>"],
+        no_timestamps=vocabulary["<|notimestamps|>"],
+    )
 
 
-def label_body(label: list[int] | str | None, tokenizer: Any, tokens: Tokens) -> list[int]:
-    """Text and timestamp ids of a stored label, without prefix and end; raises `Unusable`."""
-    if isinstance(label, str):  # decoded text, with `<|1.08|>` for timestamps and perhaps other special tokens
-        added, body = tokenizer.get_added_vocab(), []
-        for piece in re.split(r"(<\|[^<>|]*\|>)", label):
-            if timestamp := re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece):
-                body.append(tokens.no_timestamps + 1 + round(float(timestamp[1]) * SAMPLING_RATE / STEP))
-            elif piece and piece not in added:
-                body += tokenizer(piece, add_special_tokens=False).input_ids
-        label = [*tokens.prefix, *body, tokens.end]
+def tokenize_label(label: str, tokenizer: WhisperTokenizerFast, tokens: SpecialTokens) -> TokenIds:
+    """The decoder sequence of a label that is stored as text with timestamps such as `<|1.08|>`."""
+    special = tokenizer.get_added_vocab()
+    body = []
+    for piece in re.split(r"(<\|[^<>|]*\|>)", label):
+        timestamp = re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece)
+        if timestamp:
+            step = round(float(timestamp[1]) / STEP_SECONDS)
+            body.append(tokens.no_timestamps + 1 + step)
+        elif piece not in special:
+            body += tokenizer(piece, add_special_tokens=False).input_ids
+    return [*tokens.prefix, *body, tokens.end]
+
+
+def label_body(stored: TokenIds | str | None, tokenizer: WhisperTokenizerFast, tokens: SpecialTokens) -> TokenIds:
+    """Text and timestamps of a stored label, without its prefix and its end. Raises UnusableLabel."""
+    label = tokenize_label(stored, tokenizer, tokens) if isinstance(stored, str) else stored
     if not label:
-        raise Unusable("no label")
-    if min(label) < 0 or max(label) >= tokens.size:
-        raise Unusable("label ids outside the vocabulary")
-    prefix, body = label[: len(tokens.prefix)], label[len(tokens.prefix) :]
-    if prefix != tokens.prefix:
-        start = label[0] == tokens.prefix[0]
-        raise Unusable("label for another language or task" if start else "malformed label")
-    body = body[1:] if body[:1] == [tokens.no_timestamps] else body
-    end = body.index(tokens.end) if tokens.end in body else len(body)
-    if set(body[end:]) != {tokens.end} or not tokens.special.isdisjoint(body[:end]):
-        raise Unusable("malformed label")
-    return body[:end]
+        raise UnusableLabel("no label")
+    if min(label) < 0 or max(label) > tokens.no_timestamps + TIMESTAMPS:
+        raise UnusableLabel("label ids outside the vocabulary")
+    if label[0] != tokens.prefix[0]:
+        raise UnusableLabel("malformed label")
+    if label[: len(tokens.prefix)] != tokens.prefix:
+        raise UnusableLabel("label for another language or task")
+    body = label[len(tokens.prefix) :]
+    if body[:1] == [tokens.no_timestamps]:
+        body = body[1:]
+    while body[-2:] == [tokens.end, tokens.end]:  # padding
+        body = body[:-1]
+    special = [token for token in body if tokens.end <= token <= tokens.no_timestamps]
+    if special != [tokens.end] or body[-1] != tokens.end:
+        raise UnusableLabel("malformed label")
+    return body[:-1]
 
 
-def text_ids(body: list[int], tokens: Tokens) -> list[int]:
+def text_ids(body: TokenIds, tokens: SpecialTokens) -> TokenIds:
     """The body of a label without its timestamps."""
-    return [token for token in body if token <= tokens.no_timestamps]
+    return [token for token in body if token < tokens.end]
 
 
 def build_label(
-    body: list[int], text: list[int], previous: list[int], row: int | str, tokens: Tokens, settings: dict
-) -> list[int]:
-    """Decoder sequence to train on: perhaps a prompt, the prefix, `body` or without its timestamps `text`, the end.
+    body: TokenIds, text: TokenIds, previous: TokenIds, row: int | str, tokens: SpecialTokens, settings: dict
+) -> TokenIds:
+    """The decoder sequence to train on: `body` with its timestamps, or `text` without, optionally after a prompt.
 
-    What is drawn depends on the seed and the row alone. A prompt is the end of the text before: at most half of the
-    decoder's positions, as Whisper has it, and no more than `max_label_length` leaves room for.
+    Random choices depend on the seed and the row alone. A prompt is the tail of the previous text: at most half of the
+    decoder's positions, as in Whisper, and no more than `max_label_length` leaves room for.
     """
     draw = random.Random(f"{settings['seed']}, {row}")
     keep_timestamps = draw.random() < settings["timestamp_probability"]
     add_prompt = draw.random() < settings["condition_on_prev_probability"]
-    if keep_timestamps and len(body) > len(text_ids(body, tokens)):
+    has_timestamps = len(body) > len(text_ids(body, tokens))
+    if keep_timestamps and has_timestamps:
         label = [*tokens.prefix, *body, tokens.end]
     else:
         label = [*tokens.prefix, tokens.no_timestamps, *text, tokens.end]
-    room = min(settings["max_positions"] // 2, settings["max_label_length"] - len(label)) - 1
-    if add_prompt and previous and room > 0:
-        label = [tokens.previous, *previous[-room:], *label]
+    room = settings["max_label_length"] - len(label)
+    longest = min(settings["max_positions"] // 2, room) - 1  # tokens after <|startofprev|>
+    if add_prompt and previous and longest > 0:
+        label = [tokens.previous, *previous[-longest:], *label]
     return label
 
 
-# ---- scores and features ---------------------------------------------------------------------------------------------
+def read_labels(job: Job, start: int, stop: int) -> list[Label]:
+    """The labels of these rows. A prompt is the text of the previous row, if that has a usable label."""
+    settings = job.outputs["filtered"].settings
+    first = max(start - 1, 0)  # the row before is read for the first prompt
+    stored = read_rows(job, first, stop, ["label"])["label"].to_pylist()
+    labels = []
+    previous: TokenIds = []
+    for row, value in enumerate(stored, first):
+        try:
+            body = label_body(value, job.tokenizer, job.tokens)
+        except UnusableLabel as problem:
+            labels.append(Label([], [], 0, str(problem)))
+            previous = []
+            continue
+        text = text_ids(body, job.tokens)
+        label = build_label(body, text, previous, row, job.tokens, settings)
+        length = len(label) - label.index(job.tokens.prefix[0])
+        labels.append(Label(text, label, length, None))
+        previous = text
+    return labels[start - first :]
 
 
-def error_counts(reference: str, hypothesis: str, spaced: bool) -> list[int]:
-    """Word errors, words, character errors and characters (of the reference) between two normalised texts."""
-    words = jiwer.process_words(reference, hypothesis)
-    if not spaced:
-        reference, hypothesis = "".join(reference.split()), "".join(hypothesis.split())
+# ---- filter ----------------------------------------------------------------------------------------------------------
+
+
+def error_counts(reference: str, hypothesis: str) -> list[int]:
+    """Word errors, words, character errors and characters of two normalised texts; the reference has the totals."""
     counts = []
-    for found in (words, jiwer.process_characters(reference, hypothesis)):
-        wrong = found.substitutions + found.deletions
-        counts += [wrong + found.insertions, wrong + found.hits]
+    for compare in (jiwer.process_words, jiwer.process_characters):
+        alignment = compare(reference, hypothesis)
+        missed = alignment.substitutions + alignment.deletions
+        counts.append(missed + alignment.insertions)
+        counts.append(missed + alignment.hits)
     return counts
 
 
 def repeats(text: str, limit: int | None) -> bool:
-    """Whether some piece of the text stands more than `limit` times in a row, as in the labels of a looping teacher."""
-    return limit is not None and re.search(rf"(.+?)\1{{{limit}}}", "".join(text.split())) is not None
+    """Whether a piece of the text occurs more than `limit` times in succession, as when a teacher loops."""
+    if limit is None:
+        return False
+    return re.search(rf"(.+?)\1{{{limit}}}", "".join(text.split())) is not None
 
 
-def count_samples(audio: bytes | None) -> int:
-    """Length of encoded audio in samples at 16 kHz, from its header; -1 where there is nothing to decode."""
-    try:
-        header = soundfile.info(io.BytesIO(audio or b""))
-    except soundfile.LibsndfileError:
-        return -1
-    return math.ceil(header.frames * SAMPLING_RATE / header.samplerate) or -1
+def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) -> pd.DataFrame:
+    """The labels of some rows with the normalised texts: the reference, and the teacher's hypothesis."""
+    settings = job.outputs["filtered"].settings
+    normalise = text_normaliser(settings["language"], job.tokenizer.english_spelling_normalizer)
+    rows = pd.DataFrame(labels)
+    hypotheses = job.tokenizer.batch_decode(rows.ids.to_list())
+    references = table["text"].to_pylist()
+    rows["hypothesis"] = [normalise(text) for text in hypotheses]
+    rows["reference"] = [normalise(text or "") for text in references]
+    rows.loc[rows.problem.notna(), "reference"] = ""  # without a label, nothing is compared
+    rows["name"] = [f"row {start + number}" for number in rows.index]
+    for role in table.column_names:
+        if role not in ("text", "label"):
+            rows[role] = table[role].to_pylist()
+    return rows
 
 
-def decode(audio: bytes, samples: int) -> np.ndarray | None:
-    """Mono float32 waveform at 16 kHz; None where it is damaged, not finite, or not as long as its header says."""
-    try:
-        waveform, rate = soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError:
-        return None
-    waveform = waveform.mean(axis=1)
-    if rate != SAMPLING_RATE:
-        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-    return waveform if len(waveform) == samples and np.isfinite(waveform).all() else None
+def measure_rows(rows: pd.DataFrame, clips: dict[int, dict]) -> pd.DataFrame:
+    """The `MEASURES` of the rows. A clip that cannot be decoded has 0 samples."""
+    measures = []
+    for row in rows.index:
+        clip = decode_clip(clips[row]["bytes"])
+        counts = error_counts(rows.reference[row], rows.hypothesis[row])
+        measures.append([clip.samples, *counts])
+    return pd.DataFrame(measures, columns=MEASURES)
 
 
-def log_mel(waveforms: list[np.ndarray], feature_extractor: WhisperFeatureExtractor) -> list[np.ndarray]:
-    """Log-mel [frames, mels] of each clip, float32: the frames that it fills and the first padded one.
+def add_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with WER and CER in per cent."""
+    wer = 100 * rows.word_errors / rows.words.clip(lower=1)
+    cer = 100 * rows.character_errors / rows.characters.clip(lower=1)
+    return rows.assign(wer=wer, cer=cer)
 
-    Padding to the longest of these clips instead of 30 s changes no bit: all that lies past a clip's filled frames is
-    one constant, and the padded frame that is kept brings that constant into the clip's maximum.
+
+def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
+    """For each row the first reason to drop it, or `KEPT`.
+
+    A new reason needs a condition here, a flag in `parse_args`, and the name of that flag in `FILTER_ARGUMENTS`, so
+    that results with different values are not mixed. A limit on a score that the labelling stores needs only an entry
+    in `TEACHER_SCORES`.
     """
-    filled = [math.ceil((len(waveform) + 200) / HOP_LENGTH) + 1 for waveform in waveforms]
-    frames = [min(count, feature_extractor.nb_max_frames) for count in filled]
-    padded = feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=max(frames) * HOP_LENGTH)
-    return [features[:, :count].T for features, count in zip(padded["input_features"], frames, strict=True)]
+    limit = settings["max_ngram_repeats"]
+    conditions = {
+        "empty reference": rows.reference == "",
+        "undecodable audio": rows.samples == 0,
+        "shorter than the minimum": rows.samples < settings["min_duration_in_seconds"] * SAMPLING_RATE,
+        "longer than the maximum": rows.samples > settings["max_duration_in_seconds"] * SAMPLING_RATE,
+        "label too long": rows.label_length > settings["max_label_length"],
+        "label repeats itself": [repeats(hypothesis, limit) for hypothesis in rows.hypothesis],
+    }
+    for flag, (column, reason) in TEACHER_SCORES.items():
+        if settings[flag] is not None:
+            scores = rows[column].astype(float)
+            too_low = scores < settings[flag]
+            too_high = scores > settings[flag]
+            conditions[reason] = too_low if flag.startswith("min_") else too_high
+    conditions[OVER_THRESHOLD] = rows[settings["metric"]] > settings["threshold"]
+    reasons = np.select(list(conditions.values()), list(conditions), default=KEPT)
+    return np.where(rows.problem.isna(), reasons, rows.problem)
 
 
-def vectorize(audio: list[bytes], samples: list[int], extractor: Any, batch_size: int) -> list[bytes | None]:
-    """Stored log-mel of each clip, or without an extractor b""; None where it can't be decoded whole."""
-    stored: list[bytes | None] = [None] * len(audio)
-    by_length = sorted(range(len(audio)), key=samples.__getitem__)
-    for first in range(0, len(audio), batch_size):
-        waveforms = {clip: decode(audio[clip], samples[clip]) for clip in by_length[first : first + batch_size]}
-        sound = {clip: waveform for clip, waveform in waveforms.items() if waveform is not None}
-        features = log_mel(list(sound.values()), extractor) if extractor and sound else [np.empty(0)] * len(sound)
-        for clip, values in zip(sound, features, strict=True):
-            stored[clip] = values.astype("<f2").tobytes()
-    return stored
+def read_clips(job: Job, start: int, stop: int) -> dict[int, dict]:
+    """The encoded audio of these rows as `{bytes, path}`; the keys count from 0."""
+    column = read_rows(job, start, stop, ["audio"])["audio"]
+    clips = {}
+    for row, audio in enumerate(column.to_pylist()):
+        path = audio["path"] if audio else None
+        clips[row] = {"bytes": read_audio(audio), "path": path}
+    return clips
+
+
+def copy_from_others(job: Job, output: Output, shard: int, source: str, column: str) -> tuple[dict, dict[int, Any]]:
+    """Notes and a column, by row, of the same shard at other thresholds, as far as it was made from the same source."""
+    notes = {}
+    values = {}
+    pattern = f"{job.results.name}.[cw]er_*/{output.settings['config']}/{output.shard_path(shard).name}"
+    for other in sorted(job.results.parent.glob(pattern)):
+        found = read_notes(other)
+        if found and found.get("source") == source:
+            notes = found
+            stored = pq.read_table(other, columns=[column])[column]
+            values |= zip(notes["kept"], stored.to_pylist(), strict=True)
+    return notes, values
+
+
+def filter_shard(job: Job, shard: int) -> None:
+    """Write the rows of a shard that are kept, and note what was measured for all of them."""
+    output = job.outputs["filtered"]
+    start = shard * output.settings["shard_size"]
+    stop = start + output.settings["shard_size"]
+    roles = [role for role in job.columns if role != "audio"]
+    table = read_rows(job, start, stop, roles)
+    labels = read_labels(job, start, stop)
+    rows = compare_texts(job, table, labels, start)
+
+    # Measures and audio of the same rows are taken from other thresholds, if there are any.
+    texts = table.select(["text", "label"]).to_pydict()
+    settings = [output.settings[name] for name in MEASURE_SETTINGS]
+    source = digest(json.dumps([texts, settings]).encode())
+    other_notes, clips = copy_from_others(job, output, shard, source, "audio")
+    if other_notes:
+        measures = pd.DataFrame(other_notes["rows"])[MEASURES]
+    else:
+        clips = read_clips(job, start, stop)
+        measures = measure_rows(rows, clips)
+    rows = add_scores(rows.join(measures))
+    rows["reason"] = drop_reasons(rows, output.settings)
+
+    kept = rows[rows.reason == KEPT]
+    if not clips.keys() >= set(kept.index):
+        clips = read_clips(job, start, stop)
+    stored = table.take(pa.array(kept.index, pa.int64()))
+    columns = {
+        "audio": [clips[row] for row in kept.index],
+        "text": stored["text"],
+        "whisper_transcript": stored["label"],
+        "labels": kept.labels.to_list(),
+        "input_length": kept.samples.to_list(),
+        "wer": kept.wer.to_list(),
+        "cer": kept.cer.to_list(),
+    }
+    types = AUDIO_COLUMNS | SCORE_COLUMNS
+    if pa.types.is_string(stored["label"].type):
+        types["whisper_transcript"] = Value("string")
+    if "speaker" in job.columns:
+        types["speaker"] = Value("string")
+        columns["speaker"] = stored["speaker"]
+    schema = Features(types).arrow_schema
+    notes = shard_notes(rows, source)
+    write_parquet(output.shard_path(shard), [pa.table(columns, schema)], schema, notes)
+
+
+def shard_notes(rows: pd.DataFrame, source: str) -> dict:
+    """What a shard notes about all of its rows, for the report and for other thresholds."""
+    unusable = rows[rows.reason.isin(UNUSABLE)]
+    dropped = rows[rows.reason == OVER_THRESHOLD]
+    worst = dropped.nlargest(5, "cer")[["name", "reference", "hypothesis", "wer", "cer"]]
+    return {
+        "source": source,
+        "kept": rows.index[rows.reason == KEPT].to_list(),
+        "rows": rows[["reason", *MEASURES]].to_dict("list"),
+        "unusable": unusable[["reason", "name"]].to_dict("records"),
+        "worst": worst.to_dict("records"),
+    }
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def vectorize_shard(job: Job, shard: int) -> None:
+    """Write the features and labels of a shard of windows, or of filtered clips if there are no windows.
+
+    Features are stored in float16 as (frames, mels), with as many frames as the clip fills.
+    """
+    output = job.outputs["vectorized"]
+    source_path = job.outputs.get("packed", job.outputs["filtered"]).shard_path(shard)
+    notes = read_notes(source_path)
+    clips = pq.read_table(source_path, columns=["audio", "labels", "input_length"])
+    source = None  # windows differ from threshold to threshold
+    copied = {}
+    if "packed" not in job.outputs:
+        source = f"{notes['source']}, features"
+        _, copied = copy_from_others(job, output, shard, source, "input_features")
+    features = [copied.get(row) for row in notes["kept"]]
+
+    lengths = clips["input_length"].to_pylist()
+    missing = [number for number, stored in enumerate(features) if stored is None]
+    missing.sort(key=lambda number: lengths[number])  # clips of similar length need little padding
+    for first in range(0, len(missing), job.batch_size):
+        batch = missing[first : first + job.batch_size]
+        waveforms = []
+        for number in batch:
+            content = clips["audio"][number]["bytes"].as_py()
+            waveforms.append(decode_clip(content).waveform)
+        spectrograms = log_mel(waveforms, job.extractor).numpy()  # (clips, mels, frames)
+        for number, waveform, spectrogram in zip(batch, waveforms, spectrograms, strict=True):
+            filled = spectrogram[:, : filled_frames(len(waveform))]
+            features[number] = filled.T.astype("<f2").tobytes()
+    columns = {"input_features": features, "labels": clips["labels"], "input_length": clips["input_length"]}
+    schema = Features(FEATURE_COLUMNS).arrow_schema
+    features_notes = {"source": source, "kept": notes["kept"]}
+    write_parquet(output.shard_path(shard), [pa.table(columns, schema)], schema, features_notes)
 
 
 # ---- windows of several clips ----------------------------------------------------------------------------------------
 
 
 @dataclass
+class PackedClip:
+    """A filtered clip that will be put into a window."""
+
+    row: int  # of the labelled dataset
+    samples: int
+    tokens: int  # that it adds to the label of its window
+    speaker: str | None  # None = unknown; such a clip has a window of its own
+    text: str = ""
+    body: Sequence[int] = ()  # text and timestamps of its label
+    audio: bytes = b""
+    # `draw_choices` sets these.
+    order: float = 0.0  # clips are put into windows in this order
+    place: float = 0.0  # the clips of a window are sorted by this
+    alone: bool = False  # the clip has a window of its own
+    gap: int = 0  # silence before the clip, steps
+
+    @property
+    def steps(self) -> int:
+        """The length of the clip in steps of 0.02 s, those of the timestamps."""
+        return math.ceil(self.samples / TIMESTAMP_SAMPLES)
+
+
+@dataclass
 class Window:
-    """Whole clips that are heard one after the other, and the steps of 0.02 s in which they start."""
+    """Whole clips that follow one another."""
 
-    alone: bool  # holds one clip, which was drawn to stay alone
-    clips: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    steps: int = 0  # taken by clips and silences
-    tokens: int = 0
+    clips: list[PackedClip] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # of the clips, steps
+    steps: int = 0  # of clips and silences together
+    tokens: int = 0  # of the clips together
 
 
-def fill_windows(
-    rows: list[int], samples: list[int], tokens: list[int], speakers: list, settings: dict
-) -> list[Window]:
-    """Put every clip into one window; `rows` number the clips, `tokens` is what each takes of a label.
+def draw_choices(clip: PackedClip, settings: dict) -> None:
+    """Make the random choices for a clip. They depend on the seed and the row alone."""
+    longest_gap = settings["concatenate_gap_seconds"] / STEP_SECONDS
+    draw = random.Random(f"{settings['seed']}, window, {clip.row}")
+    clip.order = draw.random()
+    clip.place = draw.random()
+    clip.alone = draw.random() >= settings["concatenate_probability"] or clip.speaker is None
+    clip.gap = draw.randint(0, int(longest_gap + 1e-6))
 
-    In an order drawn by the seed, each clip goes into the fullest window of its speaker that has room for it, so that
-    windows fill well but long clips are heard with short ones, as they would not be if sorted by length. The order in a
-    window is drawn too. What is drawn for a clip depends on the seed and its row alone.
+
+def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> list[Window]:
+    """Put every clip into one window.
+
+    In random order, each clip goes into the fullest window of its speaker that has room for it, which fills windows
+    well and still mixes long and short clips, unlike sorting by length. The order in a window is random too.
     """
-    steps = [math.ceil(count / STEP) for count in samples]
-    capacity, longest_gap = (
-        int(settings[name] * SAMPLING_RATE / STEP + 1e-6) for name in ("concatenate_seconds", "concatenate_gap_seconds")
-    )
-    draws = [random.Random(f"{settings['seed']}, window, {row}") for row in rows]
-    order, place, share = ([draw.random() for draw in draws] for _ in range(3))
-    gaps = [draw.randint(0, longest_gap) for draw in draws]
-    windows, of_speaker = [], defaultdict(list)
-    for clip in sorted(range(len(rows)), key=order.__getitem__):
-        need = steps[clip] + gaps[clip]
-        alone = share[clip] >= settings["concatenate_probability"] or speakers[clip] is None
-        room = [
-            window
-            for window in of_speaker[speakers[clip]]
-            if not (alone or window.alone)
-            and window.steps + need <= capacity
-            and window.tokens + tokens[clip] <= settings["max_label_length"]
-        ]
-        if not room:
-            room = [Window(alone)]
-            windows += room
-            of_speaker[speakers[clip]] += room
-        window = max(room, key=lambda window: window.steps)
+    capacity = settings["concatenate_seconds"] / STEP_SECONDS + 1e-6  # steps
+    for clip in clips:
+        draw_choices(clip, settings)
+    windows = []
+    shared = defaultdict(list)  # windows that may take more clips, by speaker
+    for clip in sorted(clips, key=lambda clip: clip.order):
+        steps = clip.steps + clip.gap
+        window = None
+        if not clip.alone:
+            window = fullest_window(shared[clip.speaker], capacity - steps, max_tokens - clip.tokens)
+        if window is None:
+            window = Window()
+            windows.append(window)
+            if not clip.alone:
+                shared[clip.speaker].append(window)
         window.clips.append(clip)
-        window.steps += need
-        window.tokens += tokens[clip]
+        window.steps += steps
+        window.tokens += clip.tokens
     for window in windows:
-        window.clips.sort(key=place.__getitem__)
-        end = -gaps[window.clips[0]]
-        for clip in window.clips:
-            window.starts.append(end + gaps[clip])
-            end = window.starts[-1] + steps[clip]
+        arrange(window)
     return windows
 
 
-def place_body(body: list[int], start: int, samples: int, tokens: Tokens) -> list[int]:
-    """The body of a clip's label on the clock of the window in whose step `start` it begins.
+def fullest_window(windows: list[Window], max_steps: float, max_tokens: int) -> Window | None:
+    """The fullest of the windows with at most this many steps and tokens; None if no window has so few."""
+    fullest = None
+    for window in windows:
+        has_room = window.steps <= max_steps and window.tokens <= max_tokens
+        if has_room and (fullest is None or window.steps > fullest.steps):
+            fullest = window
+    return fullest
 
-    The clip's own timestamps are shifted and kept within it. Where its text has none before or behind it, that is the
-    clip's start or end. A label without text stays out: Whisper has timestamps in pairs, with text between.
+
+def arrange(window: Window) -> None:
+    """Sort the clips of a window and set their starts. No silence comes before the first."""
+    window.clips.sort(key=lambda clip: clip.place)
+    end = -window.clips[0].gap
+    for clip in window.clips:
+        start = end + clip.gap
+        window.starts.append(start)
+        end = start + clip.steps
+
+
+def place_body(body: TokenIds, start: int, samples: int, tokens: SpecialTokens) -> TokenIds:
+    """The body of a clip's label, shifted to its window's clock; the clip begins at step `start`.
+
+    No timestamp is later than the end of the clip. If the text has no timestamp before or after it, the start or the
+    end of the clip is added. A label without text is left out: Whisper has timestamps in pairs, with text between.
     """
-    zero, end = tokens.no_timestamps + 1, start + round(samples / STEP)
-    text = [place for place, token in enumerate(body) if token < zero]
+    zero = tokens.no_timestamps + 1
+    text = [number for number, token in enumerate(body) if token < zero]
     if not text:
         return []
-    before, after = [zero, *body[: text[0]]][-1], [*body[text[-1] + 1 :], zero + TIMESTAMPS][0]
-    timed = [before, *body[text[0] : text[-1] + 1], after]
-    return [token if token < zero else zero + min(token - zero + start, end) for token in timed]
+    first = text[0]
+    last = text[-1]
+    before = body[first - 1] if first else zero
+    after = body[last + 1] if last + 1 < len(body) else zero + TIMESTAMPS
+    end = start + round(samples / TIMESTAMP_SAMPLES)
+    placed = []
+    for token in [before, *body[first : last + 1], after]:
+        if token >= zero:
+            token = zero + min(token - zero + start, end)
+        placed.append(token)
+    return placed
 
 
 def join_texts(texts: list[str], language: str) -> str:
-    """Texts one after the other, as the language writes them."""
-    return ("" if language in UNSPACED else " ").join(text.strip() for text in texts if text.strip())
+    """The texts joined as the language is written, with or without spaces."""
+    separator = "" if language in UNSPACED else " "
+    return separator.join(text.strip() for text in texts if text.strip())
 
 
-def join_ids(parts: list[list[int]], language: str, limit: int, tokenizer: Any, tokens: Tokens) -> list[int]:
-    """Ids of texts one after the other: those that the tokenizer gives for the joined text.
+def join_ids(
+    parts: list[TokenIds], language: str, limit: int, tokenizer: WhisperTokenizerFast, tokens: SpecialTokens
+) -> TokenIds:
+    """The ids of the joined texts, as the tokenizer splits the joined text.
 
-    Where it can't (half a character, the spelling of a special token, more than `limit` ids), the texts' own ids.
+    The ids of the parts are joined instead if the text has half a character or the spelling of a special token in it,
+    or would have more than `limit` ids.
     """
     texts = tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
-    joined = " " * texts[0].startswith(" ") + join_texts(texts, language)
-    ids = tokenizer(joined, add_special_tokens=False).input_ids
-    if len(parts) > 1 and "\ufffd" not in joined and len(ids) <= limit and max(ids, default=0) < tokens.end:
+    joined_text = join_texts(texts, language)
+    leading_space = " " if texts[0].startswith(" ") else ""
+    ids = tokenizer(leading_space + joined_text, add_special_tokens=False).input_ids
+    is_text = "\ufffd" not in joined_text and max(ids, default=0) < tokens.end
+    if len(parts) > 1 and is_text and len(ids) <= limit:
         return ids
     space = [] if language in UNSPACED else tokenizer(" ", add_special_tokens=False).input_ids
-    joined = []
+    joined_ids: TokenIds = []
     for part, text in zip(parts, texts, strict=True):
-        joined += [*(space if joined and not text.startswith(" ") else []), *part]
-    return joined
+        if joined_ids and not text.startswith(" "):
+            joined_ids += space
+        joined_ids += part
+    return joined_ids
 
 
-def join_audio(waveforms: list[np.ndarray], starts: list[int]) -> bytes:
-    """FLAC of waveforms that start in these steps, silence between them. Loses nothing of what had 16 bits."""
-    samples = np.zeros(starts[-1] * STEP + len(waveforms[-1]), np.int16)
-    for waveform, start in zip(waveforms, starts, strict=True):
-        samples[start * STEP :][: len(waveform)] = np.clip(np.rint(waveform * 32768), -32768, 32767)
+def window_samples(window: Window) -> np.ndarray:
+    """The audio of a window, with silence between the clips, as 16-bit samples, which most corpora have."""
+    waveforms = [decode_clip(clip.audio).waveform for clip in window.clips]
+    length = window.starts[-1] * TIMESTAMP_SAMPLES + len(waveforms[-1])
+    samples = np.zeros(length, np.int16)
+    for waveform, start in zip(waveforms, window.starts, strict=True):
+        first = start * TIMESTAMP_SAMPLES
+        last = first + len(waveform)
+        samples[first:last] = np.clip(np.rint(waveform * 32768), -32768, 32767)
+    return samples
+
+
+def window_body(window: Window, tokens: SpecialTokens) -> TokenIds:
+    """Text and timestamps of the label of a window, without prefix and end."""
+    body = []
+    for clip, start in zip(window.clips, window.starts, strict=True):
+        body += place_body(clip.body, start, clip.samples, tokens)
+    return body
+
+
+def encode_flac(samples: np.ndarray) -> bytes:
+    """The samples as the bytes of a FLAC file."""
     file = io.BytesIO()
     soundfile.write(file, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     return file.getvalue()
 
 
-# ---- shards ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """What a worker needs to know; it travels to each of them once."""
-
-    settings: dict
-    windows: dict | None  # the settings of windows; None: no windows
-    groups: list[tuple[int, int, str, int]]  # row groups of the input: first row, row after the last, file, number
-    columns: dict[str, str]  # of the input, by role: audio, text, label, and where needed name, speaker and scores
-    tokenizer: Any
-    tokens: Tokens
-    extractor: WhisperFeatureExtractor | None  # None: only filter
-    batch_size: int
-    cut: Path  # the filtered dataset
-    earlier: list[Path]  # the same dataset filtered at other thresholds
-
-    def outputs(self) -> dict[Path, dict]:
-        """Directories and their settings."""
-        outputs = {self.cut: self.settings} | ({add_suffix(self.cut, "packed"): self.windows} if self.windows else {})
-        last = list(outputs)[-1]
-        return outputs | ({add_suffix(last, "vectorized"): outputs[last]} if self.extractor else {})
-
-    def steps(self) -> list[tuple[Callable, list[Path]]]:
-        """What is done in turn, and the directories that it fills."""
-        first, *others = self.outputs()
-        return [(filter_shard, [first]), (pack_shard, others)] if self.windows else [(filter_shard, [first, *others])]
-
-    def shards(self, directory: Path) -> range:
-        rows = self.outputs().get(directory, self.settings)["shard_size"]  # of the input, that make a shard
-        return range(math.ceil(self.groups[-1][1] / rows))
-
-    def path(self, directory: Path, shard: int) -> Path:
-        name = f"{self.settings['split']}-{shard:05d}-of-{len(self.shards(directory)):05d}.parquet"
-        return directory / self.settings["config"] / name
-
-    def paths(self, directory: Path) -> list[Path]:
-        return [self.path(directory, shard) for shard in self.shards(directory)]
-
-    def missing(self, directories: list[Path]) -> list[int]:
-        shards = zip(*map(self.paths, directories), strict=True)
-        return [number for number, paths in enumerate(shards) if not all(path.exists() for path in paths)]
-
-    def record(self, directory: Path) -> Path:
-        return directory / f"filtering.{self.settings['config']}.{self.settings['split']}.json"
-
-
-def add_suffix(directory: Path, suffix: str) -> Path:
-    return directory.with_name(f"{directory.name}.{suffix}")
-
-
-def open_parquet(path: str) -> pq.ParquetFile:
-    """A parquet file on this machine, or on the Hub (`hf://…`)."""
-    return pq.ParquetFile(HfFileSystem().open(path) if path.startswith("hf://") else path)
-
-
-def find_groups(paths: list[str]) -> tuple[list[tuple[int, int, str, int]], str]:
-    """The row groups of parquet files, and an identity of the files from their footers, which hold sizes and minima."""
-    groups, rows, footers = [], 0, io.BytesIO()
-    for path in paths:
-        metadata = open_parquet(path).metadata
-        metadata.write_metadata_file(footers)
-        for number in range(metadata.num_row_groups):
-            groups.append((rows, rows + metadata.row_group(number).num_rows, path, number))
-            rows = groups[-1][1]
-    return groups, hashlib.sha256(footers.getvalue()).hexdigest()[:16]
-
-
-def read_rows(groups: list[tuple[int, int, str, int]], start: int, stop: int, columns: list[str]) -> pa.Table:
-    """Rows `start` to `stop` of the input, or to its end."""
-    tables = []
-    for first, last, path, number in groups[bisect_right(groups, start, key=lambda group: group[1]) :]:
-        if first >= stop:
-            break
-        table = open_parquet(path).read_row_group(number, columns)
-        tables.append(table.slice(max(start - first, 0), min(stop, last) - max(start, first)))
-    return pa.concat_tables(tables)
-
-
-def pick_audio(table: pa.Table, places: dict[int, int]) -> dict[int, dict]:
-    """`{bytes, path}` of some rows, of which the table's first column has each at its place."""
-    return {row: {key: table[0][place][key].as_py() for key in ("bytes", "path")} for row, place in places.items()}
-
-
-def write_shard(table: pa.Table, path: Path) -> None:
-    """Write a parquet file that appears under its name only when it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
-            if len(table):  # `datasets` can't read a row group without rows
-                writer.write_table(table, row_group_size=100)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def make_table(rows: list[dict], types: dict, facts: dict) -> pa.Table:
-    """Columns of these types, with facts for `read_facts`."""
-    schema = Features(types).arrow_schema
-    schema = schema.with_metadata({**schema.metadata, b"kotoba": json.dumps(facts, ensure_ascii=False).encode()})
-    return pa.Table.from_pylist(rows, schema)
-
-
-def read_facts(path: Path) -> dict:
-    """What a shard knows of every row of its input, kept or not, or of its windows."""
-    return json.loads(pq.read_schema(path).metadata[b"kotoba"])
-
-
-def read_labels(job: Job, start: int, stop: int) -> list[tuple[list[int], list[int], str | None]]:
-    """Of each row: the ids of its text, the label to train on, and why it can't be used, or None.
-
-    A prompt is the text of the row before, where that can be used.
-    """
-    found, previous, first = [], [], max(start - 1, 0)
-    stored = read_rows(job.groups, first, stop, [job.columns["label"]])[0].to_pylist()
-    for row, label in enumerate(stored, first):
-        try:
-            body = label_body(label, job.tokenizer, job.tokens)
-            text = text_ids(body, job.tokens)
-            found.append((text, build_label(body, text, previous, row, job.tokens, job.settings), None))
-            previous = text
-        except Unusable as problem:
-            found.append(([], [], str(problem)))
-            previous = []
-    return found[start - first :]
-
-
-def reason_of(row: dict, settings: dict) -> str:
-    """The first reason to drop a row, in the order of `REASONS`, or `KEPT`."""
-    tests = {
-        row["problem"]: row["problem"] is not None,
-        "empty reference": not row["reference"],
-        "undecodable audio": row["input_length"] < 0,
-        "shorter than the minimum": row["input_length"] < settings["min_duration_in_seconds"] * SAMPLING_RATE,
-        "longer than the maximum": row["input_length"] > settings["max_duration_in_seconds"] * SAMPLING_RATE,
-        "label too long": row["label_length"] > settings["max_label_length"],
-        "label repeats itself": repeats(row["hypothesis"], settings["max_ngram_repeats"]),
-    }
-    for flag, (column, reason) in SCORE_COLUMNS.items():
-        value, limit = row.get(column), settings[flag]
-        if value is not None and limit is not None:
-            tests[reason] = value < limit if flag.startswith("min") else value > limit
-    tests[SCORE] = row[settings["metric"]] > settings["threshold"]
-    return next((reason for reason, holds in tests.items() if holds), KEPT)
-
-
-def judge_rows(job: Job, start: int, table: pa.Table, facts: dict | None) -> tuple[list[dict], dict[int, dict]]:
-    """Everything known of each row of a shard, and the audio that had to be read for it.
-
-    Scores and lengths come from the facts of an earlier cut of the dataset if there is one: it knows them of all rows.
-    """
-    settings, columns = job.settings, job.columns
-    spelling = job.tokenizer.english_spelling_normalizer or {}
-    normalize = EnglishTextNormalizer(spelling) if settings["language"] == "en" else BasicTextNormalizer()
-    labels = read_labels(job, start, start + len(table))
-    hypotheses = job.tokenizer.batch_decode([ids for ids, _, _ in labels])
-    audio, rows = {}, []
-    if not facts:
-        audio = read_rows(job.groups, start, start + len(table), [columns["audio"]])
-        audio = pick_audio(audio, {row: row for row in range(len(audio))})
-    for row, (stored, (_, label, problem)) in enumerate(zip(table.to_pylist(), labels, strict=True)):
-        text, speaker = stored[columns["text"]], stored.get(columns.get("speaker"))
-        known = {"name": stored.get("name", f"row {start + row}"), "text": text, "labels": label, "problem": problem}
-        known |= {"whisper_transcript": stored[columns["label"]], "speaker": speaker and str(speaker)}
-        known |= {column: stored.get(column) for column, _ in SCORE_COLUMNS.values()}
-        known |= {"reference": normalize(text or "").strip(), "hypothesis": normalize(hypotheses[row]).strip()}
-        known["label_length"] = len(label) - (label.index(job.tokens.prefix[0]) if label else 0)  # without a prompt
-        if facts:
-            samples, counts = facts["input_length"][row], facts["counts"][row]
-        else:
-            samples, counts = count_samples(audio[row]["bytes"]), [0] * 4
-            if known["reference"] and not problem:
-                counts = error_counts(known["reference"], known["hypothesis"], settings["language"] not in UNSPACED)
-        known |= {"input_length": samples, "counts": counts, "wer": percent(*counts[:2]), "cer": percent(*counts[2:])}
-        rows.append(known | {"reason": reason_of(known, settings)})
-    return rows, audio
-
-
-def cut_shard(job: Job, shard: int) -> tuple[pa.Table, list[bytes]]:
-    """The rows of a shard that are kept, with the facts on all of its rows, and the features of those kept."""
-    columns, extractor = job.columns, None if job.windows else job.extractor
-    start, stop = shard * job.settings["shard_size"], (shard + 1) * job.settings["shard_size"]
-    table = read_rows(job.groups, start, stop, [name for role, name in columns.items() if role != "audio"])
-    source = digest(table.select([columns["text"], columns["label"]]).to_pydict())
-    paths = {cut: job.path(cut, shard) for cut in job.earlier}
-    earlier = {cut: read_facts(path) for cut, path in paths.items() if path.exists()}
-    earlier = {cut: facts for cut, facts in earlier.items() if facts["source"] == source}
-    rows, audio = judge_rows(job, start, table, next(iter(earlier.values()), None))
-    kept = [row for row, known in enumerate(rows) if known["reason"] == KEPT]
-
-    # Audio and features: from the earlier cut that shares most of what is kept, the rest from the input.
-    features: dict[int, bytes | None] = {}
-    if cut := max(earlier, key=lambda cut: len(set(kept).intersection(earlier[cut]["kept"])), default=None):
-        places = {row: place for place, row in enumerate(earlier[cut]["kept"]) if rows[row]["reason"] == KEPT}
-        audio = pick_audio(pq.read_table(paths[cut], columns=["audio"]), places)
-        if not extractor:
-            features = dict.fromkeys(places, b"")
-        elif (path := job.path(add_suffix(cut, "vectorized"), shard)).exists():
-            column = pq.read_table(path, columns=["input_features"])[0]
-            features = {row: column[place].as_py() for row, place in places.items()}
-    if not audio.keys() >= set(kept):
-        audio = pick_audio(read_rows(job.groups, start, stop, [columns["audio"]]), {row: row for row in kept})
-    new = [row for row in kept if row not in features]
-    clips = [audio[row]["bytes"] for row in new], [rows[row]["input_length"] for row in new]
-    features |= dict(zip(new, vectorize(*clips, extractor, job.batch_size), strict=True))
-    for row in kept:
-        rows[row] |= {"audio": audio[row], "reason": "undecodable audio" if features[row] is None else KEPT}
-    kept = [row for row in kept if rows[row]["reason"] == KEPT]
-
-    dropped = sorted((row for row in rows if row["reason"] == SCORE), key=lambda row: -row["cer"])
-    facts = {
-        "source": source,
-        "kept": kept,
-        "reasons": [REASONS.index(row["reason"]) for row in rows],
-        **{key: [row[key] for row in rows] for key in ("counts", "input_length")},
-        "unusable": [(row["reason"], row["name"]) for row in rows if row["reason"] in UNUSABLE],
-        "worst": [{key: row[key] for key in ("name", "reference", "hypothesis", "wer", "cer")} for row in dropped[:5]],
-    }
-    types = COLUMNS | {"wer": Value("float64"), "cer": Value("float64")}
-    if pa.types.is_string(table[columns["label"]].type):
-        types["whisper_transcript"] = Value("string")
-    if "speaker" in columns:
-        types["speaker"] = Value("string")
-    return make_table([rows[row] for row in kept], types, facts), [features[row] for row in kept]
-
-
-def make_windows(job: Job, shard: int) -> pa.Table:
-    """The clips of some filtered shards in windows, and as facts of each: left alone, clips, samples, label length."""
-    settings, tokens, size = job.windows, job.tokens, job.settings["shard_size"]
-    numbers = job.shards(job.cut)[shard * settings["shard_size"] // size : (shard + 1) * settings["shard_size"] // size]
-    paths = {number: job.path(job.cut, number) for number in numbers}
-    rows = [number * size + row for number, path in paths.items() for row in read_facts(path)["kept"]]
-    clips = pa.concat_tables(map(pq.read_table, paths.values()))
-    samples, texts = clips["input_length"].to_pylist(), clips["text"].to_pylist()
-    speakers = clips["speaker"].to_pylist() if settings["speaker_id_column_name"] else [""] * len(rows)
-    bodies = [label_body(label, job.tokenizer, tokens) for label in clips["whisper_transcript"].to_pylist()]
-    counts = [len(place_body(body, 0, 0, tokens)) for body in bodies]
-    limit = settings["max_label_length"] - len(tokens.prefix) - 2  # <|notimestamps|>, <|endoftext|>
-    windows, facts, previous = [], [], []
-    for window in fill_windows(rows, samples, counts, speakers, settings | {"max_label_length": limit}):
-        body, waveforms, lengths = [], [], [samples[clip] for clip in window.clips]
-        for clip, start in zip(window.clips, window.starts, strict=True):
-            body += place_body(bodies[clip], start, samples[clip], tokens)
-            waveforms.append(decode(clips["audio"][clip]["bytes"].as_py(), samples[clip]))
-        parts = [text_ids(bodies[clip], tokens) for clip in window.clips]
-        text = join_ids(parts, settings["language"], limit, job.tokenizer, tokens)
-        label = build_label(body, text, previous, f"window {rows[window.clips[0]]}", tokens, settings)
-        previous = text or previous
-        window_row = {
-            "audio": {"bytes": join_audio(waveforms, window.starts), "path": None},
-            "text": join_texts([texts[clip] for clip in window.clips], settings["language"]),
-            "whisper_transcript": [*tokens.prefix, *body, tokens.end],
-            "labels": label,
-            "input_length": window.starts[-1] * STEP + lengths[-1],
-            "clips": [rows[clip] for clip in window.clips],
-            "clip_starts": [round(start * STEP / SAMPLING_RATE, 2) for start in window.starts],
-        }
-        windows.append(window_row)
-        facts.append([window.alone, len(lengths), sum(lengths), len(label)])
-    types = COLUMNS | {"clips": List(Value("int32")), "clip_starts": List(Value("float64"))}
-    return make_table(windows, types, {"windows": facts})
-
-
-def vectorize_shard(job: Job, directory: Path, shard: int, features: list[bytes] | None = None) -> None:
-    """Write the features of a shard of this directory, unless they are there or not wanted."""
-    path = job.path(add_suffix(directory, "vectorized"), shard)
-    if not job.extractor or path.exists():
-        return
-    columns = ["labels", "input_length", *(["audio"] if features is None else [])]
-    table = pq.read_table(job.path(directory, shard), columns=columns)
-    if features is None:
-        audio = [clip["bytes"].as_py() for clip in table["audio"]]
-        features = vectorize(audio, table["input_length"].to_pylist(), job.extractor, job.batch_size)
-    types = {"input_features": Value("binary"), "labels": List(Value("int32")), "input_length": Value("int32")}
-    columns = [pa.array(features, pa.binary()), table["labels"], table["input_length"]]
-    write_shard(pa.Table.from_arrays(columns, schema=Features(types).arrow_schema), path)
-
-
-def filter_shard(job: Job, shard: int) -> None:
-    """Write what is missing of a filtered shard, and unless there shall be windows of its features."""
-    path, features = job.path(job.cut, shard), None
-    if not path.exists():
-        table, features = cut_shard(job, shard)
-        write_shard(table, path)
-    if not job.windows:
-        vectorize_shard(job, job.cut, shard, features)
+def read_filtered_clips(job: Job, shards: range) -> list[PackedClip]:
+    """The clips of these filtered shards."""
+    filtered = job.outputs["filtered"]
+    clips = []
+    for shard in shards:
+        path = filtered.shard_path(shard)
+        first = shard * filtered.settings["shard_size"]
+        stored = pq.read_table(path).to_pylist()
+        for row, values in zip(read_notes(path)["kept"], stored, strict=True):
+            body = label_body(values["whisper_transcript"], job.tokenizer, job.tokens)
+            clip = PackedClip(
+                row=first + row,
+                samples=values["input_length"],
+                tokens=len(place_body(body, 0, 0, job.tokens)),
+                speaker=values.get("speaker", "any"),
+                text=values["text"],
+                body=body,
+                audio=values["audio"]["bytes"],
+            )
+            clips.append(clip)
+    return clips
 
 
 def pack_shard(job: Job, shard: int) -> None:
-    """Write what is missing of a shard of windows, whose clips are filtered, and of its features."""
-    directory = add_suffix(job.cut, "packed")
-    path = job.path(directory, shard)
-    if not path.exists():
-        write_shard(make_windows(job, shard), path)
-    vectorize_shard(job, directory, shard)
+    """Write the windows of the filtered shards that are packed together in this shard."""
+    filtered = job.outputs["filtered"]
+    packed = job.outputs["packed"]
+    settings = packed.settings
+    tokens = job.tokens
+    together = settings["shard_size"] // filtered.settings["shard_size"]
+    first = shard * together
+    shards = range(first, min(first + together, filtered.shards))
+    max_tokens = settings["max_label_length"] - len(tokens.prefix) - 2  # <|notimestamps|>, <|endoftext|>
+    rows = []
+    windows = []
+    previous: TokenIds = []
+    for window in fill_windows(read_filtered_clips(job, shards), settings, max_tokens):
+        clips = window.clips
+        body = window_body(window, tokens)
+        parts = [text_ids(clip.body, tokens) for clip in clips]
+        text = join_ids(parts, settings["language"], max_tokens, job.tokenizer, tokens)
+        label = build_label(body, text, previous, f"window {clips[0].row}", tokens, settings)
+        previous = text or previous
+        samples = window_samples(window)
+        row = {
+            "audio": {"bytes": encode_flac(samples), "path": None},
+            "text": join_texts([clip.text for clip in clips], settings["language"]),
+            "whisper_transcript": [*tokens.prefix, *body, tokens.end],
+            "labels": label,
+            "input_length": len(samples),
+            "clips": [clip.row for clip in clips],
+            "clip_starts": [round(start * STEP_SECONDS, 2) for start in window.starts],
+        }
+        rows.append(row)
+        statistics = {
+            "alone": clips[0].alone,
+            "clips": len(clips),
+            "samples": sum(clip.samples for clip in clips),
+            "tokens": len(label),
+        }
+        windows.append(statistics)
+    notes = {"kept": list(range(len(rows))), "windows": windows}
+    schema = Features(AUDIO_COLUMNS | WINDOW_COLUMNS).arrow_schema
+    table = pa.Table.from_pylist(rows, schema)
+    write_parquet(packed.shard_path(shard), [table], schema, notes)
 
 
-JOB: Job | None = None  # of this worker
+SHARD_WRITERS = {"filtered": filter_shard, "packed": pack_shard, "vectorized": vectorize_shard}
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+WORKER_JOB: Job | None = None  # set in each worker
 
 
 def start_worker(jobs: multiprocessing.Queue) -> None:
-    """Take the job from a queue: among the arguments of a process, a large one keeps the next from being started."""
-    global JOB
-    JOB = jobs.get()
+    """Take the job from a queue: passed as an argument, a large job would delay the start of the next worker."""
+    global WORKER_JOB
+    WORKER_JOB = jobs.get()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # don't outlive a killed parent
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def work(step: Callable, shard: int) -> None:
-    step(JOB, shard)
+def end_with_parent() -> None:
+    """End this worker if its parent is killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def run_step(job: Job, step: Callable, shards: list[int], workers: int, show: bool) -> None:
-    """Write the shards, each of which is on the disk when the bar counts it."""
-    bar = tqdm(total=len(shards), desc=step.__name__, unit="shard", disable=not show)
-    if min(workers, len(shards)) <= 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in the workers
-        for shard in shards:
-            step(job, shard)
-            bar.update()
-        torch.set_num_threads(threads)
+def work(kind: str, shard: int) -> None:
+    """Write one shard in a worker."""
+    SHARD_WRITERS[kind](WORKER_JOB, shard)
+
+
+def write_shards(job: Job, kind: str, shards: list[int], max_workers: int, show_progress: bool) -> None:
+    """Write these shards of an output. The progress bar counts the shards that are complete on the disk."""
+    if not shards:
         return
-    # Workers are forked from a server that has the libraries and no threads: forked from here, where there are threads,
-    # they would deadlock in the extractor, and spawned ones would each import it all.
-    libraries = "accelerate datasets jiwer librosa matplotlib.figure transformers.models.auto.tokenization_auto"
+    workers = min(max_workers, len(shards))
+    progress = tqdm(total=len(shards), desc=kind, unit="shard", disable=not show_progress)
+    if workers == 1:
+        for shard in shards:
+            SHARD_WRITERS[kind](job, shard)
+            progress.update()
+        return
+    # Workers are forked from a server that has imported the libraries and has no threads. Forked from this process,
+    # which has threads, they would deadlock in the extractor; spawned, each would import everything.
+    libraries = "accelerate datasets jiwer librosa matplotlib.figure transformers.models.whisper.tokenization_whisper"
     multiprocessing.set_forkserver_preload(libraries.split())
     context = multiprocessing.get_context("forkserver")
-    workers, jobs = min(workers, len(shards)), context.Queue()
-    jobs.cancel_join_thread()  # not all workers may be started
+    jobs = context.Queue()
+    jobs.cancel_join_thread()  # do not wait for workers that were never started
     for _ in range(workers):
         jobs.put(job)
     pool = ProcessPoolExecutor(workers, context, start_worker, (jobs,))
     try:
-        for future in as_completed([pool.submit(work, step, shard) for shard in shards]):
+        futures = [pool.submit(work, kind, shard) for shard in shards]
+        for future in as_completed(futures):
             future.result()
-            bar.update()
+            progress.update()
     except BrokenProcessPool:
-        fail("a worker was killed, perhaps for want of memory: run again with fewer --preprocessing_num_workers")
+        fail(f"a worker was killed, perhaps because memory ran out: lower --preprocessing_num_workers. {CONTINUE}")
     finally:
-        pool.shutdown(cancel_futures=True)  # after the shards in hand
+        pool.shutdown(cancel_futures=True)  # returns once the shards in progress are done
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
-def summarize(shards: Iterable[dict], settings: dict) -> dict:
-    """Counts over all shards (in and out; by reason, reference length and other thresholds), and the worst labels."""
-    arrays, worst, unusable = [], [], []
-    for facts in shards:
-        arrays.append([np.array(facts[key], np.int32) for key in ("reasons", "counts", "input_length")])
-        worst += facts["worst"]
-        unusable += facts["unusable"]
-    codes, counts, samples = (np.concatenate(parts) for parts in zip(*arrays, strict=True))
-    reasons, samples = np.array(REASONS)[codes], np.maximum(samples, 0).astype(float)
-    kept, comparable = reasons == KEPT, np.isin(reasons, (KEPT, SCORE))
-    word_errors, words, character_errors, characters = counts.T
-    scores = {
-        "wer": 100 * word_errors / np.maximum(words, 1),
-        "cer": 100 * character_errors / np.maximum(characters, 1),
-    }
-    classes = np.digitize(characters, LENGTHS)
-    names = [*(f"{low}-{high - 1}" for low, high in pairwise(LENGTHS)), f"{LENGTHS[-1]}+"]
-    bins = np.minimum(scores[settings["metric"]][comparable] // 5, 20).astype(int)
+def percent(part: float, whole: float) -> float:
+    """The share of the part in per cent; 0 if the whole is 0."""
+    return 100 * part / whole if whole else 0.0
+
+
+def summarize_filter(filtered: Output) -> dict:
+    """Clips in and out by reason, by reference length and at other thresholds, and the worst labels."""
+    tables = []
+    worst = []
+    unusable = defaultdict(list)
+    for shard in range(filtered.shards):
+        notes = read_notes(filtered.shard_path(shard))
+        tables.append(pd.DataFrame(notes["rows"]))
+        worst += notes["worst"]
+        for row in notes["unusable"]:
+            unusable[row["reason"]].append(row["name"])
+    worst.sort(key=lambda row: row["cer"], reverse=True)
+    rows = add_scores(pd.concat(tables, ignore_index=True))
+    kept = rows[rows.reason == KEPT]
+    judged = rows[rows.reason.isin([KEPT, OVER_THRESHOLD])]  # dropped or kept by the threshold alone
+    scores = judged[filtered.settings["metric"]]
+    bins = np.minimum(scores // 5, 20).astype(int)  # of 5 per cent; the last has no upper end
+    total = rows[MEASURES].sum().to_dict()
+    total_kept = kept[MEASURES].sum().to_dict()
+    samples = [total["samples"], total_kept["samples"]]
+    cer_of_kept = percent(total_kept["character_errors"], total_kept["characters"])
     return {
-        "clips": [len(kept), int(kept.sum())],
-        "hours": [round(float(part.sum()) / SAMPLING_RATE / 3600, 3) for part in (samples, samples[kept])],
-        "characters": [int(part.sum()) for part in (characters, characters[kept])],
-        "cer_of_kept": round(percent(int(character_errors[kept].sum()), int(characters[kept].sum())), 3),
-        "reasons": {reason: int((reasons == reason).sum()) for reason in REASONS if (reasons == reason).any()},
-        "by_reference_length": {
-            name: [int((classes == number).sum()), int(((classes == number) & kept).sum())]
-            for number, name in enumerate(names, 1)
-        },
-        "other_thresholds": {
-            metric: {str(limit): int((comparable & (values <= limit)).sum()) for limit in OTHER_THRESHOLDS}
-            for metric, values in scores.items()
-        },
-        "score_histogram": np.bincount(bins, minlength=21).tolist(),  # classes of 5 per cent, the last one open
-        "worst": sorted(worst, key=lambda row: -row["cer"])[:10],
-        "unusable": {reason: [name for cause, name in unusable if cause == reason] for reason, _ in unusable},
+        "clips": [len(rows), len(kept)],
+        "hours": [round(count / SAMPLING_RATE / 3600, 3) for count in samples],
+        "characters": [total["characters"], total_kept["characters"]],
+        "cer_of_kept": round(cer_of_kept, 3),
+        "reasons": rows.reason.value_counts().to_dict(),
+        "by_reference_length": count_by_length(rows),
+        "other_thresholds": {"wer": count_under(judged.wer), "cer": count_under(judged.cer)},
+        "score_histogram": np.bincount(bins, minlength=21).tolist(),
+        "worst": worst[:10],
+        "unusable": unusable,
     }
 
 
-def summarize_windows(shards: Iterable[dict], settings: dict) -> dict:
-    """Windows, clips and labels, and how much of the windows that are not left to one clip is speech, per cent."""
-    found = np.array([row for facts in shards for row in facts["windows"]], np.int64).reshape(-1, 4)
-    alone, clips, samples, tokens = found.T
-    filled = samples[alone == 0] / (settings["concatenate_seconds"] * SAMPLING_RATE)
+def count_under(scores: pd.Series) -> dict[str, int]:
+    """How many clips other thresholds would keep."""
+    counts = {}
+    for threshold in OTHER_THRESHOLDS:
+        counts[str(threshold)] = int((scores <= threshold).sum())
+    return counts
+
+
+def count_by_length(rows: pd.DataFrame) -> dict[str, list[int]]:
+    """How many clips there are and are kept, by characters of the reference."""
+    counts = {}
+    for low, high in pairwise([*LENGTH_CLASSES, math.inf]):
+        name = f"{low}+" if high == math.inf else f"{low}-{high - 1}"
+        in_class = rows.characters.between(low, high, inclusive="left")
+        reasons = rows.reason[in_class].to_list()
+        counts[name] = [len(reasons), reasons.count(KEPT)]
+    return counts
+
+
+def summarize_windows(packed: Output) -> dict:
+    """Counts of windows, clips and label tokens, and how much of the windows is speech in per cent.
+
+    Windows of clips that are left alone do not count for the last figure.
+    """
+    windows = []
+    for shard in range(packed.shards):
+        windows += read_notes(packed.shard_path(shard))["windows"]
+    shared = [window for window in windows if not window["alone"]]
+    speech = sum(window["samples"] for window in shared)
+    room = len(shared) * packed.settings["concatenate_seconds"] * SAMPLING_RATE
+    tokens = [window["tokens"] for window in windows]
+    mean_tokens = sum(tokens) / max(len(tokens), 1)
     return {
-        "windows": len(found),
-        "clips": int(clips.sum()),
-        "clips_left_alone": int(alone.sum()),
-        "fill": round(100 * float(filled.sum()) / max(len(filled), 1), 2),
-        "label_tokens": [
-            round(float(tokens.sum()) / max(len(found), 1), 1),
-            int(tokens.max(initial=0)),
-        ],  # mean, longest
+        "windows": len(windows),
+        "clips": sum(window["clips"] for window in windows),
+        "clips_left_alone": len(windows) - len(shared),
+        "fill": round(percent(speech, room), 2),
+        "label_tokens": [round(mean_tokens, 1), max(tokens, default=0)],
     }
 
 
 def describe_windows(windows: dict, settings: dict) -> str:
+    """What the card and the log say of the windows."""
     mean, longest = windows["label_tokens"]
     return (
-        f"{windows['windows']} windows hold {windows['clips']} clips, of which {windows['clips_left_alone']} are left "
-        f"alone in theirs; the clips of the others fill {windows['fill']:.1f} % of {settings['concatenate_seconds']:g} "
-        f"s in the mean. Labels have {mean} tokens in the mean and at most {longest}: train with `--max_label_length "
-        f"{settings['max_label_length']}`."
+        f"{windows['windows']} windows hold {windows['clips']} clips, of which {windows['clips_left_alone']} have a "
+        f"window of their own; on average, the clips of the other windows fill {windows['fill']:.1f} % of "
+        f"{settings['concatenate_seconds']:g} s. Labels have {mean} tokens on average and at most {longest}: train "
+        f"with `--max_label_length {settings['max_label_length']}`."
     )
 
 
 def exact_match_notice(report: dict, settings: dict) -> str:
-    """What a WER threshold means where words are not separated; empty for other languages and for the CER."""
+    """What a WER threshold means in a language without spaces; empty for other languages and for CER thresholds."""
     if settings["metric"] != "wer" or settings["language"] not in UNSPACED:
         return ""
     return (
@@ -847,471 +1473,428 @@ def exact_match_notice(report: dict, settings: dict) -> str:
     )
 
 
-def markdown_table(*rows: Iterable) -> str:
-    """A Markdown table, the first row of which is its head."""
-    lines = ["| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "| --- " * len(list(rows[0])) + "|", *lines[1:]])
+def markdown_table(head: Sequence, rows: Iterable[Sequence]) -> str:
+    """A table in Markdown. Vertical bars in cells are escaped."""
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        cells = [" ".join(str(cell).split()) for cell in row]
+        line = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        lines.append(f"| {line} |")
+    return "\n".join(lines)
 
 
-def describe(record: dict, figure: str) -> str:
-    """The report of one configuration and split, in Markdown."""
-    report, settings = record["report"], record["settings"]
+def keep_rates(counts: dict[str, list]) -> list[list]:
+    """Table rows of name, total, how much of it is kept, and the same in per cent."""
+    rows = []
+    for name, (total, kept) in counts.items():
+        rows.append([name, total, kept, f"{percent(kept, total):.1f}"])
+    return rows
+
+
+def describe_filter(output: Output, report: dict) -> str:
+    """What the card says of one configuration and split."""
+    settings = output.settings
+    metric = settings["metric"].upper()
+    totals = keep_rates({name: report[name] for name in ("clips", "hours", "characters")})
+    lengths = keep_rates(report["by_reference_length"])
+    thresholds = []
+    for name, counts in report["other_thresholds"].items():
+        thresholds.append([name.upper(), *counts.values()])
+    worst = []
+    for row in report["worst"]:
+        reference = row["reference"][:80]
+        hypothesis = row["hypothesis"][:80]
+        worst.append([row["name"], round(row["cer"]), reference, hypothesis])
     parts = [
-        f"## {settings['config']}, {settings['split']}",
-        f"Kept where {settings['metric'].upper()} <= {settings['threshold']} %; the labels that are kept have a CER of "
+        f"Clips with {metric} <= {settings['threshold']} % are kept; their labels have a CER of "
         f"{report['cer_of_kept']:.2f} %. {exact_match_notice(report, settings)}",
-        markdown_table(
-            ("", "in", "out", "%"),
-            *((key, *report[key], f"{percent(*report[key][::-1]):.1f}") for key in ("clips", "hours", "characters")),
-        ),
-        *([describe_windows(report["windows"], settings)] if "windows" in report else []),
-        f"![Scores, and keep rate by reference length]({figure})",
-        markdown_table(("reason", "clips"), *report["reasons"].items()),
-        markdown_table(
-            ("characters of the reference", "clips", "kept", "%"),
-            *((key, of, kept, f"{percent(kept, of):.1f}") for key, (of, kept) in report["by_reference_length"].items()),
-        ),
-        markdown_table(
-            ("another threshold, %, would keep", *OTHER_THRESHOLDS),
-            *((metric.upper(), *kept.values()) for metric, kept in report["other_thresholds"].items()),
-        ),
-        "The worst labels among the dropped, normalised:",
-        markdown_table(
-            ("clip", "CER", "reference", "label"),
-            *((w["name"], f"{w['cer']:.0f}", w["reference"][:80], w["hypothesis"][:80]) for w in report["worst"]),
-        ),
+        markdown_table(["", "in", "out", "%"], totals),
+        f"![Scores, and keep rate by reference length]({output.record.with_suffix('.png').name})",
+        markdown_table(["reason", "clips"], report["reasons"].items()),
+        markdown_table(["characters of the reference", "clips", "kept", "%"], lengths),
+        markdown_table(["clips that another threshold (%) would keep", *OTHER_THRESHOLDS], thresholds),
+        "The worst of the labels that were dropped, normalised:",
+        markdown_table(["clip", "CER", "reference", "label"], worst),
     ]
+    if "windows" in report:
+        parts.insert(2, describe_windows(report["windows"], settings))
     return "\n\n".join(parts)
 
 
-def draw(report: dict, settings: dict, path: Path) -> None:
-    """The distribution of the scores, and the share that is kept by reference length."""
-    figure = Figure(figsize=(11, 4))
-    scores, lengths = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.15, "top": 0.95})
-    scores.bar(np.arange(21) * 5, report["score_histogram"], width=5, align="edge")
+def draw_report(report: dict, settings: dict) -> bytes:
+    """A PNG of the distribution of the scores and of the share of clips that is kept by reference length."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    scores, lengths = figure.subplots(1, 2)
+    bins = range(0, 105, 5)
+    scores.bar(bins, report["score_histogram"], width=5, align="edge")
     scores.axvline(settings["threshold"], color="black", linestyle="--", label="threshold")
-    scores.set(xlabel=f"{settings['metric'].upper()}, % (last bar: 100 and more)", ylabel="clips")
     scores.legend()
+    scores.set_xlabel(f"{settings['metric'].upper()}, % (last bar: 100 and more)")
+    scores.set_ylabel("clips")
     classes = report["by_reference_length"]
-    lengths.bar(list(classes), [percent(kept, of) for of, kept in classes.values()])
-    lengths.set(xlabel="reference length, characters", ylabel="kept, %", ylim=(0, 100))
-    figure.savefig(path, format="png", metadata={"Software": None})
+    shares = [percent(kept, total) for total, kept in classes.values()]
+    lengths.bar(list(classes), shares)
+    lengths.set_xlabel("reference length, characters")
+    lengths.set_ylabel("kept, %")
+    lengths.set_ylim(0, 100)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    return image.getvalue()
 
 
-def card(directory: Path, text: str | None) -> str:
-    """Dataset card with a section for every record in the directory, and for what else the card `text` has."""
-    old = DatasetCard(text).data.to_dict() if text else {}
-    configs = {entry["config_name"]: entry["data_files"] for entry in old.get("configs", [])}
-    sections = {part.partition("\n")[0]: part.strip() for part in re.split(r"(?m)^(?=## )", text or "")[1:]}
-    languages = {old["language"]} if isinstance(old.get("language"), str) else set(old.get("language") or [])
-    for record_path in sorted(directory.glob("filtering.*.json")):
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        if "report" in record:
-            config, split = record["settings"]["config"], record["settings"]["split"]
-            listed = configs.get(config, [])
-            others = [file for file in listed if file["split"] != split] if isinstance(listed, list) else []
-            configs[config] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
-            section = describe(record, record_path.with_suffix(".png").name)
-            sections[section.partition("\n")[0]] = section
-            languages.add(record["settings"]["language"])
-    head = {"language": sorted(languages), "task_categories": ["automatic-speech-recognition"]}
-    head["configs"] = [{"config_name": name, "data_files": files} for name, files in configs.items()]
-    about = CARDS[directory.suffix if directory.suffix in CARDS else ""]
-    sections = [sections[heading] for heading in sorted(sections)]
-    body = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {directory.name}", about, *sections]
-    return "\n\n".join(body) + "\n"
+# ---- files, record, card, push ---------------------------------------------------------------------------------------
 
 
-# ---- input and output ------------------------------------------------------------------------------------------------
-
-
-def find_input(args: argparse.Namespace) -> tuple[str, list[str]]:
-    """Name of the configuration, and the parquet files of the split: on this machine where they shall be read whole."""
-    local = local_directory(args.dataset_name)
+def find_parquet(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The name of the configuration and the parquet files of the split, downloaded if the work reads all of them."""
     try:
-        builder = load_dataset_builder(str(local or args.dataset_name), args.dataset_config_name)
-        files = builder.config.data_files or {}
-        if args.split not in files:
-            fail(f"{args.dataset_name} ({builder.config.name}) has no split {args.split!r}; it has {', '.join(files)}")
-        paths = list(files[args.split])
+        builder, paths = find_files(args.dataset_name, args.dataset_config_name, args.split)
         if not all(path.endswith(".parquet") for path in paths):
-            fail(f"{args.dataset_name} is not stored as parquet: push it with `datasets`' push_to_hub")
+            fail(f"{args.dataset_name} is not stored as parquet: push it with `push_to_hub` of `datasets`")
         if not (args.dry_run or args.skip_filtering):
-            paths = DownloadManager().download(paths)
+            paths = datasets.DownloadManager().download(paths)
     except (ValueError, *HUB_ERRORS) as error:
-        if local:
-            fail(f"can't read {args.dataset_name} ({args.dataset_config_name}): {str(error).splitlines()[0]}")
-        hub_fail(f"reading {args.dataset_name}", error)
+        hub_fail(f"reading {args.dataset_name} ({args.dataset_config_name})", error)
     return builder.config.name, paths
 
 
-def load_teacher(args: argparse.Namespace) -> tuple[Any, Tokens, WhisperFeatureExtractor, dict]:
-    """Tokenizer, special tokens and feature extractor, never the weights, and the settings that follow from them."""
-    local_directory(args.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        extractor = WhisperFeatureExtractor.from_pretrained(args.model)
-        generation = GenerationConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        hub_fail(f"loading tokenizer, feature extractor and generation config of {args.model}", error)
-    language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
-    multilingual = getattr(generation, "is_multilingual", True)
-    if not multilingual and language != "en":
-        fail(f"{args.model} knows English only: give --language en, not {args.language}")
+def find_columns(args: argparse.Namespace, available: list[str]) -> dict[str, str]:
+    """The columns of the labelled dataset by role. Fails if one is missing."""
+    columns = {"audio": args.audio_column_name, "text": args.text_column_name, "label": "whisper_transcript"}
+    if args.speaker_id_column_name:
+        columns["speaker"] = args.speaker_id_column_name
+    for flag, (column, _) in TEACHER_SCORES.items():
+        if getattr(args, flag) is not None:
+            columns[column] = column
+    for column in columns.values():
+        if column not in available:
+            fail(f"{args.dataset_name} has no column {column!r}; it has {', '.join(available)}")
+    if "name" in available:
+        columns["name"] = "name"
+    return columns
+
+
+def load_job(args: argparse.Namespace) -> Job:
+    """Load what the work depends on, but not the teacher's weights, and refuse arguments that contradict it."""
+    model = load_config(args.model)
+    tokenizer = load_tokenizer(args.model)
+    extractor = load_pretrained(WhisperFeatureExtractor, args.model)
+    language = language_code(args.language)
+    vocabulary = tokenizer.get_vocab()
+    prompt = prompt_arguments(args.model, vocabulary, language, args.task)
     if language == "en" and tokenizer.english_spelling_normalizer is None:
         logger.warning("%s has no normalizer.json: British and American spellings count as different", args.model)
-    names = ["<|startoftranscript|>", *([f"<|{language}|>", f"<|{args.task}|>"] if multilingual else [])]
-    try:
-        tokens = find_tokens(tokenizer, names)
-    except KeyError as error:
-        fail(f"{args.model} has no token {error}: check --model, --language {args.language} and --task {args.task}")
-    for flag in ("max_duration_in_seconds", "concatenate_seconds"):
-        if getattr(args, flag) > extractor.chunk_length:
-            fail(f"--{flag} {getattr(args, flag)} is over the model's {extractor.chunk_length} s")
-    if (args.max_label_length or 0) > generation.max_length:
-        fail(f"--max_label_length {args.max_label_length} is over the decoder's {generation.max_length} positions")
-    settings = {"language": language, "max_positions": generation.max_length}
-    settings["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str())
-    settings["feature_extractor"] = digest({k: v for k, v in extractor.to_dict().items() if k != "mel_filters"})
-    return tokenizer, tokens, extractor, settings
-
-
-def name_results(args: argparse.Namespace) -> tuple[dict, Path, str | None]:
-    """Metric and threshold, and the directory and Hub id of the filtered dataset (None: has no place on the Hub)."""
-    metric = "wer" if args.cer_threshold is None else "cer"
-    threshold = args.wer_threshold if metric == "wer" else args.cer_threshold
-    local = local_directory(args.dataset_name)
-    base = Path(os.path.abspath(local or args.dataset_name.rpartition("/")[2]))
-    hub_base = args.hub_model_id or (None if local else args.dataset_name)
-    if args.push_to_hub and not hub_base:
-        fail("--push_to_hub with a local dataset needs --hub_model_id org/name")
-    cut = Path(os.path.abspath(args.output_dir or base.parent)) / f"{base.name}.{metric}_{threshold}"
-    return {"metric": metric, "threshold": threshold}, cut, hub_base and f"{hub_base}.{metric}_{threshold}"
-
-
-def plan(args: argparse.Namespace) -> Job:
-    """Load all that the work depends on, and refuse what does not go together."""
-    filter_settings, cut, _ = name_results(args)
-    tokenizer, tokens, extractor, settings = load_teacher(args)
-    config, paths = find_input(args)
-    groups, identity = find_groups(paths)
-    if not groups or not groups[-1][1]:
+    if (args.max_label_length or 0) > model.max_target_positions:
+        fail(f"--max_label_length {args.max_label_length} is over the decoder's {model.max_target_positions} positions")
+    config, paths = find_parquet(args)
+    row_groups, dataset_digest = find_row_groups(paths)
+    if not row_groups or not row_groups[-1].stop:
         fail(f"{args.dataset_name} ({config}, {args.split}) has no rows")
-    there = open_parquet(paths[0]).schema_arrow.names
-    columns = {"audio": args.audio_column_name, "text": args.text_column_name, "label": "whisper_transcript"}
-    columns |= {"speaker": args.speaker_id_column_name} if args.speaker_id_column_name else {}
-    columns |= {column: column for flag, (column, _) in SCORE_COLUMNS.items() if getattr(args, flag) is not None}
-    if missing := [name for name in columns.values() if name not in there]:
-        fail(f"{args.dataset_name} has no column {missing[0]!r}; it has {', '.join(there)}")
-    columns |= {"name": "name"} if "name" in there and "name" not in columns.values() else {}
-    settings |= {"dataset": identity, "config": config, **filter_settings}
-    settings |= {name: getattr(args, name) for name in DATA_ARGUMENTS}
-    settings["max_label_length"] = args.max_label_length or CLIP_LABEL
-    windows = None
+    settings = {
+        "dataset": dataset_digest,
+        "config": config,
+        "language": language,
+        "normaliser": NORMALISER,
+        "tokenizer": digest(tokenizer.backend_tokenizer.to_str().encode()),
+        "feature_extractor": digest(extractor.to_json_string().encode()),
+        "max_positions": model.max_target_positions,
+        "max_label_length": args.max_label_length or MAX_CLIP_LABEL,
+    }
+    for name in FILTER_ARGUMENTS:
+        settings[name] = getattr(args, name)
+    results = results_path(args)
+    return Job(
+        row_groups=row_groups,
+        columns=find_columns(args, pq.ParquetFile(paths[0]).schema_arrow.names),
+        tokenizer=tokenizer,
+        tokens=find_special_tokens(vocabulary, prompt),
+        extractor=extractor,
+        batch_size=args.preprocessing_batch_size,
+        outputs=name_outputs(args, results, settings, row_groups[-1].stop),
+        results=results,
+    )
+
+
+def results_path(args: argparse.Namespace) -> Path:
+    """Directory and name of the outputs, without the suffix of each."""
+    dataset = Path(os.path.abspath(local_directory(args.dataset_name) or Path(args.dataset_name).name))
+    return Path(os.path.abspath(args.output_dir or dataset.parent), dataset.name)
+
+
+def name_outputs(args: argparse.Namespace, results: Path, settings: dict, rows: int) -> dict[str, Output]:
+    """The datasets to write, by kind."""
+    suffix = f".{args.metric}_{args.threshold}"
+    dataset_id = None if local_directory(args.dataset_name) else args.dataset_name
+    hub_id = args.hub_model_id or dataset_id
+    filtered = Output(
+        kind="filtered",
+        directory=results.with_name(results.name + suffix),
+        repository=hub_id + suffix if hub_id else None,
+        settings=settings,
+        shards=math.ceil(rows / args.shard_size),
+    )
+    outputs = {"filtered": filtered}
     if args.concatenate_audio:
-        windows = settings | {name: getattr(args, name) for name in WINDOW_ARGUMENTS}
-        windows["max_label_length"] = args.max_label_length or min(WINDOW_LABEL, settings["max_positions"])
-        windows["shard_size"] *= math.ceil(PACKED_ROWS / settings["shard_size"])
-    extractor = None if args.skip_logmel else extractor
-    batch = args.preprocessing_batch_size
-    job = Job(settings, windows, groups, columns, tokenizer, tokens, extractor, batch, cut, [])
-    suffix = f".{settings['metric']}_{settings['threshold']}"
-    for path in sorted(cut.parent.glob(f"{cut.name.removesuffix(suffix)}.[cw]er_*")):
-        if path != cut and path.suffix not in CARDS and job.record(path).exists():
-            old = json.loads(job.record(path).read_text(encoding="utf-8"))["settings"]
-            job.earlier += [path] if all(old.get(key) == settings[key] for key in REUSE_SETTINGS) else []
-    return job
+        window_settings = dict(settings)
+        for name in WINDOW_ARGUMENTS:
+            window_settings[name] = getattr(args, name)
+        window_label = min(MAX_WINDOW_LABEL, settings["max_positions"])
+        window_settings["max_label_length"] = args.max_label_length or window_label
+        window_settings["shard_size"] = args.shard_size * math.ceil(PACKED_ROWS / args.shard_size)
+        outputs["packed"] = derive_output("packed", filtered, window_settings, rows)
+    if not args.skip_logmel:
+        source = outputs.get("packed", filtered)
+        outputs["vectorized"] = derive_output("vectorized", source, source.settings, rows)
+    return outputs
 
 
-def write_record(path: Path, record: dict) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+def derive_output(kind: str, source: Output, settings: dict, rows: int) -> Output:
+    """An output that is made from another, whose name it takes with its kind as a suffix."""
+    return Output(
+        kind=kind,
+        directory=source.directory.with_name(f"{source.directory.name}.{kind}"),
+        repository=f"{source.repository}.{kind}" if source.repository else None,
+        settings=settings,
+        shards=math.ceil(rows / settings["shard_size"]),
+    )
 
 
-def open_outputs(job: Job, overwrite: list[Path], check: bool = False) -> None:
-    """Make the output directories and their records, those in `overwrite` afresh; refuse those of other settings.
-
-    `check` only refuses.
-    """
-    for directory, settings in job.outputs().items():
-        record, shards = job.record(directory), [path for path in job.paths(directory) if path.exists()]
-        if directory in overwrite and not check:
-            for file in (*record.parent.glob(f"{settings['config']}/{settings['split']}-*.parquet"), record):
-                file.unlink(missing_ok=True)
-        elif directory not in overwrite and record.exists():
-            old = json.loads(record.read_text(encoding="utf-8"))["settings"]
-            for key, value in settings.items():
-                if old.get(key) != value:
-                    fail(f"{directory} has {key} {old.get(key)}, not {value}; --overwrite_output_dir starts afresh")
-        elif directory not in overwrite and shards:
-            fail(f"{directory} has shards but no {record.name}; --overwrite_output_dir starts afresh")
-        if check:
-            continue
-        (directory / settings["config"]).mkdir(parents=True, exist_ok=True)
-        if not record.exists():
-            write_record(record, {"stage": "filtering", "status": "running", "settings": settings})
-
-
-def push_again(push: Callable[[], object]) -> None:
-    """Push, and again where another push to the same repository came between, which the Hub answers with 409 or 412."""
-    for waits in (1, 2, 4, 0):  # seconds, about
+def fetch_filtered(args: argparse.Namespace, filtered: Output) -> None:
+    """Download an incomplete filtered dataset if the labelled dataset is on the Hub. Fails if it stays incomplete."""
+    if filtered.missing_shards() and filtered.repository and not local_directory(args.dataset_name):
+        title = f"{filtered.settings['config']}/{filtered.settings['split']}"
         try:
-            push()
-            return
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (409, 412) or not waits:
-                raise
-        time.sleep(waits * random.uniform(0.5, 1))
-
-
-def push(directory: Path, repository: str, settings: dict) -> None:
-    """Upload shards, record and figure, then a card that keeps what else the repository has."""
-    api, split = HfApi(), f"{settings['config']}/{settings['split']}-*"
-    message = f"Add {settings['config']}, {settings['split']}"
-    to = {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
-    ignored = [".*", "*.partial", "README.md"]
-
-    def push_card() -> None:
-        head = api.dataset_info(repository).sha
-        try:
-            path = api.hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
-            text = Path(path).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            text = None
-        text = card(directory, text)
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **to)
-
-    push_again(lambda: api.upload_folder(folder_path=directory, delete_patterns=[split], ignore_patterns=ignored, **to))
-    push_again(push_card)
-
-
-def find_repositories(args: argparse.Namespace, job: Job) -> dict[Path, str]:
-    """The repository that each output is pushed to; none stays local."""
-    repository = name_results(args)[2]
-    if args.push_to_hub is False or not repository:
-        return {}
-    outputs = list(job.outputs())[1 if args.skip_filtering else 0 :]
-    return {output: repository + output.name.removeprefix(job.cut.name) for output in outputs}
-
-
-def create_repositories(job: Job, repositories: dict[Path, str], private: bool) -> None:
-    """Make the repositories before the work, which proves the token, and read what they say of other splits."""
-    for directory, repository in repositories.items():
-        own = f"{job.record(directory).stem}.*"
-        wanted = {"allow_patterns": ["README.md", "filtering.*"], "ignore_patterns": own}
-        try:
-            HfApi().create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-            snapshot_download(repository, repo_type="dataset", local_dir=directory, **wanted)
+            snapshot_download(
+                filtered.repository,
+                repo_type="dataset",
+                local_dir=filtered.directory,
+                allow_patterns=[filtered.record.name, f"{title}-*"],
+            )
         except HUB_ERRORS as error:
-            hub_fail(f"preparing {repository}", error)
+            hub_fail(f"downloading {filtered.repository}", error)
+    if filtered.missing_shards():
+        fail(
+            f"--skip_filtering, but {filtered.directory} does not have all shards of {filtered.record.stem}: "
+            "filter first"
+        )
 
 
-def find_filtered(args: argparse.Namespace, job: Job) -> None:
-    """With --skip_filtering, make sure of the filtered dataset, which is fetched from the Hub if it is there."""
-    repository = name_results(args)[2]
-    if not args.dry_run and job.missing([job.cut]) and repository and not local_directory(args.dataset_name):
-        wanted = [job.record(job.cut).name, *(str(path.relative_to(job.cut)) for path in job.paths(job.cut))]
-        try:
-            snapshot_download(repository, repo_type="dataset", local_dir=job.cut, allow_patterns=wanted)
-        except HUB_ERRORS as error:
-            hub_fail(f"downloading {repository}", error)
-    if not args.dry_run and job.missing([job.cut]):
-        fail(f"--skip_filtering, but {job.cut} has not all shards of {job.record(job.cut).stem}: filter first")
+def refuse_other_results(output: Output) -> None:
+    """Fail if the directory has results of a run with other settings, or shards without a record."""
+    record = read_json(output.record)
+    if record is None and len(output.missing_shards()) == output.shards:
+        return
+    earlier = record["settings"] if record else {}
+    refuse_other_settings(output.directory, earlier, output.settings)
 
 
-def preview(args: argparse.Namespace, job: Job, repositories: dict[Path, str], workers: int) -> int:
-    """Print what a run would read, write and push, and how long it would take from a sample, in a temporary place."""
-    settings, rows = job.settings, job.groups[-1][1]
-    count = min(rows, SAMPLE)
-    try:
-        if repositories:
-            HfApi().whoami()
-    except HUB_ERRORS as error:
-        hub_fail("logging in to push", error)
-    sizes, seconds = {}, 0.0
+def open_output(output: Output, overwrite: bool) -> None:
+    """Create the directory and the record of an output; `overwrite` first deletes what earlier runs made."""
+    directory = output.directory / output.settings["config"]
+    if overwrite:
+        output.record.unlink(missing_ok=True)
+        for path in directory.glob(f"{output.settings['split']}-*.parquet"):
+            path.unlink()
+    directory.mkdir(parents=True, exist_ok=True)
+    if not output.record.exists():
+        record = {"stage": "filtering", "status": "running", "settings": output.settings}
+        write_json(output.record, record)
+
+
+def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool) -> list[Output]:
+    """Refuse results of other settings, create directories and repositories, and return the outputs to push."""
+    made = list(job.outputs.values())
+    if args.skip_filtering:
+        made.remove(job.outputs["filtered"])
+    if is_main and args.skip_filtering and not args.dry_run:
+        fetch_filtered(args, job.outputs["filtered"])
+    for output in job.outputs.values():
+        if output not in made or not args.overwrite_output_dir:
+            refuse_other_results(output)
+    pushed = [output for output in made if output.repository and args.push_to_hub is not False]
+    if is_main:
+        for output in pushed:
+            output.repository = prepare_repository(output.repository, "dataset", args.hub_private_repo, args.dry_run)
+    if is_main and not args.dry_run:
+        for output in made:
+            open_output(output, args.overwrite_output_dir)
+    return pushed
+
+
+def print_filtering_plan(
+    args: argparse.Namespace, job: Job, pending: dict[str, list[int]], pushed: list[Output], workers: int
+) -> None:
+    """Print what a run would do and how long it would take, measured on the first rows in a temporary directory."""
+    settings = job.outputs["filtered"].settings
+    rows = job.row_groups[-1].stop
+    sample_rows = min(rows, SAMPLE_ROWS)
+    seconds = 0.0
+    lines = []
     with tempfile.TemporaryDirectory() as directory:
-        path, size = str(Path(directory, "sample.parquet")), {"shard_size": count}
-        first = (rows - count) // 2
-        pq.write_table(read_rows(job.groups, first, first + count, list(job.columns.values())), path)
-        sample = replace(job, settings=settings | size, windows=job.windows and job.windows | size, earlier=[])
-        sample = replace(sample, groups=find_groups([path])[0], cut=Path(directory, "sample"))
-        open_outputs(sample, [])
-        for (step, written), (_, outputs) in zip(sample.steps(), job.steps(), strict=True):
+        sample_job = replace(job, outputs={}, results=Path(directory, "sample"))
+        for kind, output in job.outputs.items():
+            sample_settings = output.settings | {"shard_size": sample_rows}
+            sample = replace(output, directory=Path(directory, kind), settings=sample_settings, shards=1)
+            sample.shard_path(0).parent.mkdir(parents=True)
+            sample_job.outputs[kind] = sample
             started = time.monotonic()
-            step(sample, 0)
-            share = len(job.missing(outputs)) / len(job.shards(outputs[0]))
-            seconds += (time.monotonic() - started) / count * rows * share
-            sizes |= {o: sample.path(w, 0).stat().st_size / count for w, o in zip(written, outputs, strict=True)}
-        facts = read_facts(sample.path(sample.cut, 0))
-    hours = sum(max(samples, 0) for samples in facts["input_length"]) / count * rows / SAMPLING_RATE / 3600
-    lines = [f"input: {args.dataset_name} ({settings['config']}, {settings['split']}), {rows} clips, {hours:.2f} h"]
-    if remote := [path for path in {group[2] for group in job.groups} if path.startswith("hf://")]:
-        lines.append(f"download: {sum(HfFileSystem().size(path) for path in remote) / 1e6:.1f} MB")
-    lines.append(f"keeps: {percent(len(facts['kept']), count):.0f} % of a sample of {count} clips")
-    lines += [f"reuses: {path}" for path in job.earlier]
-    for output, row_size in sizes.items():
-        shards, missing = len(job.shards(output)), len(job.missing([output]))
-        lines.append(f"done: {shards - missing} of {shards} shards of {output}")
-        lines.append(f"writes: {output}, about {row_size * rows * missing / shards / 1e6:.1f} MB")
-    private = " (private)" if args.hub_private_repo else ""
-    lines += [f"pushes: {name}{private}" for name in repositories.values()] or ["pushes: nothing"]
-    minutes = f"{seconds / workers / 60:.1f} min on {workers} cores"
-    print(*lines, f"time: about {minutes} (from a sample of {count} clips)", sep="\n")
-    return 0
+            SHARD_WRITERS[kind](sample_job, 0)
+            missing = len(pending[kind])
+            samples_left = missing / output.shards * rows / sample_rows
+            seconds += (time.monotonic() - started) * samples_left
+            megabytes = sample.shard_path(0).stat().st_size * samples_left / 1e6
+            lines.append(f"done: {output.shards - missing} of {output.shards} shards of {output.directory}")
+            lines.append(f"writes: {output.directory}, about {megabytes:.1f} MB")
+        notes = read_notes(sample_job.outputs["filtered"].shard_path(0))
+    hours = sum(notes["rows"]["samples"]) / SAMPLING_RATE / 3600 * rows / sample_rows
+    print(f"input: {args.dataset_name} ({settings['config']}, {settings['split']}), {rows} clips, about {hours:.2f} h")
+    remote = {group.path for group in job.row_groups if group.path.startswith("hf://")}
+    if remote:
+        print(f"download: {sum(HfFileSystem().size(path) for path in remote) / 1e6:.1f} MB")
+    print(f"keeps: {percent(len(notes['kept']), sample_rows):.0f} % of the first {sample_rows} clips")
+    print(*lines, sep="\n")
+    for output in pushed:
+        print(f"pushes: {output.repository}{' (private)' if args.hub_private_repo else ''}")
+    if not pushed:
+        print("pushes: nothing")
+    print(f"time: about {seconds / workers / 60:.1f} min on {workers} cores")
 
 
-def finish(job: Job, args: argparse.Namespace, repositories: dict[Path, str], new: int, seconds: float) -> int:
-    """Write record, figure and card of what lies on the disk, and push it."""
-    settings, outputs = job.settings, job.outputs()
-    for directory in outputs:
-        if missing := job.missing([directory]):
-            fail(f"shard {missing[0]} of {directory} is missing: do all machines see it? The same command makes it")
-    report = summarize(map(read_facts, job.paths(job.cut)), settings)
-    clips, kept = report["clips"]
-    libraries = ("datasets", "jiwer", "librosa", "numpy", "pyarrow", "soundfile", "torch", "transformers")
-    record = {"stage": "filtering", "status": "complete", "arguments": vars(args), "seconds": round(seconds, 1)}
-    record |= {"clips_per_second": round(min(new * settings["shard_size"], clips) / seconds, 1)}
-    record |= {"versions": {name: version(name) for name in libraries}}
-    for directory, own_settings in outputs.items():
-        path = job.record(directory)
-        if own_settings is job.windows and "windows" not in report:
-            packed = job.paths(add_suffix(job.cut, "packed"))
-            report = report | {"windows": summarize_windows(map(read_facts, packed), job.windows)}
-            logger.info(describe_windows(report["windows"], job.windows))
-        if json.loads(path.read_text(encoding="utf-8"))["status"] == "running":
-            write_record(path, record | {"settings": own_settings, "report": report})
-        draw(report, settings, path.with_suffix(".png"))
-        readme = directory / "README.md"
+def write_results(job: Job, run: dict) -> dict:
+    """Write record, figure and card of each output, and return the report. Records of complete runs are kept."""
+    report = summarize_filter(job.outputs["filtered"])
+    for output in job.outputs.values():
+        if output.kind == "packed":
+            report = report | {"windows": summarize_windows(output)}
+            logger.info(describe_windows(report["windows"], output.settings))
+        if read_json(output.record)["status"] == "running":
+            record = run | {"settings": output.settings, "report": report}
+            write_json(output.record, record)
+        figure = draw_report(report, output.settings)
+        write_atomically(output.record.with_suffix(".png"), figure)
+        readme = output.directory / "README.md"
         text = readme.read_text(encoding="utf-8") if readme.exists() else None
-        readme.write_text(card(directory, text), encoding="utf-8")
-    logger.info("kept %d of %d clips, %.3f of %.3f h: %s", kept, clips, *report["hours"][::-1], report["reasons"])
-    logger.info("in %s", " and ".join(map(str, outputs)))
-    if notice := exact_match_notice(report, settings):
+        write_atomically(readme, filtering_card(output, text))
+    return report
+
+
+def refuse_empty_results(report: dict, settings: dict) -> None:
+    """Log what was kept, and fail if nothing was."""
+    clips, kept = report["clips"]
+    hours, kept_hours = report["hours"]
+    logger.info("kept %d of %d clips, %.3f of %.3f h: %s", kept, clips, kept_hours, hours, report["reasons"])
+    notice = exact_match_notice(report, settings)
+    if notice:
         logger.warning(notice)
-    if sum(report["reasons"].get(reason, 0) for reason in UNUSABLE) == clips:
+    unusable = sum(len(names) for names in report["unusable"].values())
+    if unusable == clips:
         fail(f"none of the {clips} rows can be used: {report['reasons']}; nothing is pushed")
     if not kept:
         fail(
             f"{settings['metric'].upper()} <= {settings['threshold']} keeps none of {clips} clips; CER <= 10 would "
             f"keep {report['other_thresholds']['cer']['10']}. Nothing is pushed"
         )
-    for directory, repository in repositories.items():
-        try:
-            push(directory, repository, settings)
-        except HUB_ERRORS as error:
-            hub_fail(f"{directory} is complete; pushing it to {repository} (the same command tries again)", error)
-        logger.info("pushed to %s", repository)
-    return 0
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-    add = parser.add_argument_group("input").add_argument
-    add("-d", "--dataset_name", required=True, help="labelled dataset, a local directory or a Hub id")
-    add("--dataset_config_name", help="configuration of the dataset; needed where it has several")
-    add("--split", default="train", help="split of the dataset")
-    add("--text_column_name", default="transcription", help="column with the reference texts")
-    add("--audio_column_name", default="audio", help="column with the audio")
-    add("--speaker_id_column_name", help="column with the speakers, so that a window has one (None: any)")
-    add("--model", default="openai/whisper-large-v3", help="teacher, for its tokenizer and feature extractor")
-    add("--language", default="ja", help="language of the labels, a Whisper code or name")
-    add("--task", default="transcribe", choices=("transcribe", "translate"), help="task of the labels")
-    add = parser.add_argument_group("what is kept").add_argument
-    add("--wer_threshold", type=float, default=10.0, help="highest WER that is kept, per cent")
-    add("--cer_threshold", type=float, help="highest CER that is kept, per cent, instead of a WER")
-    add("--min_duration_in_seconds", type=float, default=0.0, help="shortest clip that is kept")
-    add("--max_duration_in_seconds", type=float, default=30.0, help="longest clip that is kept")
-    add("--max_label_length", type=int, help="longest label, in tokens with special ones (None: 128, of a window 256)")
-    add("--max_ngram_repeats", type=int, help="most times that a piece of a label may stand in a row")
-    for name, (column, _) in SCORE_COLUMNS.items():
-        add(f"--{name}", type=float, help=f"{name[:3]}imum of the column {column}, which the labeller can write")
-    add = parser.add_argument_group("labels").add_argument
-    add("--timestamp_probability", type=float, default=0.2, help="share of the labels with timestamps that keep them")
-    add("--condition_on_prev_probability", type=float, default=0.0, help="share with the row before as prompt")
-    add("--seed", type=int, default=42, help="seed of all draws")
-    add = parser.add_argument_group("windows").add_argument
-    add("--concatenate_audio", default=False, **flag, help="pack clips into windows of several")
-    add("--concatenate_seconds", type=float, default=30.0, help="longest window")
-    add("--concatenate_gap_seconds", type=float, default=0.4, help="silence between clips is drawn from 0 to this")
-    add("--concatenate_probability", type=float, default=1.0, help="share of the clips that are packed with others")
-    add = parser.add_argument_group("work").add_argument
-    add("--skip_filtering", default=False, **flag, help="vectorise what an earlier run has filtered")
-    add("--skip_logmel", default=False, **flag, help="filter only")
-    add("--preprocessing_num_workers", type=int, default=len(os.sched_getaffinity(0)), help="processes on this machine")
-    add("--preprocessing_batch_size", type=int, default=8, help="clips whose features are computed together")
-    add("--shard_size", type=int, default=1000, help="rows of the input that make one shard")
-    add = parser.add_argument_group("output").add_argument
-    add(
-        "--output_dir",
-        type=os.path.expanduser,
-        help="where the results go (None: beside a local dataset, else the current directory)",
-    )
-    add("--overwrite_output_dir", default=False, **flag, help="start afresh")
-    add("--push_to_hub", default=None, **flag, help="push the results (None: where the dataset is on the Hub)")
-    add("--hub_model_id", help="Hub id to which .wer_10.0 and .wer_10.0.vectorized are added (None: the dataset's)")
-    add("--hub_private_repo", default=True, **flag, help="make new repositories private")
-    add("--dry_run", default=False, **flag, help="change nothing, and say what a run would do and how long it takes")
-    args = parser.parse_args(argv)
-    for name in ("timestamp_probability", "condition_on_prev_probability", "concatenate_probability"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} {getattr(args, name)} is not between 0 and 1")
-    if not 0 <= args.concatenate_gap_seconds < args.concatenate_seconds:
-        parser.error(f"--concatenate_gap_seconds {args.concatenate_gap_seconds} is not between 0 and a window's length")
-    for name in ("preprocessing_num_workers", "preprocessing_batch_size", "shard_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is less than 1")
-    return args
+def filtering_card(output: Output, text: str | None) -> str:
+    """The dataset card with the section on this configuration and split, and all else that the card `text` has."""
+    settings = output.settings
+    card = DatasetCard(text or f"---\n{{}}\n---\n# {output.directory.name}\n\n{ABOUT[output.kind]}\n")
+    list_split(card, settings["config"], settings["split"])
+    listed = card.data.language or []
+    languages = {listed} if isinstance(listed, str) else set(listed)
+    card.data.language = sorted(languages | {settings["language"]})
+    card.data.task_categories = ["automatic-speech-recognition"]
+    heading = f"## {settings['config']}, {settings['split']}"
+    others = re.sub(rf"(?ms)^{re.escape(heading)}\n.*?(?=^## |\Z)", "", card.text).rstrip()
+    description = describe_filter(output, read_json(output.record)["report"])
+    card.text = f"{others}\n\n{heading}\n\n{description}\n"
+    return str(card)
+
+
+def push_output(output: Output) -> None:
+    """Upload shards, record, figure and card of this configuration and split. The card keeps its other sections."""
+    title = f"{output.settings['config']}/{output.settings['split']}"
+    patterns = [f"{title}-*", f"{output.record.stem}.*"]
+    update_card = functools.partial(filtering_card, output)
+    push_dataset(output.repository, output.directory, patterns, update_card, f"Filter {title}")
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    state = PartialState(cpu=True, timeout=timedelta(days=30))
-    level = logging.INFO if state.is_main_process else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
+
+    # 1. Set up.
     started = time.monotonic()
-    workers = max(1, args.preprocessing_num_workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    state = PartialState(cpu=True, timeout=timedelta(days=30))
+    is_main = state.is_main_process
+    set_up_process(is_main)
+    torch.set_num_threads(1)  # as in the workers, so that features do not depend on their number
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this run, on this machine
+    workers = max(1, args.preprocessing_num_workers // processes)
+
+    # 2. Refuse what can be refused.
+    if args.push_to_hub and not args.hub_model_id and local_directory(args.dataset_name):
+        fail("--push_to_hub with a local dataset needs --hub_model_id org/name")
+    for name in ("max_duration_in_seconds", "concatenate_seconds"):
+        if getattr(args, name) > WINDOW_SECONDS:
+            fail(f"--{name} {getattr(args, name)} is over the model's {WINDOW_SECONDS} s")
+
     try:
-        if args.dry_run and not state.is_main_process:
+        with state.main_process_first():
+            # 3. Load, and prepare the outputs.
+            job = load_job(args)
+            pushed = prepare_outputs(args, job, is_main)
+
+            # 4. Find what is left to do.
+            pending = {kind: output.missing_shards() for kind, output in job.outputs.items()}
+        if args.dry_run:
+            if is_main:
+                print_filtering_plan(args, job, pending, pushed, workers * state.num_processes)
             return 0
-        with nullcontext() if args.dry_run else state.main_process_first():
-            job = plan(args)
-            if args.skip_filtering and state.is_main_process:
-                find_filtered(args, job)
-            afresh = args.overwrite_output_dir and state.is_main_process
-            overwrite = list(job.outputs())[1 if args.skip_filtering else 0 :] if afresh else []
-            open_outputs(job, overwrite, check=True)
-            repositories = find_repositories(args, job)
-            if args.dry_run:
-                return preview(args, job, repositories, workers * state.num_processes)
-            if state.is_main_process:
-                create_repositories(job, repositories, args.hub_private_repo)
-            open_outputs(job, overwrite)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        new = len(job.missing(job.steps()[0][1]))
-        for step, directories in job.steps():
-            size = job.outputs()[directories[0]]["shard_size"]
-            turn = (job.windows or job.settings)["shard_size"] // size  # what is packed together falls to one process
-            missing = job.missing(directories)
-            mine = [shard for shard in missing if shard // turn % state.num_processes == state.process_index]
-            run_step(job, step, mine, workers, state.is_main_process and bool(mine))
+
+        # 5. Work. Shards are dealt out to the processes in turn; those that are packed together go to the same one.
+        rows_together = max(output.settings["shard_size"] for output in job.outputs.values())
+        for kind, output in job.outputs.items():
+            together = rows_together // output.settings["shard_size"]
+            mine = [shard for shard in pending[kind] if shard // together % state.num_processes == state.process_index]
+            write_shards(job, kind, mine, workers, is_main)
         state.wait_for_everyone()
-        if not state.is_main_process:
+        if not is_main:
             return 0
-        return finish(job, args, repositories, new, time.monotonic() - started)
-    except KeyboardInterrupt:
-        return 130
+        for output in job.outputs.values():
+            for shard in output.missing_shards():
+                fail(f"shard {shard} of {output.directory} is missing: can all machines see this directory? {CONTINUE}")
+
+        # 6. Write record and card.
+        seconds = time.monotonic() - started
+        share_done = max(len(pending[kind]) / output.shards for kind, output in job.outputs.items())
+        run = {
+            "stage": "filtering",
+            "status": "complete",
+            "arguments": vars(args),
+            "seconds": round(seconds, 1),
+            "clips_per_second": round(share_done * job.row_groups[-1].stop / seconds, 1),
+            "versions": library_versions(*LIBRARIES),
+        }
+        report = write_results(job, run)
+        refuse_empty_results(report, job.outputs["filtered"].settings)
+
+        # 7. Push.
+        for output in pushed:
+            push_output(output)
+        return 0
     except OSError as error:
-        if error.errno is None:  # not the system's
+        if error.errno is None:  # not from the operating system
             raise
-        fail(f"{error}: what is done stays; the same command continues")
+        fail(f"{error}. {CONTINUE}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"stopped. {CONTINUE}", file=sys.stderr)
+        sys.exit(130)

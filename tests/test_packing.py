@@ -88,20 +88,20 @@ def small_shards(monkeypatch):
 @settings(max_examples=300, deadline=None)
 def test_every_clip_is_in_one_window_that_keeps_the_limits(clips, seed, seconds, gap, probability, limit):
     choices = {"seed": seed, "concatenate_seconds": seconds, "concatenate_gap_seconds": gap}
-    choices |= {"concatenate_probability": probability, "max_label_length": limit}
-    samples, tokens, speakers = ([clip[part] for clip in clips] for part in range(3))
-    windows = script.fill_windows(list(range(len(clips))), samples, tokens, speakers, choices)
-    assert sorted(clip for window in windows for clip in window.clips) == list(range(len(clips)))
+    choices |= {"concatenate_probability": probability}
+    packed = [script.PackedClip(row, *clip) for row, clip in enumerate(clips)]
+    windows = script.fill_windows(packed, choices, limit)
+    assert sorted(clip.row for window in windows for clip in window.clips) == list(range(len(clips)))
     for window in windows:
         assert window.starts[0] == 0
         assert len(window.starts) == len(window.clips)
         if len(window.clips) == 1:
             continue
-        assert not window.alone
-        assert len({speakers[clip] for clip in window.clips}) == 1
-        assert speakers[window.clips[0]] is not None
-        assert sum(tokens[clip] for clip in window.clips) <= limit
-        ends = [start * 0.02 + samples[clip] / 16_000 for clip, start in zip(window.clips, window.starts, strict=True)]
+        assert not any(clip.alone for clip in window.clips)
+        assert len({clip.speaker for clip in window.clips}) == 1
+        assert window.clips[0].speaker is not None
+        assert sum(clip.tokens for clip in window.clips) <= limit
+        ends = [start * 0.02 + clip.samples / 16_000 for clip, start in zip(window.clips, window.starts, strict=True)]
         assert ends[-1] <= seconds + 1e-9
         for end, start in zip(ends[:-1], window.starts[1:], strict=True):
             assert -1e-9 <= start * 0.02 - end < gap + 0.02
@@ -113,17 +113,15 @@ def test_windows_are_filled_to_90_percent_without_gathering_clips_of_one_length(
     draw = random.Random(0)
     for seed in range(4):
         seconds = [min(max(draw.gammavariate(4, 4.33 / 4), 0.5), 29) for _ in range(clips)]
-        samples, tokens = (
-            [round(16_000 * length) for length in seconds],
-            [round(4.3 * length) + 2 for length in seconds],
-        )
-        choices = TOGETHER | {"seed": seed, "max_label_length": 251}
-        windows = script.fill_windows(list(range(clips)), samples, tokens, [""] * clips, choices)
-        fill = [sum(seconds[clip] for clip in window.clips) / 30 for window in windows]
+        packed = []
+        for row, length in enumerate(seconds):
+            packed.append(script.PackedClip(row, round(16_000 * length), round(4.3 * length) + 2, "any"))
+        windows = script.fill_windows(packed, TOGETHER | {"seed": seed}, 251)
+        fill = [sum(seconds[clip.row] for clip in window.clips) / 30 for window in windows]
         assert np.mean(fill) >= 0.9
-        pairs = [(seconds[a], seconds[b]) for w in windows for a in w.clips for b in w.clips if a != b]
+        pairs = [(seconds[a.row], seconds[b.row]) for w in windows for a in w.clips for b in w.clips if a is not b]
         assert np.corrcoef(np.array(pairs).T)[0, 1] < 0.05
-        first, last = ([seconds[window.clips[place]] for window in windows] for place in (0, -1))
+        first, last = ([seconds[window.clips[place].row] for window in windows] for place in (0, -1))
         assert abs(np.mean(first) - np.mean(last)) < 1.0
 
 
@@ -148,12 +146,12 @@ def test_timestamps_are_shifted_kept_within_the_clip_and_added_where_missing(tea
         pieces = [[first + round(float(p) / 0.02)] if p[0].isdigit() else teacher.ids(p) for p in text.split()]
         return [token for piece in pieces for token in piece]
 
-    tokens = script.find_tokens(teacher.tokenizer, ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>"])
+    tokens = script.find_special_tokens(teacher.id, {"language": "ja", "task": "transcribe"})
     assert script.place_body(ids(body), 500, 24_000, tokens) == ids(expected)
 
 
 def test_texts_are_joined_as_the_language_writes_them_and_as_the_tokenizer_writes_that(teacher):
-    tokens = script.find_tokens(teacher.tokenizer, ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>"])
+    tokens = script.find_special_tokens(teacher.id, {"language": "ja", "task": "transcribe"})
 
     def join(texts: list, language: str, limit: int = 100) -> list[int]:
         parts = [teacher.ids(text) if isinstance(text, str) else text for text in texts]
@@ -282,11 +280,10 @@ def test_other_rates_and_formats_are_packed_at_16_khz(teacher, arguments, tmp_pa
     (window,) = read(tmp_path / PACKED, ("audio", *COLUMNS))
     stored, _ = soundfile.read(io.BytesIO(window["audio"]["bytes"]), dtype="float32")
     for clip, start in zip(window["clips"], window["clip_starts"], strict=True):
-        expected, first = (
-            script.decode(audio[clip], -1 if clip is None else [16_000, 16_000, 24_000][clip]),
-            start * 16_000,
-        )
-        assert np.abs(stored[round(first) :][: len(expected)] - expected).max() <= 0.5 / 32768 + 1e-7
+        expected = script.decode_clip(audio[clip]).waveform
+        assert len(expected) == [16_000, 16_000, 24_000][clip]
+        placed = stored[round(start * 16_000) :][: len(expected)]
+        assert np.abs(placed - expected).max() <= 0.5 / 32768 + 1e-7
 
 
 # ---- nothing is lost -------------------------------------------------------------------------------------------------
@@ -315,7 +312,9 @@ def test_what_is_missing_is_made_again_and_nothing_else(packed, arguments, tmp_p
     assert [path for path in times if path.stat().st_mtime_ns != times[path]] == lost
     assert contents(*(tmp_path / n for n in paths)) == contents(*(packed / n for n in paths))
     for choice in (("--concatenate_seconds", 20), ("--concatenate_probability", 0.5), ("--seed", 1)):
-        with pytest.raises(SystemExit, match=rf"has {choice[0][2:]} \S+, not {choice[1]}.*--overwrite_output_dir"):
+        with pytest.raises(
+            SystemExit, match=rf"{choice[0][2:]} was \S+ and is now {choice[1]}.*--overwrite_output_dir"
+        ):
             script.main(arguments(tmp_path, *choice))
 
 
@@ -332,6 +331,13 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(arguments, tmp_pat
     assert script.main(arguments(tmp_path / "whole")) == 0
     assert contents(*outputs) == contents(*(tmp_path / "whole" / output.name for output in outputs))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_windows_of_another_threshold_beside_them_are_not_taken_for_these(packed, arguments, tmp_path, small_shards):
+    assert script.main(arguments(tmp_path, "--cer_threshold", 200)) == 0
+    assert script.main(arguments(tmp_path)) == 0
+    names = (CUT, PACKED, VECTORS)
+    assert contents(*(tmp_path / name for name in names)) == contents(*(packed / name for name in names))
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
