@@ -1,22 +1,22 @@
 #!/usr/bin/env python
 """Load the ReazonSpeech files that reazonspeech_manual_downloader.py stored, as a Hugging Face dataset.
 
-In:   <data_dir>/<target>/<target>.<target>.tsv and <target>.000.tar, ..., and the same of a download in ranges in
+In:   <data_dir>/<target>/<target>.<target>.tsv and <target>.000.tar, ...; a download in ranges has the same files in
       <data_dir>/<target>_<start>_<end>/. `data_dir` is REAZONSPEECH_DATA_DIR or ~/.cache/reazon_manual_download.
-Out:  rows of `name` (000/0123456789abc.flac), `audio` ({bytes, path}, the tar's own FLAC bytes) and `transcription`,
-      in the order of the tars and of the members in each, whatever the number of processes. As a script it prints
-      what the files hold, and with --output_dir it writes a dataset repository of one shard for each tar.
+Out:  rows of `name` (000/0123456789abc.flac), `audio` ({bytes, path}, with the FLAC bytes from the tar) and
+      `transcription`, in the order of the tars and of their members, for any number of processes. As a script it
+      prints statistics of the files, and with --output_dir it writes a dataset repository with one shard per tar.
 
-The next stage loads it by its path: `run_pseudo_labelling.py --dataset_name reazonspeech_manual_dataloader.py`. By
-hand, in one process and in many:
+The next stage loads this file by its path: `run_pseudo_labelling.py --dataset_name reazonspeech_manual_dataloader.py`.
+As a script, in one process and in many:
 
     python reazonspeech_manual_dataloader.py -t tiny
     python reazonspeech_manual_dataloader.py -t all --dataset_dir_suffix 0_50 --preprocessing_num_workers 16 \\
         --output_dir reazonspeech --hub_model_id my-org/reazonspeech
 
-To resume, run the same command again: only missing shards are written. Tars are streamed, never extracted. What cannot
-be used (a member without a transcript and the reverse, a malformed line, a second one of a name, an empty clip) is left
-out, counted and named; a broken tar ends the run.
+To resume, run the same command again: only missing shards are written. Tars are streamed, never extracted. Members
+without a transcript, transcripts without a member, malformed lines, duplicates and empty clips are left out, counted
+and named; a broken tar ends the run.
 """
 
 import argparse
@@ -41,11 +41,13 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import datasets
 import pyarrow as pa
@@ -57,7 +59,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
-TARS = {  # of each subset (https://huggingface.co/datasets/reazon-research/reazonspeech); the last one is the test set
+# The tars of each subset (https://huggingface.co/datasets/reazon-research/reazonspeech); the last tar is the test set.
+# reazonspeech_manual_downloader.py has the same table.
+TARS = {
     "tiny": range(1),
     "small": range(12),
     "medium": range(116),
@@ -68,16 +72,18 @@ TARS = {  # of each subset (https://huggingface.co/datasets/reazon-research/reaz
 VERSION = datasets.Version("2.0.0")  # of the corpus
 DATA_DIR = "~/.cache/reazon_manual_download"
 END_OF_TAR = tarfile.NUL * tarfile.BLOCKSIZE
-ROWS_AT_ONCE = 100  # of ~105 kB each, between the tar and the disk
-DURATIONS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30)  # seconds, lower ends of the histogram's bars
-# As the builder writes it: without torchcodec `datasets` encodes no Audio. Readers cast this struct to Audio.
+ROWS_AT_ONCE = 100  # rows held in memory, of about 105 kB each
+DURATIONS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30)  # seconds; lower ends of the histogram's bins
+# The columns of the rows that `read_tar` yields. `audio` is a plain struct because `datasets` cannot encode Audio
+# without torchcodec; readers cast it to Audio.
 FEATURES = datasets.Features(
     name=datasets.Value("string"),
     audio={"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
     transcription=datasets.Value("string"),
 )
 SCHEMA = datasets.Features({**FEATURES, "audio": datasets.Audio(sampling_rate=16_000)}).arrow_schema  # of the shards
-Problems = dict[str, list[str]]  # places of what cannot be used, by its kind
+Problems = dict[str, list[str]]  # where each kind of problem was found
+UNDECODABLE = "clips that are no audio"  # the one kind of problem whose clips are kept
 REMEDY = "run reazonspeech_manual_downloader.py --health_check, then without it"
 CARD = """---
 language: [ja]
@@ -97,27 +103,33 @@ in parquet. Its terms bind: use only for information analysis under Article 30-4
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     flag = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     group = parser.add_argument_group("input")
     group.add_argument("-t", "--target", choices=list(TARS), default="tiny", help="subset of the corpus")
-    group.add_argument("--dataset_dir_suffix", metavar="START_END", help="range of a download in ranges; unset = all")
-    group.add_argument("--data_dir", help=f"directory of downloads; unset = REAZONSPEECH_DATA_DIR or {DATA_DIR}")
-    group.add_argument("--preprocessing_num_workers", type=int, default=1, help="processes, each a tar at a time")
+    group.add_argument(
+        "--dataset_dir_suffix", metavar="START_END", help="range of a download in ranges; unset = all ranges"
+    )
+    group.add_argument("--data_dir", help=f"download directory; unset = REAZONSPEECH_DATA_DIR or {DATA_DIR}")
+    group.add_argument("--preprocessing_num_workers", type=int, default=1, help="number of processes")
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", type=Path, help="dataset repository to write; unset = only print statistics")
-    group.add_argument("--overwrite_output_dir", default=False, help="delete the subset's shards there first", **flag)
+    group.add_argument(
+        "--output_dir", type=Path, help="directory of the dataset repository to write; unset = only print statistics"
+    )
+    group.add_argument("--overwrite_output_dir", default=False, help="first delete the subset's shards there", **flag)
     group.add_argument("--hub_model_id", metavar="ORG/NAME", help="dataset repository on the Hub; unset = no push")
     group.add_argument("--push_to_hub", help="push the dataset; unset = True with --hub_model_id, else False", **flag)
     group.add_argument("--hub_private_repo", default=True, help="make a new repository private", **flag)
-    group.add_argument("--dry_run", default=False, help="print what would be done and how long it takes, stop", **flag)
+    group.add_argument(
+        "--dry_run", default=False, help="only print what would be done and how long it would take", **flag
+    )
     args = parser.parse_args(argv)
     if args.push_to_hub is None:
         args.push_to_hub = args.hub_model_id is not None
     if args.push_to_hub and not (args.hub_model_id and args.output_dir):
-        parser.error("a push needs --hub_model_id and --output_dir")
+        parser.error("--push_to_hub needs --hub_model_id and --output_dir")
     return args
 
 
@@ -133,14 +145,6 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
-def first_line(error: BaseException) -> str:
-    """The line of an error that says what is wrong, without its full stop. The Hub's begin with the id of a request."""
-    for line in str(error).splitlines():
-        if line.strip() and not line.startswith("(Request ID"):
-            return line.strip().rstrip(".")
-    return type(error).__name__
-
-
 def boolean(value: str) -> bool:
     """Value of a flag that may stand alone (`--flag`) or carry a value (`--flag False`)."""
     if value.lower() in ("true", "1", "yes"):
@@ -150,23 +154,37 @@ def boolean(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag in its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def set_up_process(is_main_process: bool = True) -> None:
-    """Log to stderr, from the main process more than from the others, and end in order on SIGTERM."""
+    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
     level = logging.INFO if is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    for noisy in ("httpx2", "httpx", "accelerate"):  # a line for every request, and for every file of a checkpoint
+    for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that appears under its name only when it is complete and on the disk."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 # ---- common: records -------------------------------------------------------------------------------------------------
@@ -209,6 +227,14 @@ def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
 HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    for line in str(error).splitlines():
+        if line.strip() and not line.startswith("(Request ID"):
+            return line.strip().rstrip(".")
+    return type(error).__name__
+
+
 def hub_fail(action: str, error: BaseException) -> NoReturn:
     """Fail because the Hub refused something."""
     fail(
@@ -217,20 +243,10 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def local_directory(reference: str) -> Path | None:
-    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
-        fail(f"{reference!r} is neither a directory that exists nor a Hub id such as org/name")
-    return None
-
-
 def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
-    """Create a repository where it is missing and prove the right to write to it; gives its full id.
+    """Create a repository if it is missing, check the right to write to it, and return its full id.
 
-    A dry run creates nothing: it looks whether the repository, or else its owner, is there for this token.
+    A dry run creates nothing: it checks the repository, or else whether this token could create it.
     """
     api = HfApi()
     try:
@@ -251,7 +267,7 @@ def prepare_repository(repository: str, repo_type: str, private: bool | None, dr
 
 
 def push_again(push: Callable[[], object]) -> None:
-    """Push, and try again where another push to the repository came between: the Hub then answers 409 or 412."""
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
     for seconds in (1, 2, 4, 0):
         try:
             push()
@@ -270,23 +286,18 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, not
 
     `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
-            for table in tables:
-                if table.num_rows:  # `datasets` cannot read a row group without rows
-                    writer.write_table(table, row_group_size=100)
-            writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+        for table in tables:
+            if table.num_rows:  # `datasets` cannot read a row group without rows
+                writer.write_table(table, row_group_size=100)
+        writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
 
 
 def read_notes(path: Path) -> dict | None:
     """What `write_parquet` noted in a shard; None where the shard is missing or damaged."""
     try:
         metadata = pq.read_metadata(path).metadata or {}
-    except (FileNotFoundError, pa.ArrowInvalid):
+    except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
         return None
     return json.loads(metadata.get(b"kotoba", "{}"))
 
@@ -344,13 +355,13 @@ def push_dataset(
 
 @dataclass
 class Corpus:
-    """The files of a subset that are on the disk."""
+    """The downloaded files of a subset."""
 
     tsv: Path
-    tars: dict[int, Path]  # by index, in order
+    tars: dict[int, Path]  # by index, in ascending order
 
     def fingerprint(self) -> str:
-        """Changes when a file is added, replaced or rewritten."""
+        """Return a hash that changes when a file is added, replaced or rewritten."""
         files = []
         for path in (self.tsv, *self.tars.values()):
             status = path.stat()
@@ -360,7 +371,7 @@ class Corpus:
 
 
 def find_corpus(target: str, data_dir: str | None = None, dataset_dir_suffix: str | None = None) -> Corpus:
-    """The downloaded files of `target`: of one range where a suffix such as `0_50` is given, else of all of them."""
+    """Find the downloaded files of `target`: of one range if a suffix such as `0_50` is given, else of all ranges."""
     data_dir = data_dir or os.environ.get("REAZONSPEECH_DATA_DIR") or DATA_DIR
     root = Path(data_dir).expanduser().absolute()
     if dataset_dir_suffix:
@@ -378,16 +389,17 @@ def find_corpus(target: str, data_dir: str | None = None, dataset_dir_suffix: st
     tsvs = [directory / tsv for directory in directories if (directory / tsv).is_file()]
     if not tars or not tsvs:
         missing = tsv if tars else f"{target}.*.tar"
-        fail(f"no {missing} in {directories[0]}; fetch it with: python reazonspeech_manual_downloader.py -t {target}")
+        command = f"python reazonspeech_manual_downloader.py -t {target}"
+        fail(f"no {missing} in {directories[0]}; download it with: {command}")
     return Corpus(tsvs[0], dict(sorted(tars.items())))
 
 
 def check_tars(target: str, corpus: Corpus) -> None:
-    """Say which tars of the subset are absent, and refuse truncated ones before any work is done."""
+    """Warn of missing tars, and refuse truncated ones before any work is done."""
     absent = [f"{index:03x}" for index in TARS[target] if index not in corpus.tars]
     if absent:
-        present = f"{len(corpus.tars)} of its {len(TARS[target])} tars"
-        logger.warning("%s: %s are here, without %s", target, present, few(absent, 8))
+        found = f"{len(corpus.tars)} of {len(TARS[target])} tars found"
+        logger.warning("%s: %s; missing: %s", target, found, few(absent, 8))
     truncated = []
     for path in corpus.tars.values():
         with open(path, "rb") as file:
@@ -406,77 +418,81 @@ class BrokenTarError(Exception):
 
 
 class TarJob(NamedTuple):
-    """A tar to load."""
+    """A tar to process."""
 
     tar: Path
     tsv: Path
-    runs: array  # of its lines in the tsv, as `locate_transcripts` gives them
-    shard: Path | None = None  # parquet file to write
+    line_ranges: array  # where the tsv has the tar's transcripts, as returned by `locate_transcripts`
+    shard: Path | None = None  # parquet file to write; None = only statistics
 
 
 def few(names: list[str], count: int) -> str:
-    """The first names of a list."""
+    """Join the first `count` names of a list."""
     ellipsis = ["..."] if len(names) > count else []
     return ", ".join(names[:count] + ellipsis)
 
 
 def summary(problems: Problems) -> str:
-    """One line: how many problems of each kind there are, and the places of the first three."""
+    """Return one line with the number of problems of each kind and the places of the first three."""
     kinds = [f"{len(places)} {kind} ({few(places, 3)})" for kind, places in problems.items() if places]
     return "; ".join(kinds) or "nothing"
 
 
 def tar_prefix(line: bytes) -> bytes:
-    """`000/`, by which a line of the tsv names its tar."""
+    """Return the part of a tsv line that names its tar, such as `000/`."""
     return line[2:6] if line[:2] == b"./" else line[:4]
 
 
 def locate_transcripts(tsv: Path, indices: Iterable[int], problems: Problems) -> dict[int, array]:
     """Find the lines of each tar, so that a worker reads only those of its tars: all.tsv has 2.1 GB.
 
-    Gives for each index its runs of neighbouring lines, three numbers each in one flat array: number of the first
-    line, byte where it begins, byte behind the last line. Lines that name no tar at all are problems.
+    Lines that do not begin with the name of a tar are noted as problems.
+
+    Returns:
+        The ranges of adjacent lines of each tar, by index. A range is three numbers: the number of its first line, the
+        byte where it begins and the byte where it ends. A tar's ranges are stored one after another in a flat array,
+        which needs a seventh of the memory of tuples: an unsorted tsv has about one range per line.
     """
-    runs = {index: array("q") for index in indices}
-    runs_by_prefix = {b"%03x/" % index: runs[index] for index in indices}
+    line_ranges = {index: array("q") for index in indices}
+    ranges_by_prefix = {b"%03x/" % index: ranges for index, ranges in line_ranges.items()}
     number = 1
     start = 0
     with open(tsv, "rb", buffering=1 << 20) as file:
-        for prefix, neighbours in itertools.groupby(file, tar_prefix):
-            lines = list(neighbours)
+        for prefix, adjacent in itertools.groupby(file, tar_prefix):
+            lines = list(adjacent)
             end = start + sum(map(len, lines))
-            if prefix in runs_by_prefix:
-                runs_by_prefix[prefix].extend((number, start, end))
+            if prefix in ranges_by_prefix:
+                ranges_by_prefix[prefix].extend((number, start, end))
             elif not re.fullmatch(rb"[0-9a-f]{3}/", prefix):
                 places = [f"{tsv.name} line {number + i}" for i, line in enumerate(lines) if line.strip()]
                 problems["malformed lines"] += places
             number += len(lines)
             start = end
-    return runs
+    return line_ranges
 
 
 def list_jobs(corpus: Corpus, problems: Problems) -> list[TarJob]:
-    """All tars of a corpus."""
-    runs = locate_transcripts(corpus.tsv, corpus.tars, problems)
+    """List a job for every tar of a corpus."""
+    line_ranges = locate_transcripts(corpus.tsv, corpus.tars, problems)
     jobs = []
     for index, tar in corpus.tars.items():
-        jobs.append(TarJob(tar, corpus.tsv, runs[index]))
+        jobs.append(TarJob(tar, corpus.tsv, line_ranges[index]))
     return jobs
 
 
-def read_transcripts(tsv: Path, runs: array, problems: Problems) -> dict[str, str]:
-    """Transcripts by name of one tar's lines; of two lines for one name the first counts."""
+def read_transcripts(tsv: Path, line_ranges: array, problems: Problems) -> dict[str, str]:
+    """Read the transcripts of one tar by name. If a name has several lines, the first one counts."""
     texts = {}
     with open(tsv, "rb") as file:
-        for i in range(0, len(runs), 3):
-            first, start, end = runs[i : i + 3]
+        for i in range(0, len(line_ranges), 3):  # three numbers per range
+            first, start, end = line_ranges[i : i + 3]
             file.seek(start)
             lines = io.BytesIO(file.read(end - start))
             for number, line in enumerate(lines, first):
                 place = f"{tsv.name} line {number}"
                 try:
                     name, text = line.decode().rstrip("\r\n").removeprefix("./").split("\t")
-                except ValueError:  # not UTF-8, no tab, two tabs
+                except ValueError:  # not UTF-8, no tab or several tabs
                     problems["malformed lines"].append(place)
                     continue
                 if name in texts:
@@ -485,19 +501,21 @@ def read_transcripts(tsv: Path, runs: array, problems: Problems) -> dict[str, st
     return texts
 
 
-def read_tar(path: Path, texts: dict[str, str], problems: Problems) -> Iterator[dict]:
-    """Rows of a tar in its order, one in memory at a time. Raises BrokenTarError where it cannot be read further."""
+def read_tar(job: TarJob, problems: Problems) -> Iterator[dict]:
+    """Yield the rows of a tar in its order, one at a time. Raises BrokenTarError if it cannot be read to its end."""
+    path = job.tar
+    texts = read_transcripts(job.tsv, job.line_ranges, problems)
     seen = set()
     place = 0
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             size = path.stat().st_size
             while member := tar.next():
-                tar.members.clear()  # otherwise it keeps every one
+                tar.members.clear()  # `tarfile` would keep all of them in memory
                 place = member.offset
                 name = member.name.removeprefix("./")
                 if not 0 <= member.size <= size - member.offset_data:
-                    raise tarfile.ReadError(f"{name} has {member.size:,} bytes, more than follow")
+                    raise tarfile.ReadError(f"{name} claims {member.size:,} bytes, more than the file has left")
                 if member.isdir():
                     continue
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
@@ -512,7 +530,9 @@ def read_tar(path: Path, texts: dict[str, str], problems: Problems) -> Iterator[
                 else:
                     seen.add(name)
                     file.seek(member.offset_data)
+                    # Any content is accepted here; the next stage decodes it and counts what is no audio.
                     audio = {"bytes": file.read(member.size), "path": name}
+                    # The keys are the columns of FEATURES.
                     yield {"name": name, "audio": audio, "transcription": texts[name]}
             place = tar.offset
             file.seek(place)
@@ -523,21 +543,15 @@ def read_tar(path: Path, texts: dict[str, str], problems: Problems) -> Iterator[
     problems["transcripts without a member"] += [name for name in texts if name not in seen]
 
 
-def tar_rows(job: TarJob, problems: Problems) -> Iterator[dict]:
-    """Rows of a tar, as `read_tar` gives them."""
-    texts = read_transcripts(job.tsv, job.runs, problems)
-    return read_tar(job.tar, texts, problems)
-
-
 # ---- builder ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def tied_workers() -> Iterator[None]:
-    """Processes forked in here end at SIGTERM, and when this one ends.
+    """Processes forked inside die on SIGTERM and with their parent.
 
-    A pool ends its workers by SIGTERM, and a worker that inherits our handler can lose one that comes early. And the
-    workers that `datasets` has when it is killed would stay and hold its lock: the next run would wait for ever.
+    Otherwise workers orphaned by a killed run would keep the cache's lock and block the next run, and workers that
+    inherit this script's SIGTERM handler could miss the signal by which a pool ends them.
     """
     parent = os.getpid()
     inside = threading.Event()
@@ -563,7 +577,7 @@ def tied_workers() -> Iterator[None]:
 
 @dataclass
 class ReazonSpeechConfig(datasets.BuilderConfig):
-    """A subset; `data_dir` and `dataset_dir_suffix` say where its files are."""
+    """A subset of the corpus; `data_dir` and `dataset_dir_suffix` say where its files are."""
 
     dataset_dir_suffix: str | None = None
 
@@ -571,13 +585,13 @@ class ReazonSpeechConfig(datasets.BuilderConfig):
         return find_corpus(self.name, self.data_dir, self.dataset_dir_suffix)
 
     def create_config_id(self, config_kwargs, custom_features=None) -> str:
-        """Name of the cache: other files, other cache."""
+        """Return the name of the cache directory, which depends on the files. `datasets` calls this."""
         config_id = super().create_config_id(config_kwargs, custom_features)
         return f"{config_id}-{self.corpus().fingerprint()}"
 
 
 class ReazonSpeech(datasets.GeneratorBasedBuilder):
-    """ReazonSpeech v2 from downloaded tars: split `train`, and `test` in the configuration `test`."""
+    """ReazonSpeech v2 from downloaded tars: the configuration `test` has the split `test`, the others have `train`."""
 
     BUILDER_CONFIG_CLASS = ReazonSpeechConfig
     BUILDER_CONFIGS = [ReazonSpeechConfig(name, VERSION) for name in TARS]  # noqa: RUF012
@@ -603,7 +617,7 @@ class ReazonSpeech(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, jobs: list[TarJob]):
         problems = collections.defaultdict(list)
         for job in jobs:
-            for row in tar_rows(job, problems):
+            for row in read_tar(job, problems):
                 yield row["name"], row
         if any(problems.values()):
             first = jobs[0].tar.name
@@ -614,14 +628,21 @@ class ReazonSpeech(datasets.GeneratorBasedBuilder):
 # ---- shards and statistics -------------------------------------------------------------------------------------------
 
 
+class TarResult(NamedTuple):
+    """What a worker returns for a tar."""
+
+    notes: dict  # counts and problems, as stored in the shard
+    error: str = ""  # why the tar could not be read to its end; empty = it was
+
+
 def count_clip(row: dict, counts: collections.Counter, problems: Problems) -> None:
     """Add a clip to the statistics."""
     content = row["audio"]["bytes"]
     seconds = 0.0
     try:
         seconds = soundfile.info(io.BytesIO(content)).duration
-    except soundfile.LibsndfileError:  # it stays: the next stage counts what it cannot use
-        problems["clips that are no audio"].append(row["name"])
+    except soundfile.LibsndfileError:
+        problems[UNDECODABLE].append(row["name"])
     counts["clips"] += 1
     counts["bytes"] += len(content)
     counts["seconds"] += seconds
@@ -631,16 +652,16 @@ def count_clip(row: dict, counts: collections.Counter, problems: Problems) -> No
 
 
 def make_tables(job: TarJob, counts: collections.Counter, problems: Problems) -> Iterator[pa.Table]:
-    """The rows of a tar, a few at a time, counted as they pass."""
-    rows = tar_rows(job, problems)
+    """Yield the rows of a tar in small tables, and count the clips."""
+    rows = read_tar(job, problems)
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
         for row in batch:
             count_clip(row, counts, problems)
         yield pa.Table.from_pylist(batch, SCHEMA)
 
 
-def load_tar(job: TarJob) -> dict:
-    """Write the shard of a tar, if one is named; gives the notes in it, or what is broken."""
+def process_tar(job: TarJob) -> TarResult:
+    """Count the clips of a tar, and write its shard if the job names one."""
     counts = collections.Counter()
     problems = collections.defaultdict(list)
     notes = {"counts": counts, "problems": problems}
@@ -649,29 +670,45 @@ def load_tar(job: TarJob) -> dict:
         if job.shard:
             write_parquet(job.shard, tables, SCHEMA, notes)
         else:
-            collections.deque(tables, maxlen=0)
+            collections.deque(tables, maxlen=0)  # only counts
     except BrokenTarError as error:
-        return {"broken": str(error)}
-    return notes
+        return TarResult(notes, str(error))
+    return TarResult(notes)
 
 
-def load_tars(jobs: list[TarJob], num_workers: int) -> list[dict]:
-    """The notes of each tar. A broken one ends the run when the others are done."""
-    num_workers = max(1, min(num_workers, len(jobs)))
-    with tied_workers():
-        ignore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        pool = multiprocessing.Pool(num_workers, ignore_ctrl_c)
-    with pool:
-        results = pool.imap(load_tar, jobs)
-        all_notes = list(tqdm(results, "loading", len(jobs), unit="tar"))
-    broken = [notes["broken"] for notes in all_notes if "broken" in notes]
-    if broken:
-        fail("; ".join(broken))
-    return all_notes
+def count_workers(requested: int, jobs: list[TarJob]) -> int:
+    """Return the number of processes: at least one, and no more than there are tars."""
+    return max(1, min(requested, len(jobs)))
+
+
+def process_tars(jobs: list[TarJob], num_workers: int) -> list[dict]:
+    """Process tars in `num_workers` processes and return their notes. Fails after all tars if any is broken."""
+    ignore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    fork = multiprocessing.get_context("fork")  # for `tied_workers`
+    with ProcessPoolExecutor(num_workers, fork, initializer=ignore_ctrl_c) as pool:
+        try:
+            # `pool.map` would cancel its futures at an interruption, about which the pool then prints a traceback.
+            with tied_workers():
+                futures = [pool.submit(process_tar, job) for job in jobs]  # the first one starts all workers
+            with tqdm(futures, "loading", unit="tar") as progress:
+                results = [future.result() for future in progress]
+        except BrokenProcessPool:
+            fail(
+                "a worker process was killed, most likely because memory ran out; "
+                f"choose a smaller --preprocessing_num_workers. {CONTINUE}"
+            )
+        except BaseException:  # such as Ctrl-C and SIGTERM, after which nobody waits until the tars are finished
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+    errors = [result.error for result in results if result.error]
+    if errors:
+        fail("; ".join(errors))
+    return [result.notes for result in results]
 
 
 def sum_notes(all_notes: list[dict]) -> dict:
-    """The notes of all tars together."""
+    """Add up the notes of all tars."""
     counts = collections.Counter()
     problems = collections.defaultdict(list)
     for notes in all_notes:
@@ -682,9 +719,12 @@ def sum_notes(all_notes: list[dict]) -> dict:
 
 
 def print_statistics(counts: collections.Counter, problems: Problems) -> None:
-    """Print sums, problems and a histogram of the durations."""
+    """Print totals, problems and a histogram of the durations."""
+    left_out = {kind: places for kind, places in problems.items() if kind != UNDECODABLE}
+    undecodable = {kind: places for kind, places in problems.items() if kind == UNDECODABLE}
     print(f"{counts['clips']:,} clips, {counts['bytes'] / 1e9:,.3f} GB, {counts['seconds'] / 3600:,.2f} hours,")
-    print(f"{counts['characters']:,} characters; left out: {summary(problems)}")
+    print(f"{counts['characters']:,} characters; left out: {summary(left_out)}")
+    print(f"not decodable, but kept: {summary(undecodable)}")
     for lower, upper in itertools.pairwise((*DURATIONS, "...")):
         count = counts[f"from {lower} s"]
         share = count / max(1, counts["clips"])
@@ -695,12 +735,12 @@ def print_statistics(counts: collections.Counter, problems: Problems) -> None:
 
 
 def split_name(target: str) -> str:
-    """The split that a target is in the dataset."""
+    """Return the name of the dataset's split that holds a target."""
     return "test" if target == "test" else "train"
 
 
 def name_shards(jobs: list[TarJob], directory: Path, split: str) -> list[TarJob]:
-    """The same jobs, with the shards that they write."""
+    """Return the jobs with the names of the shards that they write."""
     named = []
     for number, job in enumerate(jobs):
         shard = directory / f"{split}-{number:05d}-of-{len(jobs):05d}.parquet"
@@ -709,39 +749,39 @@ def name_shards(jobs: list[TarJob], directory: Path, split: str) -> list[TarJob]
 
 
 def delete_split(directory: Path, split: str) -> None:
-    """Delete the shards of a split, and what a killed run has left of them."""
+    """Delete the shards of a split, and partial ones of killed runs."""
     for pattern in (f"{split}-*.parquet", f".{split}-*.partial"):
         for path in directory.glob(pattern):
             path.unlink()
 
 
 def find_missing(jobs: list[TarJob]) -> list[TarJob]:
-    """The jobs whose shards are not complete; all where none are to be written."""
+    """Return the jobs whose shards are not complete, or all jobs if no shards are to be written."""
     return [job for job in jobs if job.shard is None or read_notes(job.shard) is None]
 
 
 def total_size(jobs: list[TarJob]) -> int:
-    """Bytes of the tars."""
+    """Return the bytes of the tars."""
     return sum(job.tar.stat().st_size for job in jobs)
 
 
 def print_loading_plan(args: argparse.Namespace, jobs: list[TarJob]) -> None:
-    """Say what a run would read, write and push, and how long it takes; the first tar, loaded aside, is the sample."""
+    """Print what a run would read, write and push, and how long it would take, scaled up from the first tar."""
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            job = jobs[0]._replace(shard=Path(scratch) / "sample.parquet")
-            counts = load_tars([job], num_workers=1)[0]["counts"]
+            sample = jobs[0]._replace(shard=Path(scratch) / "sample.parquet")
+            counts = process_tars([sample], num_workers=1)[0]["counts"]
     except OSError as error:
-        fail(f"no place for a sample: {error}; set TMPDIR to a directory with 1 GB")
+        fail(f"cannot write a sample: {error}; set TMPDIR to a directory with 1 GB of free space")
     seconds = time.monotonic() - started
     left = jobs if args.overwrite_output_dir else find_missing(jobs)
-    tars = total_size(jobs) / total_size([job])  # of the sample's size
-    tars_left = total_size(left) / total_size([job])
-    clips = tars * counts["clips"]
-    hours = tars * counts["seconds"] / 3600
-    workers = max(1, min(args.preprocessing_num_workers, len(left)))
-    duration = timedelta(seconds=round(tars_left * seconds / workers))
+    scale = total_size(jobs) / total_size([sample])
+    scale_left = total_size(left) / total_size([sample])
+    clips = scale * counts["clips"]
+    hours = scale * counts["seconds"] / 3600
+    workers = count_workers(args.preprocessing_num_workers, left)
+    duration = timedelta(seconds=round(scale_left * seconds / workers))
     print(f"input: {len(jobs)} tars, {total_size(jobs) / 1e9:,.3f} GB, about {clips:,.0f} clips, {hours:,.2f} h")
     print(f"done: {len(jobs) - len(left)} of {len(jobs)} shards")
     print(f"left: {len(left)} tars, {total_size(left) / 1e9:,.3f} GB")
@@ -753,19 +793,19 @@ def print_loading_plan(args: argparse.Namespace, jobs: list[TarJob]) -> None:
 
 @contextlib.contextmanager
 def locked_output(directory: Path, target: str) -> Iterator[None]:
-    """Make the output directory and hold the lock of a target; an error of the disk ends the script in one line."""
+    """Create the output directory and hold the lock of a target. Fails in one line if the disk has an error."""
     try:
         (directory / target).mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / f".{target}.lock", timeout=60):  # workers of a killed run end their tars
+        with FileLock(directory / f".{target}.lock", timeout=60):  # workers of a killed run may still be busy
             yield
     except Timeout:
-        fail(f"another run is writing {target} in {directory}; wait for its end")
+        fail(f"another run is writing {target} in {directory}; wait until it ends")
     except OSError as error:
-        fail(f"cannot write the dataset: {error}; what is complete is kept. {CONTINUE}")
+        fail(f"cannot write the dataset: {error}; complete shards are kept. {CONTINUE}")
 
 
 def corpus_card(text: str | None, config: str, split: str) -> str:
-    """Dataset card that lists this split, and what the card `text` lists already."""
+    """Return a dataset card that lists this split in addition to those that the card `text` lists."""
     card = DatasetCard(text or CARD)
     list_split(card, config, split)
     return str(card)
@@ -789,16 +829,16 @@ def main(argv: list[str] | None = None) -> int:
         repository = prepare_repository(args.hub_model_id, "dataset", args.hub_private_repo, args.dry_run)
 
     # 3. Load.
-    strays = {"counts": {}, "problems": collections.defaultdict(list)}
-    jobs = list_jobs(corpus, strays["problems"])
+    unassigned_lines = {"counts": {}, "problems": collections.defaultdict(list)}  # lines of the tsv that name no tar
+    jobs = list_jobs(corpus, unassigned_lines["problems"])
     if args.output_dir:
         jobs = name_shards(jobs, args.output_dir / args.target, split)
     if args.dry_run:
         print_loading_plan(args, jobs)
         return 0
     if not args.output_dir:
-        all_notes = load_tars(jobs, args.preprocessing_num_workers)
-        print_statistics(**sum_notes([*all_notes, strays]))
+        all_notes = process_tars(jobs, count_workers(args.preprocessing_num_workers, jobs))
+        print_statistics(**sum_notes([*all_notes, unassigned_lines]))
         return 0
 
     with locked_output(args.output_dir, args.target):
@@ -812,13 +852,13 @@ def main(argv: list[str] | None = None) -> int:
             refuse_other_settings(record_path, earlier["settings"], settings)
         write_json(record_path, {"status": "running", "settings": settings})
         left = find_missing(jobs)
-        logger.info("%d of %d shards are there", len(jobs) - len(left), len(jobs))
+        logger.info("%d of %d shards are complete", len(jobs) - len(left), len(jobs))
 
         # 5. Work.
-        load_tars(left, args.preprocessing_num_workers)
+        process_tars(left, count_workers(args.preprocessing_num_workers, left))
 
         # 6. Write record and card.
-        notes = sum_notes([read_notes(job.shard) for job in jobs] + [strays])
+        notes = sum_notes([read_notes(job.shard) for job in jobs] + [unassigned_lines])
         counts = notes["counts"]
         seconds = time.monotonic() - started
         readme = args.output_dir / "README.md"

@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""Download ReazonSpeech v2: the tars and the transcriptions of a subset, or of a range of its tars.
+"""Download ReazonSpeech v2: the tars and transcriptions of a subset, or of a range of its tars.
 
-In:   <base_url>/tsv/<target>.tsv and <base_url>/data/000.tar, 001.tar, ...; when the corpus moves to another host
-      again, --base_url or REAZONSPEECH_BASE_URL names it.
-Out:  <data_dir>/<target>/<target>.<target>.tsv and <target>.000.tar, ...; a range of tars lies in
-      <data_dir>/<target>_<start>_<end>/. The target `test` is the one tar that `all` leaves out.
+In:   <base_url>/tsv/<target>.tsv and <base_url>/data/000.tar, 001.tar, ... If the corpus moves to another host, pass
+      its address as --base_url or set REAZONSPEECH_BASE_URL.
+Out:  <data_dir>/<target>/<target>.<target>.tsv and <target>.000.tar, ...; a range of tars is stored in
+      <data_dir>/<target>_<start>_<end>/. The target `test` is the one tar that `all` excludes.
 
 One file at a time, and ten at a time:
 
     python reazonspeech_manual_downloader.py --target tiny -p 1
     python reazonspeech_manual_downloader.py --target all -p 10 -s 0 -e 50
 
-To resume, run the same command again: complete files are not downloaded again, and partial ones (`.part`) go on where
-they stopped. A file gets its name only when its length and structure are checked and it is synced to the disk.
+To resume, run the same command again: complete files are not downloaded again, and partial ones (`.part`) are resumed.
+A file gets its final name only after its length and structure are checked and it is synced to the disk.
 
-Exit status: 0 when every file is there, 1 when files failed (each is named, with the reason) or when --health_check
-removed some, 130 after Ctrl-C, 143 after SIGTERM. The corpus may be used only for information analysis, as Article
-30-4 of the Japanese Copyright Act permits it.
+Exit status: 0 if all files are complete, 1 if files failed (each is named with the reason) or if --health_check
+removed some, 130 after Ctrl-C, 143 after SIGTERM. The corpus may be used only for information analysis, as permitted
+by Article 30-4 of the Japanese Copyright Act.
 """
 
 import argparse
@@ -35,11 +35,11 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import requests
 import urllib3
@@ -48,7 +48,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 BASE_URL = "https://corpus.reazon-research.org/reazonspeech-v2"  # as of November 2026
-TARS = {  # of each subset (https://huggingface.co/datasets/reazon-research/reazonspeech); the last one is the test set
+# The tars of each subset (https://huggingface.co/datasets/reazon-research/reazonspeech); the last tar is the test set.
+# reazonspeech_manual_dataloader.py has the same table.
+TARS = {
     "tiny": range(1),
     "small": range(12),
     "medium": range(116),
@@ -57,17 +59,18 @@ TARS = {  # of each subset (https://huggingface.co/datasets/reazon-research/reaz
     "test": range(4095, 4096),
 }
 DATA_DIR = "~/.cache/reazon_manual_download"
-TERMS = """ReazonSpeech is for information analysis only, as Article 30-4 of the Japanese Copyright Act permits it.
-Who downloads it agrees to use it for nothing else."""
-BLOCK = 1 << 20  # bytes read at once
-SAMPLE = 8 << 20  # bytes that --dry_run reads to measure the rate
-PROGRESS = 1 << 16  # bytes; a try that brought as many begins a new count of failures
-LEAST_RATE = 1024  # bytes a second, on average over --timeout; a slower connection is given up
+TERMS = """ReazonSpeech is for information analysis only, as permitted by Article 30-4 of the Japanese Copyright Act.
+By downloading it you agree to use it for nothing else."""
+BLOCK = 1 << 20  # bytes per read
+SAMPLE = 8 << 20  # bytes that --dry_run reads to measure the transfer rate
+PROGRESS = 1 << 16  # bytes; an attempt that receives at least this much resets the count of failures
+LEAST_RATE = 1024  # bytes per second, averaged over --timeout; slower connections are closed
 LONGEST_BACKOFF = 60.0  # seconds
-LONGEST_WAIT = 600  # seconds, whatever Retry-After says
-SPARE = 64 << 20  # bytes left free on the disk
-PADDING = 1 << 20  # bytes of zeros that a tar may end with
-TEMPORARY_STATUSES = {408, 425, 429, *range(500, 600)}  # the next try may get another answer
+LONGEST_WAIT = 600  # seconds, even if Retry-After asks for more
+SPARE = 64 << 20  # bytes to leave free on the disk
+PADDING = 1 << 20  # bytes; the most zeros that may end a tar
+TEMPORARY_STATUSES = {408, 425, 429, *range(500, 600)}  # the next attempt may succeed
+NO_HEAD_STATUSES = {403, 405, 501}  # servers that refuse HEAD send these; they may still accept GET
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -76,39 +79,46 @@ TEMPORARY_STATUSES = {408, 425, 429, *range(500, 600)}  # the next try may get a
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     flag = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     group = parser.add_argument_group("files")
     group.add_argument("-t", "--target", choices=list(TARS), default="tiny", help="subset of the corpus")
     group.add_argument(
-        "-s", "--start", "--start_que", type=int, help="first tar of a range; unset = the target's first"
+        "-s", "--start", "--start_que", type=int, help="first tar of the range; unset = the target's first tar"
     )
-    group.add_argument("-e", "--end", "--end_que", type=int, help="tar after the range; unset = to the target's last")
-    group.add_argument("--dry_run", help="print what would be downloaded and how long it takes, and stop", **flag)
-    group.add_argument("--health_check", help="check the files on the disk, remove damaged ones, and stop", **flag)
+    group.add_argument(
+        "-e", "--end", "--end_que", type=int, help="first tar after the range; unset = up to the target's last tar"
+    )
+    group.add_argument("--dry_run", help="only print what would be downloaded and how long it would take", **flag)
+    group.add_argument("--health_check", help="only check the downloaded files and remove damaged ones", **flag)
     group = parser.add_argument_group("places")
     group.add_argument("--base_url", help=f"address of the corpus; unset = REAZONSPEECH_BASE_URL or {BASE_URL}")
-    group.add_argument("--data_dir", help=f"directory of downloads; unset = REAZONSPEECH_DATA_DIR or {DATA_DIR}")
+    group.add_argument("--data_dir", help=f"download directory; unset = REAZONSPEECH_DATA_DIR or {DATA_DIR}")
     group = parser.add_argument_group("network")
-    group.add_argument("-p", "--pool", type=int, default=10, help="files at a time")
-    group.add_argument("--retries", type=int, default=8, help="failures in a row before a file is given up")
-    group.add_argument("--backoff", type=float, default=2.0, help="seconds before the next try, doubled up to 60")
-    group.add_argument("--timeout", type=float, default=60.0, help="seconds of silence before a connection is given up")
-    group.add_argument("--rate_limit", type=float, default=0.0, help="MB a second for all files together; 0 = no limit")
+    group.add_argument("-p", "--pool", type=int, default=10, help="files to download at the same time")
+    group.add_argument("--retries", type=int, default=8, help="retries of a file without progress before giving up")
+    group.add_argument(
+        "--backoff",
+        type=float,
+        default=2.0,
+        help=f"seconds before the first retry, doubled for each further one, at most {LONGEST_BACKOFF:g}",
+    )
+    group.add_argument("--timeout", type=float, default=60.0, help="seconds without data before a connection is closed")
+    group.add_argument("--rate_limit", type=float, default=0.0, help="MB per second for all files; 0 = no limit")
     args = parser.parse_args(argv)
     args.base_url = (args.base_url or os.environ.get("REAZONSPEECH_BASE_URL") or BASE_URL).rstrip("/")
     args.data_dir = Path(args.data_dir or os.environ.get("REAZONSPEECH_DATA_DIR") or DATA_DIR).expanduser().absolute()
     if not re.match("https?://.", args.base_url):
-        parser.error(f"--base_url: {args.base_url!r} does not begin with https://")
+        parser.error(f"--base_url must begin with http:// or https://, not {args.base_url!r}")
     if args.pool < 1:
-        parser.error(f"--pool: {args.pool} files at a time are too few")
+        parser.error(f"--pool must be at least 1, not {args.pool}")
     tars = TARS[args.target]
     start = args.start or 0
     end = len(tars) if args.end is None else args.end
     if not 0 <= start < end <= len(tars):
-        parser.error(f"--start {start} --end {end}: {args.target} has tars 0 to {len(tars)}, the end excluded")
+        parser.error(f"--start {start} --end {end}: {args.target} needs 0 <= start < end <= {len(tars)}")
     whole = args.start is None and args.end is None
     args.directory = args.data_dir / (args.target if whole else f"{args.target}_{start}_{end}")
     args.tars = tars[start:end]
@@ -128,14 +138,6 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
-def first_line(error: BaseException) -> str:
-    """The line of an error that says what is wrong, without its full stop. The Hub's begin with the id of a request."""
-    for line in str(error).splitlines():
-        if line.strip() and not line.startswith("(Request ID"):
-            return line.strip().rstrip(".")
-    return type(error).__name__
-
-
 def boolean(value: str) -> bool:
     """Value of a flag that may stand alone (`--flag`) or carry a value (`--flag False`)."""
     if value.lower() in ("true", "1", "yes"):
@@ -145,55 +147,69 @@ def boolean(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag in its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def set_up_process(is_main_process: bool = True) -> None:
-    """Log to stderr, from the main process more than from the others, and end in order on SIGTERM."""
+    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
     level = logging.INFO if is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    for noisy in ("httpx2", "httpx", "accelerate"):  # a line for every request, and for every file of a checkpoint
+    for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that appears under its name only when it is complete and on the disk."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 # ---- tars and transcriptions -----------------------------------------------------------------------------------------
 
 
 def check_tar(path: Path) -> None:
-    """Raise ValueError where a file is no tar, is cut short or is damaged; nothing is extracted.
+    """Raise ValueError if a file is not a tar, is cut short or is damaged. Nothing is extracted.
 
-    `tarfile` checks the headers by their checksums, but takes a damaged one for the end of the archive. So nothing but
-    zeros may follow the last member.
+    `tarfile` verifies the checksums of the headers, but takes a damaged header for the end of the archive. So nothing
+    but zeros may follow the last member.
     """
     size = path.stat().st_size
     end = 0  # of the last member
     try:
-        # With this buffer a disk reads from front to back. Without it only the headers are read, which takes hard disks
-        # longer.
+        # With this buffer the disk reads the file from front to back. Without it only the headers are read, which takes
+        # longer on hard disks.
         with open(path, "rb", buffering=BLOCK) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while member := tar.next():
-                tar.members.clear()  # otherwise it keeps every one
+                tar.members.clear()  # `tarfile` would keep all of them in memory
                 if member.size < 0 or tar.offset > size:
                     raise ValueError(f"cut short after {size:,} bytes")
                 end = tar.offset
             file.seek(end)
             rest = file.read(PADDING + 1)
-    except (tarfile.TarError, OverflowError, MemoryError) as error:  # the last two: an impossible size
+    except (tarfile.TarError, OverflowError, MemoryError) as error:  # the last two come from an impossible size
         raise ValueError(f"no tar header at byte {end:,}" if end else "not a tar") from error
     if len(rest) < tarfile.BLOCKSIZE:
         raise ValueError(f"cut short after {size:,} bytes")
     if any(rest[: tarfile.BLOCKSIZE]):
         raise ValueError(f"no tar header at byte {end:,}")
     if not end or any(rest) or len(rest) > PADDING:
-        raise ValueError(f"the archive ends at byte {end:,}, and the file does not")
+        raise ValueError(f"the archive ends at byte {end:,}, but the file does not")
 
 
 def check_tsv(path: Path) -> None:
@@ -205,7 +221,7 @@ def check_tsv(path: Path) -> None:
 
 
 def looks_complete(path: Path) -> bool:
-    """Whether a file is there and ends as it should: another program may have left only its beginning."""
+    """Whether a file exists and ends as it should; another program may have left only its beginning."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -218,7 +234,7 @@ def looks_complete(path: Path) -> bool:
 
 
 class TryAgainError(Exception):
-    """This try failed; another one may succeed, after so many seconds."""
+    """This attempt failed; another one may succeed after `after` seconds."""
 
     def __init__(self, message: str, after: float = 0.0):
         super().__init__(message)
@@ -226,48 +242,67 @@ class TryAgainError(Exception):
 
 
 class GiveUpError(Exception):
-    """This file cannot be had, or not in this run."""
+    """This file cannot be downloaded, at least not in this run."""
 
 
 @dataclass
 class CorpusFile:
-    """One file of the corpus and its download."""
+    """One file of the corpus and the state of its download."""
 
     url: str
     path: Path
-    size: int | None = None  # bytes, as the server says; None = it does not say
+    size: int | None = None  # bytes, as stated by the server; None = not stated
     damage: str = ""  # what was wrong with the last complete download
 
-    def __post_init__(self) -> None:
-        self.name = self.path.name
-        self.part = self.path.with_name(f"{self.name}.part")
-        self.version = self.path.with_name(f"{self.name}.part.version")  # which version the `.part` is the beginning of
-        self.check = check_tar if self.path.suffix == ".tar" else check_tsv
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def part(self) -> Path:
+        """The file that receives the download."""
+        return self.path.with_name(f"{self.name}.part")
+
+    @property
+    def version_path(self) -> Path:
+        """The file that stores which version on the server the `.part` belongs to."""
+        return self.path.with_name(f"{self.name}.part.version")
 
     def received(self) -> int:
-        """Bytes in the `.part`."""
+        """Return the number of bytes in the `.part`."""
         return self.part.stat().st_size if self.part.exists() else 0
 
+    def check(self, path: Path) -> None:
+        """Raise ValueError if `path` does not hold an intact file of this kind."""
+        if self.path.suffix == ".tar":
+            check_tar(path)
+        else:
+            check_tsv(path)
 
-@dataclass
+
 class Run:
-    """What the threads of a run share."""
+    """The state that the threads of a run share."""
 
-    args: argparse.Namespace
-    progress: tqdm = field(default_factory=partial(tqdm, disable=True))  # in bytes
-    stopped: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    free_at: float = 0.0  # when the rate limit allows the next byte
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.progress = tqdm(disable=True)  # in bytes
+        self.stopped = threading.Event()
+        self.lock = threading.Lock()
+        self.free_at = 0.0  # value of time.monotonic() at which the rate limit allows the next byte
 
     def wait(self, seconds: float) -> None:
-        """Wait, and end the work of this thread when the run is stopped."""
+        """Wait, and end the work of this thread if the run is stopped."""
         if self.stopped.wait(seconds):
             raise GiveUpError("stopped")
 
-    def count(self, received: int) -> None:
-        """Show the bytes that came, and wait until the rate limit, which all threads share, allows for them."""
+    def advance(self, received: int) -> None:
+        """Add bytes to the progress bar; a negative number removes some."""
         with self.lock:
             self.progress.update(received)
+
+    def throttle(self, received: int) -> None:
+        """Wait until the rate limit, which all threads share, allows these bytes."""
+        with self.lock:
             now = time.monotonic()
             self.free_at = max(self.free_at, now) + received / self.args.bytes_per_second
             seconds = self.free_at - now
@@ -275,7 +310,7 @@ class Run:
 
 
 def retry_after(value: str) -> float:
-    """Seconds that a server asks to wait, which it gives as a number or a date."""
+    """Return the seconds that a server asks to wait; it states them as a number or a date."""
     try:
         return urllib3.Retry().parse_retry_after(value)
     except urllib3.exceptions.InvalidHeader:
@@ -283,31 +318,32 @@ def retry_after(value: str) -> float:
 
 
 def check_status(response: requests.Response, url: str, accepted: set[int]) -> None:
-    """Raise TryAgainError or GiveUpError for an answer without the file."""
+    """Raise TryAgainError or GiveUpError if the status is not accepted or a redirect left https."""
     if url.startswith("https:") and not response.url.startswith("https:"):
-        raise GiveUpError(f"the server leads away from https, to {response.url}")
+        raise GiveUpError(f"the server redirects from https to {response.url}")
     if response.status_code in accepted:
         return
-    answer = f"the server answers {response.status_code} {response.reason}"
+    answer = f"the server sends {response.status_code} {response.reason}"
     if response.status_code in TEMPORARY_STATUSES:
         raise TryAgainError(answer, retry_after(response.headers.get("Retry-After", "")))
-    raise GiveUpError(f"{answer}; if the corpus has moved, give its address by --base_url")
+    raise GiveUpError(f"{answer}; if the corpus has moved, pass its address as --base_url")
 
 
 @contextlib.contextmanager
 def open_url(run: Run, method: str, url: str, accepted: set[int], headers: dict) -> Iterator[requests.Response]:
-    """The answer to a request, if its status is accepted. Every failure becomes a TryAgainError or a GiveUpError.
+    """Send a request and yield the response if its status is accepted.
 
-    TLS is verified: no setting here turns that off, and `requests` takes an empty CURL_CA_BUNDLE for none.
+    Every failure becomes a TryAgainError or a GiveUpError. TLS is always verified: no setting of this script turns
+    that off, and `requests` ignores an empty CURL_CA_BUNDLE.
     """
-    all_headers = headers | {"Accept-Encoding": "identity"}  # a compressed answer has no byte ranges
+    all_headers = headers | {"Accept-Encoding": "identity"}  # byte ranges of a compressed response would be useless
     try:
         with requests.request(method, url, headers=all_headers, stream=True, timeout=run.args.timeout) as response:
             check_status(response, url, accepted)
             yield response
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         cause = error
-        while cause.__context__:  # below the wrapping of two libraries
+        while cause.__context__:  # two libraries wrap the error that says most
             cause = cause.__context__
         kind = GiveUpError if isinstance(cause, ssl.SSLCertVerificationError) else TryAgainError
         raise kind(f"{type(cause).__name__}: {cause}") from error
@@ -317,7 +353,10 @@ Action = Callable[[CorpusFile, Run], object]
 
 
 def retry(action: Action, file: CorpusFile, run: Run) -> object:
-    """Try until it works; raises GiveUpError after `--retries` failures in a row that brought nothing new."""
+    """Repeat an action until it succeeds. Raises GiveUpError if more than `--retries` attempts in a row fail.
+
+    An attempt that received new data starts the count again.
+    """
     failures = 0
     furthest = file.received()
     while True:
@@ -329,23 +368,23 @@ def retry(action: Action, file: CorpusFile, run: Run) -> object:
             furthest = max(furthest, file.received())
             failures += 1
             if failures > run.args.retries:
-                raise GiveUpError(f"{error} ({failures} tries in vain)") from error
+                raise GiveUpError(f"{error} (gave up after {failures} attempts)") from error
             backoff = run.args.backoff * 2 ** min(failures - 1, 20)
             pause = min(backoff, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
             pause = max(pause, min(error.after, LONGEST_WAIT))
-            logger.info("%s: %s; again in %.1f s", file.name, error, pause)
+            logger.info("%s: %s; next attempt in %.1f s", file.name, error, pause)
             run.wait(pause)
 
 
 def for_each_file(action: Action, files: list[CorpusFile], run: Run, description: str) -> dict[str, str]:
-    """Do something to every file, in threads; gives the reasons of the failures by name.
+    """Apply an action to every file in threads, with retries; return the reasons of the failures by name.
 
     A run that ends early does not wait for its threads, which may hang in the network: a `.part` can be resumed.
     """
 
     def attempt(file: CorpusFile) -> tuple[str, str]:
         try:
-            action(file, run)
+            retry(action, file, run)
         except GiveUpError as error:
             return file.name, str(error)
         return file.name, ""
@@ -354,10 +393,11 @@ def for_each_file(action: Action, files: list[CorpusFile], run: Run, description
         try:
             results = pool.imap_unordered(attempt, files)
             reasons = dict(tqdm(results, description, len(files), unit="file", disable=not files))
-        except BaseException as error:
+        except OSError as error:  # of the disk; errors of the network do not get here
             run.stopped.set()
-            if isinstance(error, OSError):
-                fail(f"{error}; what has come is kept. {CONTINUE}")
+            fail(f"{error}; partial files are kept. {CONTINUE}")
+        except BaseException:  # Ctrl-C and SIGTERM must stop the threads too
+            run.stopped.set()
             raise
     return {name: reason for name, reason in sorted(reasons.items()) if reason}
 
@@ -366,52 +406,52 @@ def for_each_file(action: Action, files: list[CorpusFile], run: Run, description
 
 
 def ask_size(file: CorpusFile, run: Run) -> None:
-    """Ask for the length of a file without its content; a server need not know it."""
-    with open_url(run, "HEAD", file.url, {200, 403, 405, 501}, {}) as response:
+    """Ask for the length of a file without its content. The server need not state it."""
+    with open_url(run, "HEAD", file.url, {200, *NO_HEAD_STATUSES}, {}) as response:
         if response.status_code == 200:
             file.size = stated_length(response)
 
 
 def stated_length(response: requests.Response) -> int | None:
-    """Bytes of the whole file, by `Content-Range: bytes 5-9/10` or else by the length of the answer."""
+    """Return the bytes of the whole file: from `Content-Range: bytes 5-9/10`, else from `Content-Length`."""
     content_range = response.headers.get("Content-Range", "")
     length = content_range.rpartition("/")[2] or response.headers.get("Content-Length", "")
     return int(length) if length.isdigit() else None
 
 
 def stated_version(response: requests.Response) -> str:
-    """ETag or date of a file. A weak ETag vouches for no byte (RFC 9110, section 13.1.5)."""
+    """Return the ETag or the date of a file. A weak ETag does not promise equal bytes (RFC 9110, section 13.1.5)."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 def discard_part(file: CorpusFile, run: Run) -> None:
-    """Delete what has come of a file."""
-    run.progress.update(-file.received())
+    """Delete the `.part` of a file."""
+    run.advance(-file.received())
     file.part.unlink(missing_ok=True)
-    file.version.unlink(missing_ok=True)
+    file.version_path.unlink(missing_ok=True)
 
 
 def check_content(response: requests.Response) -> None:
-    """Raise TryAgainError or GiveUpError where the body of an answer is not the file itself."""
+    """Raise TryAgainError or GiveUpError if the body of a response is not the file itself."""
     if "html" in response.headers.get("Content-Type", ""):
-        raise TryAgainError("the server answers a web page in place of the file")
+        raise TryAgainError("the server sends a web page instead of the file")
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise GiveUpError("the server answers in an encoding that was not asked for")
+        raise GiveUpError("the server sends the file in an encoding that was not requested")
 
 
 def check_range(response: requests.Response, file: CorpusFile, version: str, run: Run) -> None:
-    """Raise TryAgainError where an answer does not continue the `.part`, which is of this version."""
+    """Raise TryAgainError if a response does not continue the `.part`, which belongs to `version`."""
     if not response.headers.get("Content-Range", "").startswith(f"bytes {file.received()}-"):
-        raise TryAgainError("the server answers another range than asked")
+        raise TryAgainError("the server sends another range than requested")
     if stated_version(response) not in (version, ""):
         discard_part(file, run)
         raise TryAgainError("the file has changed on the server")
 
 
 def download(file: CorpusFile, run: Run) -> None:
-    """Complete the `.part` by one request: the rest of it where the file is still the same, else all of it."""
-    version = file.version.read_text() if file.version.exists() else ""
+    """Complete the `.part` with one request: only the rest if the server's file is unchanged, else the whole file."""
+    version = file.version_path.read_text() if file.version_path.exists() else ""
     if not version:
         discard_part(file, run)
     received = file.received()
@@ -424,39 +464,40 @@ def download(file: CorpusFile, run: Run) -> None:
             if received == total:
                 return
             discard_part(file, run)
-            raise TryAgainError(f"{received:,} bytes are here, the server has {total}")
+            raise TryAgainError(f"{received:,} bytes were received, but the server states a length of {total}")
         check_content(response)
         if response.status_code == 206:
             check_range(response, file, version, run)
         else:
             discard_part(file, run)
             if file.size not in (None, total):
-                file.size = None  # to be asked again
-                raise TryAgainError("the server contradicts itself about the length")
-            write_atomically(file.version, stated_version(response))
+                file.size = None  # the next attempt asks again
+                raise TryAgainError("the server states two different lengths")
+            write_atomically(file.version_path, stated_version(response))
         receive_body(response, file, run)
     if total not in (None, file.received()):
         raise TryAgainError(f"connection lost at {file.received():,} of {total:,} bytes")
 
 
 def receive_body(response: requests.Response, file: CorpusFile, run: Run) -> None:
-    """Append the body of an answer to the `.part` as it comes."""
-    started = time.monotonic()
-    received = 0  # since then
+    """Append the body of a response to the `.part` as it arrives. Raises TryAgainError if it arrives too slowly."""
+    window_start = time.monotonic()
+    window_bytes = 0
     with open(file.part, "ab", buffering=0) as part:
         while block := response.raw.read1(BLOCK, decode_content=False):
             part.write(block)
-            run.count(len(block))
-            received += len(block)
-            if time.monotonic() > started + run.args.timeout:
-                if received < LEAST_RATE * run.args.timeout and not run.args.rate_limit:
-                    raise TryAgainError(f"only {received:,} bytes in {run.args.timeout:g} s")
-                started = time.monotonic()
-                received = 0
+            run.advance(len(block))
+            run.throttle(len(block))
+            window_bytes += len(block)
+            if time.monotonic() > window_start + run.args.timeout:
+                if window_bytes < LEAST_RATE * run.args.timeout and not run.args.rate_limit:
+                    raise TryAgainError(f"received only {window_bytes:,} bytes in {run.args.timeout:g} s")
+                window_start = time.monotonic()
+                window_bytes = 0
 
 
 def fetch_file(file: CorpusFile, run: Run) -> None:
-    """Bring a file to its own name, in one try."""
+    """Download, check and rename one file (one attempt)."""
     if file.size is None:
         ask_size(file, run)
     download(file, run)
@@ -464,20 +505,21 @@ def fetch_file(file: CorpusFile, run: Run) -> None:
         file.check(file.part)
     except ValueError as error:
         discard_part(file, run)
-        kind = GiveUpError if file.damage == str(error) else TryAgainError  # the same damage twice is the server's
+        # If two downloads have the same damage, the file is damaged on the server.
+        kind = GiveUpError if file.damage == str(error) else TryAgainError
         file.damage = str(error)
-        raise kind(f"what comes is damaged: {error}") from error
+        raise kind(f"the downloaded file is damaged: {error}") from error
     with open(file.part, "rb") as part:
         os.fsync(part.fileno())
     os.replace(file.part, file.path)
-    file.version.unlink(missing_ok=True)
+    file.version_path.unlink(missing_ok=True)
 
 
 # ---- files, record, card, push ---------------------------------------------------------------------------------------
 
 
 def list_corpus_files(args: argparse.Namespace) -> list[CorpusFile]:
-    """The files of the target or of its range: the transcriptions first, then the tars."""
+    """List the files of the target or of its range: the transcriptions first, then the tars."""
     names = [f"tsv/{'all' if args.target == 'test' else args.target}.tsv"]
     names += [f"data/{index:03x}.tar" for index in args.tars]
     files = []
@@ -489,16 +531,16 @@ def list_corpus_files(args: argparse.Namespace) -> list[CorpusFile]:
 
 @contextlib.contextmanager
 def locked_downloads(directory: Path) -> Iterator[None]:
-    """Make the directory and hold its lock, which another run may hold for a while."""
+    """Create the directory and hold its lock. Waits if another run holds it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"no place for the downloads: {error}; give another --data_dir")
+        fail(f"cannot create the download directory: {error}; choose another --data_dir")
     lock = FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.info("another run downloads into %s; waiting for its end", directory)
+        logger.info("another run is downloading into %s; waiting for it to end", directory)
         lock.acquire()
     try:
         yield
@@ -507,7 +549,10 @@ def locked_downloads(directory: Path) -> Iterator[None]:
 
 
 def find_copies(files: list[CorpusFile], data_dir: Path) -> dict[str, Path]:
-    """Copies of missing files, by name: `small` has the tar of `tiny`, and all ranges of `all` have the same tsv."""
+    """Find copies of missing files in the directories of other targets and ranges; return them by name.
+
+    For example, `small` includes the tar of `tiny`, and all ranges of `all` have the same tsv.
+    """
     names = {file.url.rpartition("/")[2]: file.name for file in files}
     copies = {}
     for path in sorted(data_dir.glob("*/*")):
@@ -518,7 +563,7 @@ def find_copies(files: list[CorpusFile], data_dir: Path) -> dict[str, Path]:
 
 
 def link_copy(file: CorpusFile, run: Run, copies: dict[str, Path]) -> None:
-    """Give a copy that is sound a second name, where the file system has such links."""
+    """Hard-link an intact copy from another target's directory, if the file system allows it."""
     with contextlib.suppress(ValueError, OSError):
         file.check(copies[file.name])
         file.path.unlink(missing_ok=True)
@@ -527,7 +572,7 @@ def link_copy(file: CorpusFile, run: Run, copies: dict[str, Path]) -> None:
 
 
 def remove_damaged(file: CorpusFile, run: Run) -> None:
-    """Check a file and remove it where it is damaged."""
+    """Check a file and remove it if it is damaged."""
     try:
         file.check(file.path)
     except ValueError as error:
@@ -536,43 +581,43 @@ def remove_damaged(file: CorpusFile, run: Run) -> None:
 
 
 def check_health(files: list[CorpusFile], run: Run) -> int:
-    """Check all files that are there and remove the damaged ones; gives the exit status."""
+    """Check all files that exist and remove the damaged ones; return the exit status."""
     present = [file for file in files if file.path.exists()]
     removed = for_each_file(remove_damaged, present, run, "checking")
     for name, reason in removed.items():
         print(f"removed {name}: {reason}")
-    print(f"{len(present) - len(removed)} files are sound, {len(removed)} removed, {len(files) - len(present)} absent")
+    print(f"{len(present) - len(removed)} files intact, {len(removed)} removed, {len(files) - len(present)} missing")
     return 1 if removed else 0
 
 
 def ask_sizes(files: list[CorpusFile], run: Run) -> dict[str, str]:
-    """Ask for the length of every file; gives the reasons why some cannot be had, by name."""
+    """Ask for the length of every file; return the reasons of the failures by name."""
     try:
-        retry(ask_size, files[0], run)  # alone, so that a dead host is known before long
+        retry(ask_size, files[0], run)  # alone, so that a dead host is noticed soon
     except GiveUpError as error:
         if isinstance(error.__cause__, TryAgainError):
-            fail(f"{files[0].url}: {error}; if the corpus has moved, give its address by --base_url")
+            fail(f"{files[0].url}: {error}; if the corpus has moved, pass its address as --base_url")
     unknown = [file for file in files if file.size is None]
-    return for_each_file(partial(retry, ask_size), unknown, run, "asking for sizes")
+    return for_each_file(ask_size, unknown, run, "asking for sizes")
 
 
 def check_space(total: int, received: int, directory: Path) -> None:
-    """Fail where the disk cannot hold what is to be downloaded."""
+    """Fail if the disk cannot hold the files to download."""
     disk = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(disk).free
     print(f"free on the disk: {free / 1e9:,.3f} GB")
     if total - received + SPARE > free:
-        fail(f"{disk} is too small; make room, give another --data_dir, or fewer tars by --start and --end")
+        fail(f"the disk of {disk} is too small; free some space, choose another --data_dir, or set --start and --end")
 
 
 def print_download_time(file: CorpusFile, run: Run, left: int) -> None:
-    """Measure the rate by a short read that keeps nothing, and print how long so many bytes take."""
+    """Measure the transfer rate with a short read that keeps nothing; print how long `left` bytes would take."""
     started = time.monotonic()
     with open_url(run, "GET", file.url, {200, 206}, {"Range": f"bytes=0-{SAMPLE - 1}"}) as response:
         received = max(1, len(response.raw.read(SAMPLE)))
     rate = min(received / (time.monotonic() - started), run.args.bytes_per_second)
     duration = datetime.timedelta(seconds=round(left / rate))
-    print(f"time: about {duration} by one connection, at {rate / 1e6:,.1f} MB/s")
+    print(f"time: about {duration} over one connection, at {rate / 1e6:,.1f} MB/s")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -587,12 +632,11 @@ def main(argv: list[str] | None = None) -> int:
     files = list_corpus_files(args)
     if args.health_check:
         return check_health(files, run)
-
-    # 2. Refuse what can be refused.
     if not args.dry_run:
         print(TERMS)
+
     with contextlib.nullcontext() if args.dry_run else locked_downloads(args.directory):
-        # 4. Find what is left to do.
+        # 4. Find what is left to do. This comes before step 2, which needs the sizes.
         missing = [file for file in files if not looks_complete(file.path)]
         copies = find_copies(missing, args.data_dir)
         if args.dry_run:
@@ -601,26 +645,28 @@ def main(argv: list[str] | None = None) -> int:
             copied = [file for file in missing if file.name in copies]
             for_each_file(partial(link_copy, copies=copies), copied, run, "linking")
             missing = [file for file in missing if not looks_complete(file.path)]
-        there = f"{len(files) - len(missing)} of {len(files)} files are here"
-        print(f"{args.directory}: {there}, or in another target's directory")
+        elsewhere = " here or in another target's directory" if args.dry_run else ""
+        print(f"{args.directory}: {len(files) - len(missing)} of {len(files)} files found{elsewhere}")
         if not missing:
             return 0
         failed = ask_sizes(missing, run)
         wanted = [file for file in missing if file.name not in failed]
         total = sum(file.size or 0 for file in wanted)
         received = sum(file.received() for file in wanted)
-        print(f"to fetch: {len(wanted)} files, {total / 1e9:,.3f} GB, of which {received / 1e9:,.3f} GB are here")
+        print(f"to download: {len(wanted)} files, {total / 1e9:,.3f} GB ({received / 1e9:,.3f} GB already received)")
+
+        # 2. Refuse what can be refused.
         check_space(total, received, args.directory)
 
         # 5. Work.
         if args.dry_run:
             measure = partial(print_download_time, left=total - received)
-            failed |= for_each_file(partial(retry, measure), wanted[-1:], run, "measuring")
+            failed |= for_each_file(measure, wanted[-1:], run, "measuring")
         else:
             run.progress = tqdm(total=total, initial=received, unit="B", unit_scale=True)
             with logging_redirect_tqdm(), run.progress:
-                failed |= for_each_file(partial(retry, fetch_file), wanted, run, "downloading")
-            print(f"{args.directory}: {len(files) - len(failed)} of {len(files)} files are here")
+                failed |= for_each_file(fetch_file, wanted, run, "downloading")
+            print(f"{args.directory}: {len(files) - len(failed)} of {len(files)} files are complete")
 
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)

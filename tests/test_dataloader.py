@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import time
 import tracemalloc
+from array import array
 from pathlib import Path
 
 import datasets
@@ -163,7 +164,7 @@ def test_ranges_are_loaded_one_by_one_or_all_together(data_dir, tmp_path):
 def test_tars_that_are_absent_are_reported(small, tmp_path, caplog):
     (small / "small.003.tar").unlink()
     load("small", tmp_path)
-    assert "small: 11 of its 12 tars are here, without 003" in caplog.text
+    assert "small: 11 of 12 tars found; missing: 003" in caplog.text
 
 
 def test_what_can_not_be_used_is_left_out_counted_and_named(data_dir, tmp_path, caplog, capsys):
@@ -207,8 +208,12 @@ def test_what_can_not_be_used_is_left_out_counted_and_named(data_dir, tmp_path, 
         assert problem in caplog.text
     assert loader.main(["-t", "tiny"]) == 0
     output = capsys.readouterr().out
-    for problem in [*problems, "4 malformed lines", "2 clips that are no audio"]:
-        assert problem in output
+    (left_out,) = re.findall(r"left out: (.*)", output)
+    for problem in [*problems, "4 malformed lines"]:
+        assert problem in left_out
+    assert "no audio" not in left_out
+    kept = "2 clips that are no audio (000/aaaaaaaaaaaa.flac, 000/bbbbbbbbbbbb.flac)"
+    assert f"not decodable, but kept: {kept}\n" in output
 
 
 def test_an_empty_transcription_stays_a_row(data_dir, tmp_path):
@@ -239,8 +244,9 @@ def test_a_member_of_negative_size_ends_the_reading(tmp_path):
     bad.size = -512  # which leads back to its own header
     tar = tmp_path / "x.tar"
     tar.write_bytes(good.tobuf() + bad.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    job = loader.TarJob(tar, tsv=Path(os.devnull), line_ranges=array("q"))
     with pytest.raises(loader.BrokenTarError, match=r"x\.tar: byte 512: .*; run .*--health_check"):
-        list(loader.read_tar(tar, {}, collections.defaultdict(list)))
+        list(loader.read_tar(job, collections.defaultdict(list)))
 
 
 def test_nothing_here_is_a_line_that_says_how_to_get_it(data_dir, tmp_path):
@@ -273,10 +279,10 @@ def test_the_lines_of_the_tsv_may_stand_in_any_order(order, dots):
         tsv = Path(directory) / "x.tsv"
         tsv.write_text("".join(f"{'./' if i in dots else ''}{lines[i]}\n" for i in order), encoding="utf-8")
         problems = collections.defaultdict(list)
-        runs = loader.locate_transcripts(tsv, [1, 3], problems)
-        assert sorted(runs) == [1, 3]
-        for index in runs:
-            texts = loader.read_transcripts(tsv, runs[index], problems)
+        line_ranges = loader.locate_transcripts(tsv, [1, 3], problems)
+        assert sorted(line_ranges) == [1, 3]
+        for index in line_ranges:
+            texts = loader.read_transcripts(tsv, line_ranges[index], problems)
             assert texts == {name: f"{name} の文" for name, _ in members[index]}
         assert not problems
 
@@ -290,8 +296,8 @@ def test_the_tsv_is_not_held_in_memory(tmp_path):
             )
     assert tsv.stat().st_size > 3e6
     tracemalloc.start()
-    runs = loader.locate_transcripts(tsv, list(range(200)), {})
-    texts = loader.read_transcripts(tsv, runs[199], {})
+    line_ranges = loader.locate_transcripts(tsv, list(range(200)), {})
+    texts = loader.read_transcripts(tsv, line_ranges[199], {})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(texts) == 250
@@ -300,13 +306,12 @@ def test_the_tsv_is_not_held_in_memory(tmp_path):
 
 def test_one_clip_is_in_memory_at_a_time(tmp_path):
     members = [(f"000/{i}.flac", bytes(1_000_000)) for i in range(40)]
-    write_tar(tmp_path / "x.tar", members)
-    texts = {name: "文" for name, _ in members}
+    write_download(tmp_path / "tiny", "tiny", {0: members}, [f"{name}\t文" for name, _ in members])
     del members
+    problems = collections.defaultdict(list)
+    (job,) = loader.list_jobs(loader.find_corpus("tiny", str(tmp_path)), problems)
     tracemalloc.start()
-    count = sum(
-        len(row["audio"]["bytes"]) for row in loader.read_tar(tmp_path / "x.tar", texts, collections.defaultdict(list))
-    )
+    count = sum(len(row["audio"]["bytes"]) for row in loader.read_tar(job, problems))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 40_000_000
@@ -415,6 +420,32 @@ def test_after_an_end_in_the_middle_the_same_command_goes_on(medium, tmp_path, n
     assert digests(shards) == digests(medium / "whole" / "medium")
     assert {name: (shards / name).stat().st_mtime_ns for name in done} == done
     assert [path.name for path in shards.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_a_killed_worker_ends_the_run_in_a_line_and_the_same_command_goes_on(medium, tmp_path):
+    flags = ["-t", "medium", "--data_dir", str(medium / "downloads"), "--output_dir", str(tmp_path)]
+    command = [sys.executable, SCRIPT, *flags, "--preprocessing_num_workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while len(list(tmp_path.rglob("*.parquet"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.001)
+        workers = children.read_text().split()
+        assert len(workers) == 2
+        os.kill(int(workers[0]), signal.SIGKILL)  # as the kernel does when memory is short
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    line = errors.splitlines()[-1]
+    assert re.search(r"a worker process was killed.*--preprocessing_num_workers.*Run the same command again", line)
+    done = len(digests(tmp_path / "medium"))
+    assert 2 <= done < 40
+    assert loader.main(flags) == 0
+    assert digests(tmp_path / "medium") == digests(medium / "whole" / "medium")
 
 
 def test_after_kill_9_the_builder_builds_anew(medium, tmp_path):

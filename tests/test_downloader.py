@@ -142,8 +142,11 @@ def test_files_of_another_target_are_linked_and_not_fetched(download, data_dir, 
     assert download("-t", "all", "-s", "1", "-e", "2") == 0
     mirror.log.clear()
     assert download("-t", "all", "-s", "0", "-e", "3", "--dry_run") == 0
-    assert "to fetch: 1 files" in capsys.readouterr().out
+    planned = capsys.readouterr().out
+    assert "to download: 1 files" in planned
+    assert "3 of 4 files found here or in another target's directory\n" in planned
     assert download("-t", "all", "-s", "0", "-e", "3") == 0
+    assert "3 of 4 files found\n" in capsys.readouterr().out
     assert {request.path for request in mirror.log} == {"/data/002.tar"}
     assert (data_dir / "tiny" / "tiny.000.tar").samefile(data_dir / "all_0_3" / "all.000.tar")
 
@@ -166,23 +169,25 @@ def test_the_address_and_the_directory_come_from_the_environment(mirror, data_di
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "reason"),
     [
-        ["-t", "huge"],
-        ["-s", "1"],
-        ["-t", "small", "-s", "3", "-e", "3"],
-        ["-t", "small", "-e", "13"],
-        ["-t", "small", "-s", "-1"],
-        ["-p", "0"],
-        ["--base_url", "corpus.example"],
-        ["--targe", "tiny"],
+        (["-t", "huge"], "--target"),
+        (["-s", "1"], "--start 1 --end 1: tiny needs 0 <= start < end <= 1"),
+        (["-t", "small", "-s", "3", "-e", "3"], "--start 3 --end 3: small needs 0 <= start < end <= 12"),
+        (["-t", "small", "-e", "13"], "--start 0 --end 13: small needs 0 <= start < end <= 12"),
+        (["-t", "small", "-s", "-1"], "--start -1 --end 12"),
+        (["-p", "0"], "--pool must be at least 1, not 0"),
+        (["--base_url", "corpus.example"], "--base_url must begin with http:// or https://, not 'corpus.example'"),
+        (["--targe", "tiny"], "--targe"),
     ],
 )
-def test_a_wrong_flag_is_refused_in_a_line(flags, capsys):
+def test_a_wrong_flag_is_refused_in_a_line(flags, reason, capsys):
     with pytest.raises(SystemExit) as error:
         downloader.main(flags)
     assert error.value.code == 2
-    assert ": error: " in capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ": error: " in line
+    assert reason in line
 
 
 # -------------------------------------------------------------------------------------------- faults that pass
@@ -290,16 +295,16 @@ def test_retry_after_is_a_number_or_a_date():
 LASTING_FAULTS = {
     "absent": ({"status": 404, "method": "GET|HEAD"}, "404 Not Found", 0),
     "forbidden": ({"status": 403, "method": "GET|HEAD"}, "403 Forbidden", 1),
-    "too many requests": ({"status": 429}, "429 Too Many Requests (3 tries in vain)", 3),
-    "broken": ({"status": 503}, "503 Service Unavailable (3 tries in vain)", 3),
-    "a web page": ({"html": True}, "a web page in place of the file (3 tries in vain)", 3),
+    "too many requests": ({"status": 429}, "429 Too Many Requests (gave up after 3 attempts)", 3),
+    "broken": ({"status": 503}, "503 Service Unavailable (gave up after 3 attempts)", 3),
+    "a web page": ({"html": True}, "a web page instead of the file (gave up after 3 attempts)", 3),
     "damaged": ({"corrupt_at": 150}, "damaged: not a tar", 2),
     "damaged further on": ({"corrupt_at": 512 + 5120 + 150}, "damaged: no tar header at byte 5,632", 2),
     "cut short": ({"wrong_length": 102_400, "method": "GET|HEAD"}, "damaged: cut short after 102,400 bytes", 2),
     "lost again and again": ({"cut_after": 10_000, "ignore_range": True}, "10000 bytes read", 3),
-    "silent": ({"stall": 30}, "timed out (3 tries in vain)", 3),
+    "silent": ({"stall": 30}, "timed out (gave up after 3 attempts)", 3),
     "a trickle": ({"rate": 300}, "only", 3),
-    "compressed": ({"headers": {"Content-Encoding": "gzip"}}, "encoding that was not asked for", 1),
+    "compressed": ({"headers": {"Content-Encoding": "gzip"}}, "encoding that was not requested", 1),
 }
 
 
@@ -372,7 +377,7 @@ def test_a_safe_host_can_not_lead_to_an_unsafe_one(mirror, world, certificate, d
     with MirrorServer(world, certificate=certificate) as safe:
         safe.fault("000", status=302, method="GET|HEAD", times=-1, headers={"Location": f"{mirror.url}/data/000.tar"})
         assert downloader.main(["--base_url", safe.url, "--data_dir", str(data_dir)]) == 1
-    assert "failed: tiny.000.tar: the server leads away from https" in capsys.readouterr().err
+    assert "failed: tiny.000.tar: the server redirects from https to http:" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- plan, disk, memory
@@ -384,10 +389,10 @@ def test_a_dry_run_says_what_is_to_come_and_fetches_nothing(download, mirror, da
     )
     assert download("-t", "small", "--dry_run") == 0
     output = capsys.readouterr().out
-    assert f"to fetch: 13 files, {size / 1e9:,.3f} GB, of which 0.000 GB are here" in output
+    assert f"to download: 13 files, {size / 1e9:,.3f} GB (0.000 GB already received)" in output
     free = float(re.search(r"free on the disk: ([\d,.]+) GB", output)[1].replace(",", ""))
     assert free == pytest.approx(shutil.disk_usage(data_dir.parent).free / 1e9, rel=0.1)
-    assert re.search(r"time: about 0:\d\d:\d\d by one connection, at [\d,.]+ MB/s", output)
+    assert re.search(r"time: about 0:\d\d:\d\d over one connection, at [\d,.]+ MB/s", output)
     [sample] = mirror.requests(method="GET")
     assert sample.range == f"bytes=0-{downloader.SAMPLE - 1}"
     assert not data_dir.exists()
@@ -396,7 +401,7 @@ def test_a_dry_run_says_what_is_to_come_and_fetches_nothing(download, mirror, da
 @pytest.mark.parametrize("flags", [["--dry_run", "False"], ["--dry_run"], ["--dry_run", "True"]])
 def test_what_can_not_fit_is_refused_before_anything_is_fetched(download, mirror, flags):
     mirror.fault("000.tar", method="HEAD", wrong_length=10**16, times=-1)
-    with pytest.raises(SystemExit, match=r"too small; make room, give another --data_dir"):
+    with pytest.raises(SystemExit, match=r"too small; free some space, choose another --data_dir"):
         download(*flags)
     assert mirror.requests(method="GET") == []
 
@@ -413,7 +418,7 @@ def test_a_full_disk_ends_the_run_in_a_line_and_what_came_is_kept(mirror, data_d
     ended = subprocess.run([*limit, *command(mirror, data_dir)], capture_output=True, text=True)
     assert time.monotonic() - started < 20
     assert ended.returncode == 1
-    assert "File too large; what has come is kept" in ended.stderr.splitlines()[-1]
+    assert "File too large; partial files are kept" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert (data_dir / "tiny" / "tiny.000.tar.part").stat().st_size == 400 * 1024
     assert subprocess.run(command(mirror, data_dir), capture_output=True).returncode == 0
@@ -423,7 +428,7 @@ def test_a_full_disk_ends_the_run_in_a_line_and_what_came_is_kept(mirror, data_d
 
 def test_a_place_that_is_none_is_named(mirror, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"no place for the downloads: .*; give another --data_dir"):
+    with pytest.raises(SystemExit, match=r"cannot create the download directory: .*; choose another --data_dir"):
         downloader.main(["--base_url", mirror.url, "--data_dir", str(tmp_path / "file")])
 
 
@@ -516,7 +521,7 @@ def test_two_runs_at_once_fetch_every_file_once(mirror, data_dir, world):
     ]
     errors = [run.communicate(timeout=60)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
-    assert sum("waiting for its end" in error for error in errors) == 1
+    assert sum("waiting for it to end" in error for error in errors) == 1
     assert sorted(request.path for request in mirror.requests("tar")) == [f"/data/{i:03x}.tar" for i in range(12)]
     for index in range(12):
         assert same(data_dir / "small" / f"small.{index:03x}.tar", world / "data" / f"{index:03x}.tar")
@@ -554,14 +559,14 @@ def test_the_health_check_names_and_removes_damage_so_that_just_that_is_fetched(
 ):
     assert download("-t", "small") == 0
     assert download("-t", "small", "--health_check") == 0
-    assert "13 files are sound, 0 removed, 0 absent" in capsys.readouterr().out
+    assert "13 files intact, 0 removed, 0 missing" in capsys.readouterr().out
     tar = data_dir / "small" / "small.000.tar"
     tar.write_bytes(damage(tar.read_bytes()))
     before = names(data_dir)
     assert download("-t", "small", "--health_check") == 1
     output = capsys.readouterr().out
     assert output.startswith("removed small.000.tar: ")
-    assert "12 files are sound, 1 removed, 0 absent" in output
+    assert "12 files intact, 1 removed, 0 missing" in output
     assert names(data_dir) == before - {"small/small.000.tar"}
     mirror.log.clear()
     assert download("-t", "small") == 0
@@ -645,15 +650,14 @@ def test_a_hostile_tar_reaches_nothing(kind, download, mirror, data_dir, tmp_pat
     before = names(tmp_path)
     if kind in IMPOSSIBLE:
         assert download() == 1
-        assert "failed: tiny.000.tar: what comes is damaged" in capsys.readouterr().err
+        assert "failed: tiny.000.tar: the downloaded file is damaged" in capsys.readouterr().err
         return
     assert download() == 0
     assert download("--health_check") == 0
     assert names(tmp_path) - before == {"downloads/tiny/tiny.000.tar", "downloads/tiny/tiny.tiny.tsv"}
-    corpus = loader.find_corpus("tiny")
     problems = loader.collections.defaultdict(list)
-    texts = {"000/good.flac": "よい", "000/bad.flac": "わるい"}
-    rows = list(loader.read_tar(corpus.tars[0], texts, problems))
+    (job,) = loader.list_jobs(loader.find_corpus("tiny"), problems)
+    rows = list(loader.read_tar(job, problems))
     assert [(row["name"], row["audio"]["bytes"]) for row in rows] == [("000/good.flac", b"good")]
 
 
@@ -665,9 +669,7 @@ def test_a_hostile_tar_reaches_nothing(kind, download, mirror, data_dir, tmp_pat
 def test_any_split_into_ranges_gives_the_clips_of_one_run(world, cuts):
     def clips(data_dir: Path) -> list[tuple]:
         corpus, problems = loader.find_corpus("small", str(data_dir)), loader.collections.defaultdict(list)
-        runs = loader.locate_transcripts(corpus.tsv, list(corpus.tars), problems)
-        tars = [(path, loader.read_transcripts(corpus.tsv, runs[i], problems)) for i, path in corpus.tars.items()]
-        rows = [row for path, texts in tars for row in loader.read_tar(path, texts, problems)]
+        rows = [row for job in loader.list_jobs(corpus, problems) for row in loader.read_tar(job, problems)]
         assert not any(problems.values())
         return [(row["name"], row["audio"]["bytes"], row["transcription"]) for row in rows]
 
