@@ -1,55 +1,64 @@
 #!/usr/bin/env python
 """Measure the error rates of a Whisper model, and show its mistakes.
 
-In: a model (Hub id or local directory), and clips with their texts: a Hub dataset, a local dataset directory, a data
-loader (`.py`), or a manifest (`.csv` or `.jsonl`, a clip a row, audio paths relative to it). Out, in --output_dir:
+In: a model (Hub id or local directory), and clips with their reference texts: a dataset on the Hub or on disk, a data
+loader (`.py`), or a manifest (`.csv`, `.tsv` or `.jsonl`, one clip per row, audio paths relative to it).
+Out, in --output_dir, where <name> is the split:
 
-    metric.<name>.json                 every figure: rates, counts, 95 % intervals, by length; speed; settings
-    all_predictions.<name>.csv         a row a clip, in the dataset's order, with the clip's own counts
-    incorrect_predictions.<name>.csv   those rows whose normalised texts differ
-    report.<name>.html                 one page: figures, chart, the worst clips to hear with each difference marked
-    .predictions.<name>/               what the model said, in shards; the same command goes on where it was stopped
+    metric.<name>.json                 every figure: rates, counts, 95 % intervals, by length; speed; settings, versions
+    all_predictions.<name>.csv         one row per clip, in the dataset's order, with the clip's own counts
+    incorrect_predictions.<name>.csv   the rows whose normalised texts differ
+    report.<name>.html                 one page: figures, a chart, and the worst clips with audio and marked differences
+    .predictions.<name>/               the predictions, in shards
 
-<name> is the split. Clips are of at most 30 s, one at a time. `--concatenate_audio` evaluates windows of several whole
-clips, drawn by seed (<split>.windows_30), and `--long_form` takes audio of any length: what is over 30 s is decoded
-sequentially, as Whisper does (<split>.long_form), greedily and without the text of the window before.
+By default each clip, of at most 30 s, is evaluated on its own. `--concatenate_audio` evaluates windows of several whole
+clips instead (<name> is <split>.windows_30). `--long_form` accepts audio of any length: clips over 30 s are decoded by
+Whisper's sequential algorithm, greedily and without conditioning on previous text (<name> is <split>.long_form).
 
-Japanese is scored as in the published tables: Whisper's basic normaliser, then no spaces. So a clip is one word, and
-its word error rate the share of clips with a mistake: the character error rate is the one to look at.
+Japanese is scored as in the published tables: texts go through Whisper's basic normaliser and lose their spaces. Each
+clip is then a single word, and the word error rate is the share of clips with a mistake: use the character error rate.
 
     python run_short_form_eval.py --model_name_or_path org/model --dataset_name org/dataset --dataset_split_name test \
         --text_column_name transcription --language ja --output_dir eval/model
-    accelerate launch --multi_gpu run_short_form_eval.py ...            # the same; each process takes shards
-    python run_short_form_eval.py --compare eval/teacher eval/model     # no model is run: one table and a chart
+    accelerate launch --multi_gpu run_short_form_eval.py ...            # many processes; each takes its share of shards
+    python run_short_form_eval.py --compare eval/teacher eval/model     # a table and a chart; runs no model
+
+After an interruption, the same command continues with the shards that are missing.
 """
 
 import argparse
 import base64
-import collections
-import copy
+import contextlib
 import csv
+import functools
 import hashlib
 import html
+import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import random
 import re
 import signal
-import statistics
+import string
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, BinaryIO, NamedTuple, NoReturn
 
 import datasets
+import fsspec
 import jiwer
 import librosa
 import matplotlib
@@ -60,240 +69,144 @@ import soundfile
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from datasets import Audio, Dataset
-from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import HfApi, metadata_update, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import EvalResult, HfApi, metadata_update
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    SuppressTokensAtBeginLogitsProcessor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForCausalLM,
+    WhisperForConditionalGeneration,
+    WhisperTokenizerFast,
+)
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 from transformers.utils import is_flash_attn_2_available
+
+TOO_LONG = "longer than 30 s"
+METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # in per cent; _raw = without normalisation
+COUNTS = ("substitutions", "deletions", "insertions", "reference")  # the last is the length of the reference
+CLIP_COLUMNS = tuple(f"{unit}_{count}" for unit in ("character", "word") for count in COUNTS)
+LENGTH_GROUPS = ((0, 7), (8, 15), (16, 31), (32, 63), (64, 95), (96, None))  # characters of the normalised reference
+BOOTSTRAP_DRAWS = 1_000
+WORST_CLIPS = 20  # shown on the page with their audio embedded
+MAX_PLAYED_SECONDS = 120  # the page shows longer clips without audio
+LONG_FORM_SHARD = 8  # recordings per shard, all in memory at once
+MAX_SILENCE = 6_400  # samples between two clips of a window: 0.4 s
+OPEN_WINDOWS = 16  # newest windows that may still take another clip
+PROMPT_TOKENS = 4  # decoder positions used by the prompt: start, language, task, no timestamps
+DIGITS = "零一二三四五六七八九"
+POWERS = ("", "万", "億", "兆", "京", "垓", "秭", "穣", "溝", "澗", "正", "載", "極")  # powers of 10,000
+# The characters that ReazonSpeech's own scorer narrows or removes, from its pkg/evaluation/src/utils.py.
+NARROW = string.digits + string.ascii_letters
+WIDE = "".join(chr(ord(letter) + 0xFEE0) for letter in NARROW)
+REAZON_TABLE = str.maketrans(WIDE, NARROW, "、。「」『』，,？！!?")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    path = {"type": os.path.expanduser}
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", help="Whisper model, local directory or Hub id", **path)
+    add("--model_revision", default="main", help="branch, tag or commit of the model on the Hub")
+    add("--subfolder", default="", help="folder of the model in its repository")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision; unset = bfloat16 where the device computes it natively, else float32",
+    )
+    add("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention implementation")
+    add("--assistant_model", help="draft model for speculative decoding, with the same encoder; unset = none", **path)
+    add = parser.add_argument_group("clips").add_argument
+    add("--dataset_name", help="Hub id, local directory, builder file (.py), or .csv, .tsv or .jsonl manifest", **path)
+    add("--dataset_config_name", help="configuration; unset = the default one")
+    add("--dataset_split_name", default="test", help="split, which names the output files")
+    add("--audio_column_name", default="audio", help="column of audio")
+    add("--text_column_name", default="text", help="column of reference texts")
+    add("--id_column_name", help="column of clip ids; unset = audio paths, or row numbers if there are none")
+    add("--max_samples_per_split", type=int, help="rows to take from the start; unset = all")
+    add("--skip_long_audio", help="leave out clips over 30 s, and count them, instead of failing", **flag)
+    add("--long_form", help="evaluate audio over 30 s too, by Whisper's sequential decoding with timestamps", **flag)
+    add("--concatenate_audio", help="evaluate windows of several whole clips", **flag)
+    add("--concatenate_seconds", type=float, default=30, help="window length, seconds; over 30 needs --long_form")
+    add("--seed", type=int, default=0, help="seed for packing clips into windows and for the silences between them")
+    add = parser.add_argument_group("generation").add_argument
+    add("--language", default="ja", help="language code or name")
+    add("--task", choices=("transcribe", "translate"), default="transcribe", help="task; translate = into English")
+    add("--generation_max_length", type=int, default=256, help="maximum length of a prediction, tokens")
+    add("--generation_num_beams", type=int, default=1, help="beams; 1 = greedy")
+    add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
+    add = parser.add_argument_group("work").add_argument
+    add("--per_device_eval_batch_size", type=int, default=32, help="clips per batch; always 1 with --assistant_model")
+    add("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
+    add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
+    add = parser.add_argument_group("results").add_argument
+    add(
+        "--scorer",
+        choices=("kotoba", "reazon", "whisper"),
+        help="normalisation; unset = kotoba for languages written without spaces, else whisper",
+    )
+    add("--output_dir", default="eval", help="directory of the results", **path)
+    add("--overwrite_output_dir", help="delete predictions that were made with different settings", **flag)
+    add("--compare", nargs="+", metavar="DIR", help="output directories to compare; no model is run")
+    add("--push_to_hub", help="write the rates into the model's card on the Hub", **flag)
+    add("--report_to", choices=TRACKERS, default="none", help="tracker")
+    add("--wandb_project", default="kotoba-whisper-evaluation", help="project of the tracker")
+    add("--dry_run", help="print what a run would read, write and push, and how long it takes; change nothing", **flag)
+    args = parser.parse_args(argv)
+    for name in ("generation_num_beams", "per_device_eval_batch_size", "max_samples_per_split"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, not {args.seed}")
+    if not args.compare and not (args.model_name_or_path and args.dataset_name):
+        parser.error("--model_name_or_path and --dataset_name are needed, or --compare")
+    if args.concatenate_audio and not 0 < args.concatenate_seconds <= (3600 if args.long_form else 30):
+        parser.error(
+            f"--concatenate_seconds {args.concatenate_seconds:g} must be above 0 and at most 30, "
+            "or 3600 with --long_form"
+        )
+    if args.assistant_model and args.generation_num_beams > 1:
+        parser.error("--assistant_model works only with greedy decoding: remove --generation_num_beams")
+    args.language = language_code(args.language)
+    if args.scorer is None:
+        args.scorer = "kotoba" if args.language in UNSPACED else "whisper"
+    args.name = args.dataset_split_name  # in the names of the output files
+    if args.concatenate_audio:
+        args.name += f".windows_{args.concatenate_seconds:g}"
+    if args.long_form:
+        args.name += ".long_form"
+    return args
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+CONTINUE = "Run the same command again to continue."
 
 logger = logging.getLogger(__name__)
 
-SAMPLING_RATE = 16_000
-WINDOW = 30 * SAMPLING_RATE  # what Whisper hears, in samples
-TOO_LONG = "longer than 30 s"
-LENGTHS = (0, 8, 16, 32, 64, 96, None)  # characters of normalised references; a group ends before the next starts
-METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # of normalised texts, and of texts as they are
-COUNTS = ("substitutions", "deletions", "insertions", "reference")
-DRAWS = 1_000  # of the bootstrap
-WORST_CLIPS = 20  # on the page, which holds their audio
-LONGEST_PLAYED = 4 * WINDOW  # samples of a clip on the page; of longer ones it shows the text alone
-SAMPLE = 8  # clips that --dry_run looks at
-LONG_FORM_SHARD = 8  # recordings in a shard, all in memory at once
-GAP = (0, round(0.4 * SAMPLING_RATE))  # samples of silence between the clips of a window
-OPEN_WINDOWS = 16  # that a clip may go into
-UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces
-# What ReazonSpeech's own scorer removes and narrows: its pkg/evaluation/src/utils.py.
-REAZON_TABLE = dict.fromkeys(map(ord, "、。「」『』，,？！!?")) | {
-    wide: wide - 0xFEE0 for wide in range(0xFF10, 0xFF5B) if chr(wide - 0xFEE0).isalnum()
-}
-DIGITS, POWERS = "零一二三四五六七八九", ("", "万", "億", "兆", "京", "垓", "秭", "穣", "溝", "澗", "正", "載", "極")
 
-
-# ----------------------------------------------------------------------------------------------- from texts to figures
-
-
-def read_number(number: str) -> str:
-    """A decimal number as it is read, in kanji, without idle zeros: "1203" -> "千二百三", "0.50" -> "零点五"."""
-    whole, _, fraction = number.partition(".")
-    whole, fraction, spoken = whole.lstrip("0"), fraction.rstrip("0"), ""
-    if len(whole) > 4 * len(POWERS):  # too large to have a name
-        return "".join(DIGITS[int(digit)] for digit in whole)
-    whole = whole.zfill(4 * len(POWERS))
-    for start, power in zip(range(0, len(whole), 4), reversed(POWERS), strict=True):
-        group = whole[start : start + 4]
-        for digit, place in zip(map(int, group), ("千", "百", "十", ""), strict=True):
-            spoken += ("" if digit == 1 and place else DIGITS[digit]) + place if digit else ""
-        spoken += power if group != "0000" else ""
-    return (spoken or "零") + ("点" + "".join(DIGITS[int(digit)] for digit in fraction) if fraction else "")
-
-
-def normalise_kotoba(text: str) -> str:
-    """The rule of the published Japanese figures: Whisper's basic normaliser, then no spaces, for both error rates."""
-    return BasicTextNormalizer()(text).replace(" ", "")
-
-
-def normalise_reazon(text: str) -> str:
-    """ReazonSpeech's rule: no punctuation, letters and digits in half width, numbers read out."""
-    return re.sub(r"[0-9]+\.?[0-9]*", lambda number: read_number(number[0]), text.translate(REAZON_TABLE)).strip()
-
-
-def text_normaliser(scorer: str, language: str, spellings: dict | None) -> Callable[[str], str]:
-    """The scorer's function; Whisper's English one takes `spellings`, British to American, that a tokenizer has."""
-    whisper = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
-    rules = {"kotoba": normalise_kotoba, "reazon": normalise_reazon, "whisper": lambda text: whisper(text).strip()}
-    return rules[scorer]
-
-
-def count_errors(alignments: Sequence[Sequence[jiwer.AlignmentChunk]]) -> np.ndarray:
-    """(clips, 4): the `COUNTS` of each clip, the last being the reference's length."""
-    counts = np.zeros((len(alignments), 4), dtype=np.int64)
-    columns = {"substitute": 0, "delete": 1, "insert": 2}
-    for row, chunks in zip(counts, alignments, strict=True):
-        for chunk in chunks:
-            of_reference = chunk.ref_end_idx - chunk.ref_start_idx
-            row[3] += of_reference
-            if chunk.type != "equal":
-                row[columns[chunk.type]] += of_reference or chunk.hyp_end_idx - chunk.hyp_start_idx
-    return counts
-
-
-def bootstrap(values: np.ndarray, draws: int = DRAWS) -> np.ndarray:
-    """(clips, ...) -> (draws, ...): sums over clips drawn with replacement, the same draws for as many clips."""
-    generator, clips, columns = np.random.default_rng(0), len(values), values.reshape(len(values), -1).astype(float)
-    times = (np.bincount(generator.integers(0, clips, clips), minlength=clips) for _ in range(draws))
-    sums = [np.stack(some) @ columns for some in iter(lambda: list(itertools.islice(times, 50)), [])]
-    return np.concatenate(sums).reshape(draws, *values.shape[1:])
-
-
-def error_rate(counts: np.ndarray) -> np.ndarray:
-    """(..., n) errors of n - 1 kinds and the reference's length -> (...): per cent, NaN where that length is 0."""
-    with np.errstate(invalid="ignore"):
-        return 100 * counts[..., :-1].sum(-1) / counts[..., -1]
-
-
-def summarise(counts: np.ndarray) -> list[dict[str, dict]]:
-    """(clips, groups, metrics, 4) -> by group and metric: its rate in per cent, 95 % interval and counts."""
-    totals, errors = counts.sum(0), counts[..., :3].sum(-1)
-    draws = error_rate(bootstrap(np.stack([errors, counts[..., 3]], axis=-1)))
-    groups = [{} for _ in totals]
-    for (group, metric), rate in np.ndenumerate(error_rate(totals)):
-        cell, spread = dict(zip(COUNTS, totals[group, metric].tolist(), strict=True)), draws[:, group, metric]
-        rates = [float(rate), *np.nanpercentile(spread, [2.5, 97.5]).tolist()] if cell["reference"] else [None] * 3
-        groups[group][METRICS[metric]] = dict(zip(("rate", "low", "high"), rates, strict=True)) | cell
-    return groups
-
-
-def score(references: list[str], hypotheses: list[str], normalise: Callable[[str], str]) -> tuple[dict, list[dict]]:
-    """Every figure, and a row a clip. A clip with nothing left of its reference once normalised counts nowhere."""
-    sides = [list(map(normalise, texts)) for texts in (references, hypotheses)]
-    scored = [index for index, reference in enumerate(sides[0]) if reference]
-    if not scored:
-        fail("there is nothing to score: no clip has a text once it is normalised")
-    counts = np.stack(
-        [
-            count_errors(process(*([texts[index] for index in scored] for texts in pair)).alignments)
-            for pair in (sides, (references, hypotheses))
-            for process in (jiwer.process_characters, jiwer.process_words)
-        ],
-        axis=1,
-    )  # (clips, metrics, 4)
-    lengths = counts[:, :1, 3]
-    inside = (lengths >= (0, *LENGTHS[:-1])) & (lengths < (np.inf, *LENGTHS[1:-1], np.inf))  # (clips, all and groups)
-    overall, *groups = summarise(counts[:, None] * inside[:, :, None, None])
-    rows = [
-        {"normalised_reference": reference, "normalised_hypothesis": hypothesis}
-        for reference, hypothesis in zip(*sides, strict=True)
-    ]
-    for index, clip in zip(scored, counts, strict=True):
-        for unit, numbers in zip(("character", "word"), clip[:2].tolist(), strict=True):
-            rows[index] |= {f"{unit}_{name}": number for name, number in zip(COUNTS, numbers, strict=True)}
-        rows[index]["cer"] = round(float(error_rate(clip[0])), 2)
-        rows[index]["runaway"] = len(sides[1][index]) > 2 * len(sides[0][index]) + 10
-    metrics = {name: overall[name]["rate"] for name in METRICS} | {
-        "clips": len(scored),
-        "empty_references": len(references) - len(scored),
-        "runaways": sum(rows[index]["runaway"] for index in scored),
-        "details": overall,
-        "by_length": [
-            {"characters": [low, high and high - 1], "clips": int(members.sum())} | group
-            for (low, high), members, group in zip(itertools.pairwise(LENGTHS), inside.T[1:], groups, strict=True)
-        ],
-    }
-    return metrics, rows
-
-
-# ------------------------------------------------------------------------------------------------------------ the page
-
-
-def mark_differences(reference: str, hypothesis: str) -> str:
-    """HTML of both texts in one: `<del>` around what the model left out, `<ins>` around what it put in."""
-    marked = ""
-    for chunk in jiwer.process_characters([reference], [hypothesis]).alignments[0]:
-        left_out = html.escape(reference[chunk.ref_start_idx : chunk.ref_end_idx])
-        put_in = html.escape(hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx])
-        marked += left_out if chunk.type == "equal" else f"<del>{left_out}</del><ins>{put_in}</ins>"
-    return marked.replace("<del></del>", "").replace("<ins></ins>", "")
-
-
-def draw_rates(bars: list[tuple[str, dict]], file: IO | Path, **options) -> None:
-    """A bar for each name with the character error rate beside it, and a line for its interval."""
-    figure = Figure(figsize=(8, 1 + 0.5 * len(bars)), layout="constrained")
-    axes = figure.add_subplot(xlabel="character error rate, % (line: 95 % interval)")
-    for place, (_, cell) in enumerate(bars):
-        if cell["reference"]:
-            axes.barh(place, cell["rate"], color="#5588aa")
-            axes.plot([cell["low"], cell["high"]], [place, place], color="black", linewidth=1)
-            axes.annotate(f"  {cell['rate']:.1f}", (max(cell["rate"], cell["high"]), place), va="center")
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-    axes.set(xlim=(0, max([1, *(cell["high"] or 0 for _, cell in bars)]) * 1.15), ylim=(len(bars) - 0.5, -0.5))
-    axes.spines[["top", "right"]].set_visible(False)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(file, **options)
-
-
-def audio_player(waveform: np.ndarray) -> str:
-    """HTML that plays a clip, which it holds; nothing for one that is too long for a page."""
-    if len(waveform) > LONGEST_PLAYED:
-        return ""
-    file = io.BytesIO()
-    soundfile.write(file, waveform, SAMPLING_RATE, format="FLAC")
-    return f'<audio controls src="data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"></audio>'
-
-
-def report_page(metrics: dict, worst: list[tuple[dict, np.ndarray]]) -> str:
-    """One page that needs nothing from outside and runs no script; `worst` pairs rows of clips with waveforms."""
-    title = html.escape(f"{Path(metrics['model']).name} on {Path(metrics['dataset']).name}, {metrics['name']}")
-    rates = [
-        f"<tr><th>{name.upper().replace('_RAW', ' of the raw text')}<td>{cell['rate']:.2f} %"
-        f"<td>{cell['low']:.2f} to {cell['high']:.2f} %{''.join(f'<td>{cell[count]:,}' for count in COUNTS)}"
-        for name, cell in metrics["details"].items()
-    ]
-    bars = []
-    for group in metrics["by_length"]:
-        low, high = group["characters"]
-        name = f"{low} to {high} characters" if high else f"{low} characters or more"
-        bars.append((f"{name}\n({group['clips']:,} clips)", group["cer"]))
-    chart = io.StringIO()
-    draw_rates(bars, chart, format="svg")
-    facts = ("clips", "empty_references", "runaways", "audio_seconds", "real_time_factor", "clips_per_second")
-    facts = {name.replace("_", " "): f"{metrics[name]:,}" for name in (*facts, "parameters")}
-    facts |= {problem: f"{len(names):,}" for problem, names in metrics["unusable"].items()}
-    facts |= {"normalisation": metrics["scorer"], "precision": metrics["dtype"]}
-    facts |= {name: html.escape(metrics[name]) for name in ("model", "dataset")}
-    clips = [
-        f"<li><p>{mark_differences(row['normalised_reference'], row['normalised_hypothesis'])}</p>"
-        f"{audio_player(waveform)}"
-        f"<small>{row['cer']:.0f} % of {row['character_reference']} characters · {html.escape(row['id'])}</small>"
-        for row, waveform in worst
-    ]
-    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
-<meta name="viewport" content="width=device-width"><style>
-:root {{ color-scheme: light dark }} svg {{ width: 100%; height: auto }} small, audio {{ display: block }}
-body {{ font: 16px/1.5 sans-serif; max-width: 50rem; margin: 2rem auto; padding: 1rem }}
-td, th {{ padding: 0 1rem 0 0; text-align: right; white-space: nowrap }} th:first-child {{ text-align: left }}
-li {{ margin: 1rem 0; overflow-wrap: anywhere }} li p {{ margin: 0; font-size: 1.2em }}
-del {{ background: #f556 }} ins {{ background: #3b66; text-decoration: none }}
-</style></head><body><h1>{title}</h1>
-<table><tr><th><th>rate<th>95 % interval<th>{"<th>".join(COUNTS)}{"".join(rates)}</table>
-<h2>By length of the reference</h2>{chart.getvalue().partition("<svg")[1]}{chart.getvalue().partition("<svg")[2]}
-<h2>The run</h2><table>{"".join(f"<tr><th>{html.escape(name)}<td>{value}" for name, value in facts.items())}</table>
-<h2>The worst clips</h2><p><del>left out by the model</del> <ins>put in by the model</ins></p>
-<ol lang="{metrics["language"]}">{"".join(clips)}</ol>
-</body></html>
-"""
-
-
-# --------------------------------------------------------------------------------------------------------------- input
+def fail(message: str) -> NoReturn:
+    """End the script with one line for the user: what was wrong, with which value, what to do."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
 def boolean(value: str) -> bool:
@@ -305,9 +218,133 @@ def boolean(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
 
 
-def fail(message: str) -> NoReturn:
-    """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag in its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def set_up_process(is_main_process: bool = True) -> None:
+    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    level = logging.INFO if is_main_process else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+# ---- common: records -------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file; what JSON does not know, such as a path, is written as its text."""
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Version of each of these installed packages, for a record."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def changed_setting(earlier: dict, settings: dict) -> str | None:
+    """The first setting in which an earlier run differs from this one, for people to read; None where none does."""
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if earlier.get(name) != value:
+            return f"{name} was {earlier.get(name)!r} and is now {value!r}"
+    return None
+
+
+def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
+    """Fail where `place` holds the results of a run with other settings, which must not be mixed with this run's."""
+    if changed := changed_setting(earlier, settings):
+        fail(
+            f"{place} was made with other settings: {changed}. Choose another directory, "
+            "or pass --overwrite_output_dir to start afresh"
+        )
+
+
+# ---- common: the Hub -------------------------------------------------------------------------------------------------
+
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    for line in str(error).splitlines():
+        if line.strip() and not line.startswith("(Request ID"):
+            return line.strip().rstrip(".")
+    return type(error).__name__
+
+
+def hub_fail(action: str, error: BaseException) -> NoReturn:
+    """Fail because the Hub refused something."""
+    fail(
+        f"{action} failed: {first_line(error)}. Check the name, and the token with `hf auth whoami`; "
+        "`hf auth login` sets another token"
+    )
+
+
+def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
+    """Create a repository if it is missing, check the right to write to it, and return its full id.
+
+    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    """
+    api = HfApi()
+    try:
+        if not dry_run:
+            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
+            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
+            return url.repo_id
+        account = api.whoami()
+        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+        if api.repo_exists(repo_id, repo_type=repo_type):
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+        elif repo_id.split("/")[0] not in owners:
+            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+        return repo_id
+    except HUB_ERRORS as error:
+        hub_fail(f"preparing the {repo_type} repository {repository}", error)
+
+
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
+    for seconds in (1, 2, 4, 0):
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not seconds:
+                raise
+        time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: models --------------------------------------------------------------------------------------------------
+
+ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
 
 
 def local_directory(reference: str) -> Path | None:
@@ -320,634 +357,1122 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """The line of an error that says what is wrong; the Hub's begin with the request's id."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
-    return lines[0] if lines else type(error).__name__
-
-
-def open_dataset(args: argparse.Namespace) -> Dataset:
-    """Columns `audio` (not decoded), `reference` and, where one is named, `id`, in the dataset's order."""
-    name, config, split = args.dataset_name, args.dataset_config_name, args.dataset_split_name
-    workers = args.preprocessing_num_workers if args.preprocessing_num_workers > 1 else None
+def load_pretrained(kind: type, reference: str, **options) -> Any:
+    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        if name.endswith((".csv", ".jsonl")):
-            dataset = read_manifest(Path(name), args.audio_column_name)
-        elif name.endswith(".py"):
-            dataset = build_dataset(Path(name), config, split, workers)
-        elif directory := local_directory(name):
-            dataset = read_directory(directory, config, split)
-        elif isinstance(datasets.load_dataset_builder(name, config), AudioFolder):
-            dataset = read_directory(Path(snapshot_download(name, repo_type="dataset")), config, split)
-        else:
-            dataset = datasets.load_dataset(name, config, split=split, num_proc=workers)
-    except (ValueError, KeyError, RuntimeError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        what = f"can't load {config or 'the default configuration'}, {split} of {name}"
-        hint = "" if Path(name).exists() else "; check the name, and `hf auth login` for a private one"
-        fail(f"{what}: {first_line(error.__cause__ or error)}{hint}")
-    columns = {"audio": args.audio_column_name, "reference": args.text_column_name, "id": args.id_column_name}
-    columns = {column: part for part, column in columns.items() if column is not None}
-    if missing := [column for column in columns if column not in dataset.column_names]:
-        fail(f"{name} has no column {missing[0]!r}: it has {', '.join(dataset.column_names)} (--text_column_name, …)")
-    dataset = dataset.select_columns(list(columns))
-    dataset = dataset.rename_columns({column: part for column, part in columns.items() if column != part})
-    dataset = dataset.select(range(min(args.max_samples_per_split or len(dataset), len(dataset))))
-    if not len(dataset):
-        fail(f"{split} of {name} has no rows")
-    return dataset.cast_column("audio", Audio(sampling_rate=SAMPLING_RATE, decode=False))
+        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+    except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        # The last three are weights that were cut off, that are damaged, and that would run code.
+        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
 
 
-def build_dataset(path: Path, config: str | None, split: str, workers: int | None) -> Dataset:
-    """A split made by the `datasets.DatasetBuilder` that a Python file defines; `load_dataset` runs none any more."""
+def load_config(reference: str, **options) -> WhisperConfig:
+    """The configuration of a Whisper; fails for models of other kinds."""
+    config = load_pretrained(AutoConfig, reference, **options)
+    if config.model_type != "whisper":
+        fail(f"{reference} is a {config.model_type} model, not a Whisper")
+    return config
+
+
+def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
+    """The tokenizer of a Whisper. Without its files, `transformers` silently makes one with an empty vocabulary."""
+    tokenizer = load_pretrained(WhisperTokenizerFast, reference, **options)
+    # "a" as well: with tokenizer_config.json alone there are the special tokens, and no others.
+    if not {"a", "<|startoftranscript|>"} <= tokenizer.get_vocab().keys():
+        fail(f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt")
+    return tokenizer
+
+
+def is_multilingual(vocabulary: dict[str, int]) -> bool:
+    """Whether a Whisper with this vocabulary takes a language and a task."""
+    return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
+
+
+def load_generation_config(
+    reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
+) -> GenerationConfig:
+    """How a model decodes. What its file lacks, as those of 2022 do, comes from vocabulary and configuration."""
+    try:
+        source = str(local_directory(reference) or reference)
+        generation_config = GenerationConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if "does not appear to have a file named" not in str(error):  # a damaged file, or a Hub that does not answer
+            fail(f"cannot load the generation config of {reference}: {first_line(error)}")
+        generation_config = GenerationConfig()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            setattr(generation_config, name, getattr(config, name))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            setattr(generation_config, name, getattr(config, name, None))
+    generation_config.is_multilingual = is_multilingual(vocabulary)
+    values = {
+        "max_length": config.max_target_positions,
+        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
+        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
+        "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
+    }
+    if is_multilingual(vocabulary):
+        tokens = [f"<|{code}|>" for code in LANGUAGES]
+        values["lang_to_id"] = {token: vocabulary[token] for token in tokens if token in vocabulary}
+        values["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}
+    for name, value in values.items():
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, value)
+    return generation_config
+
+
+# ---- common: languages -----------------------------------------------------------------------------------------------
+
+
+def language_code(language: str) -> str:
+    """Whisper's code of a language that is given by code, name or token: `Japanese`, `JA` and `<|ja|>` are `ja`."""
+    name = language.lower().strip("<|>")
+    return TO_LANGUAGE_CODE.get(name, name)
+
+
+def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str | None, task: str) -> dict[str, str]:
+    """Language and task as `generate` takes them; none for an English-only model, where they are an error."""
+    codes = [code for code in LANGUAGES if f"<|{code}|>" in vocabulary] if is_multilingual(vocabulary) else ["en"]
+    if language is not None and language not in codes:
+        fail(f"--language {language}: {reference} has no such language, only {', '.join(sorted(codes))}")
+    if not is_multilingual(vocabulary):
+        if task != "transcribe":
+            fail(f"--task {task}: {reference} knows only English")
+        return {}
+    return {"task": task} if language is None else {"language": language, "task": task}
+
+
+# ---- common: devices and trackers ------------------------------------------------------------------------------------
+
+TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
+
+
+def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **options) -> Accelerator:
+    """The processes, the device and the tracker of this run."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise processes without a GPU do not know of each other
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30)), *handlers],
+        **options,
+    )
+    launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        # One thread is the launchers' default, not a user's choice.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    return accelerator
+
+
+def choose_dtype(dtype: str | None, device: torch.device) -> str:
+    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
+    if dtype is not None:
+        return dtype
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        native = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    dtype = "bfloat16" if native else "float32"
+    logger.info("--dtype is not set: %s, which this %s computes natively", dtype, device.type)
+    return dtype
+
+
+def choose_attention(attn_type: str, dtype: str, device: torch.device, torch_compile: bool) -> str:
+    """What `transformers` calls --attn_type; sdpa in place of flash attention where that cannot run."""
+    if attn_type != "flash_attn":
+        return attn_type
+    # Flash attention does not mask what the static cache of compiled decoding has not been filled with yet.
+    able = device.type == "cuda" and dtype != "float32" and not torch_compile
+    if able and is_flash_attn_2_available():
+        return "flash_attention_2"
+    needs = "a CUDA GPU, the package flash-attn, --dtype bfloat16 or float16, and no --torch_compile"
+    logger.warning("--attn_type flash_attn needs %s: sdpa is used", needs)
+    return "sdpa"
+
+
+def start_tracker(accelerator: Accelerator, args: argparse.Namespace, run_name: str | None = None) -> None:
+    """Start the tracker of --report_to. Whatever is wrong with it gives one warning and never stops the work."""
+    if args.report_to == "none" or not accelerator.is_main_process:
+        return
+    options = {}
+    try:
+        if args.report_to == "wandb":
+            options["wandb"] = {"dir": args.output_dir, "name": run_name, "mode": wandb_mode(args.output_dir)}
+        values = {}
+        for name, value in vars(args).items():
+            values[name] = value if isinstance(value, int | float) else str(value)
+        accelerator.init_trackers(args.wandb_project, values, options)
+        if not accelerator.trackers:
+            raise ImportError("it is not installed")
+    except Exception as error:  # a tracker may raise anything
+        accelerator.trackers = []
+        logger.warning("--report_to %s does not work and is left out: %s", args.report_to, first_line(error))
+
+
+def wandb_mode(directory: str | Path) -> str:
+    """`online`, or `offline` without a login, for which wandb would ask and wait for ever."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    import wandb  # only here: it need not be installed
+
+    try:
+        if wandb.login(prompt=False, timeout=20):
+            return "online"
+    except Exception as error:  # no network, or a key that is not valid
+        logger.warning("wandb: %s", first_line(error))
+    logger.warning("wandb has no login (`wandb login`): its files stay in %s/wandb", directory)
+    return "offline"
+
+
+def track(accelerator: Accelerator, values: dict[str, float], step: int | None = None) -> None:
+    """Report figures to the tracker; one that fails is left out from then on."""
+    try:
+        accelerator.log(values, step=step)
+    except Exception as error:  # a tracker may raise anything
+        logger.warning("the tracker does not work any more and is left out: %s", first_line(error))
+        accelerator.trackers = []
+
+
+# ---- common: finding datasets ----------------------------------------------------------------------------------------
+
+
+def find_files(reference: str, config: str | None, split: str) -> tuple[datasets.DatasetBuilder, list[str]]:
+    """The builder that `datasets` chooses for a local directory or a Hub id, and the files of one split."""
+    source = str(local_directory(reference) or reference)
+    builder = datasets.load_dataset_builder(source, config)
+    files_by_split = builder.config.data_files or {}
+    if split not in files_by_split:
+        fail(f"{reference} ({builder.config.name}) has no split {split!r}; it has {', '.join(files_by_split)}")
+    files = list(files_by_split[split])
+    directories = {file.rpartition("/")[0] for file in files}
+    shard = re.search(r"-of-(\d+)\.parquet$", files[0])
+    if shard and len(directories) == 1 and len(files) != int(shard[1]):
+        fail(f"{reference} has {len(files)} of {int(shard[1])} shards of {split}: finish the stage that writes it")
+    return builder, files
+
+
+# ---- common: reading datasets ----------------------------------------------------------------------------------------
+
+
+def store_undecoded(feature: datasets.Audio, value: str | bytes | dict) -> dict:
+    """What `datasets` stores of an audio value. Its own `Audio.encode_example` needs torchcodec for this."""
+    if isinstance(value, str):
+        return {"bytes": None, "path": value}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    return {"bytes": value.get("bytes"), "path": value.get("path")}
+
+
+def load_builder(path: Path, config: str | None, dir_suffix: str | None) -> datasets.DatasetBuilder:
+    """The builder that a Python file defines. `load_dataset` does not run such files any more.
+
+    `dir_suffix` says which part of a download in parts to read, as our data loader's `dataset_dir_suffix`.
+    """
     if not path.is_file():
         fail(f"--dataset_name {path} does not exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # found there by worker processes
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where worker processes look for it
     spec.loader.exec_module(module)
-    classes = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == path.stem]
-    builders = [cls for cls in classes if issubclass(cls, datasets.DatasetBuilder)]
+    builders = []
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, datasets.DatasetBuilder) and value.__module__ == path.stem:
+            builders.append(value)
     if len(builders) != 1:
-        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, not {len(builders)}")
-    builder = builders[0](config_name=config)
-    builder.download_and_prepare(num_proc=workers)
-    return builder.as_dataset(split)
+        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, and it defines {len(builders)}")
+    options = {"dataset_dir_suffix": dir_suffix} if dir_suffix else {}
+    return builders[0](config_name=config, **options)
 
 
-def read_directory(directory: Path, config: str | None, split: str) -> Dataset:
-    """A split of a local directory. Parquet is loaded by its files: a directory's cache looks at README.md only."""
-    shards = sorted((directory / (config or "default")).glob(f"{split}-*-of-*.parquet"))
-    if shards:
-        expected = int(shards[0].stem.rsplit("-", 1)[1])
-        if len(shards) != expected:
-            fail(f"{directory} has {len(shards)} of {expected} shards of {split}: finish the stage that writes it")
-        if not any(pq.read_metadata(path).num_rows for path in shards):
-            fail(f"{split} of {directory} has no rows")  # `load_dataset` can't read it
-        return datasets.load_dataset("parquet", data_files={split: list(map(str, shards))}, split=split)
-    builder = datasets.load_dataset_builder(str(directory), config)
-    files = builder.config.data_files
-    if split not in files:
-        raise ValueError(f"its splits are {', '.join(files)}")
-    if isinstance(builder, AudioFolder):
-        manifests = [Path(file) for file in files[split] if Path(file).stem == "metadata"]
-        rows = [read_manifest(path, "file_name").rename_column("file_name", "audio") for path in manifests]
-        return datasets.concatenate_datasets(rows)
-    if isinstance(builder, Parquet):
-        return datasets.load_dataset("parquet", data_files={split: list(files[split])}, split=split)
-    return datasets.load_dataset(str(directory), config, split=split)
-
-
-def read_manifest(path: Path, audio_column: str) -> Dataset:
-    """The rows of a CSV or JSONL file, with audio paths relative to it, as `audiofolder` has them too."""
+def read_manifest(path: Path, audio_column: str) -> datasets.Dataset:
+    """The rows of a .csv, .tsv or .jsonl file, with audio paths relative to it."""
+    rows = []
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
     for row in rows:
         if row.get(audio_column):
             row[audio_column] = {"bytes": None, "path": str(path.parent / row[audio_column])}
-    return Dataset.from_list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
-def clips_digest(clips: Dataset) -> str:
-    """Digest of the texts, the ids and the sizes of the audio, to notice other clips under the same name."""
-    digest = hashlib.sha256()
-    for start in range(0, len(clips), 10_000):
-        rows = clips.with_format("arrow")[start : start + 10_000]
-        sizes = pc.binary_length(pc.struct_field(rows["audio"], "bytes")).to_pylist()
-        digest.update(json.dumps([sizes, rows.drop_columns("audio").to_pydict()], default=str).encode())
-    return digest.hexdigest()[:16]
+def open_dataset(
+    reference: str,
+    config: str | None,
+    split: str,
+    audio_column: str,
+    dir_suffix: str | None = None,
+    num_proc: int = 1,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of a split, with the audio column, where there is one, undecoded.
+
+    Args:
+        reference: a .py file with a builder, a .csv, .tsv or .jsonl manifest, a local directory, or a Hub id.
+        config, split: which part of it; None is the default configuration.
+        dir_suffix: which part of a download in parts, for our data loader.
+        num_proc: processes that convert what is not Arrow yet.
+        streaming: read it where it lies, and prepare nothing in the cache.
+    """
+    datasets.Audio.encode_example = store_undecoded
+    path = Path(reference).expanduser()
+    try:
+        if path.suffix == ".py":
+            builder = load_builder(path, config, dir_suffix)
+            if not streaming:
+                builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
+            dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
+        elif path.suffix in (".csv", ".tsv", ".jsonl"):
+            dataset = read_manifest(path, audio_column)
+            dataset = dataset.to_iterable_dataset() if streaming else dataset
+        else:
+            dataset = read_repository(reference, config, split, num_proc, streaming)
+    except (ValueError, KeyError, RuntimeError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+        hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
+        cause = first_line(error.__cause__ or error)
+        fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
+    if audio_column in (dataset.column_names or []):
+        dataset = dataset.cast_column(audio_column, datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False))
+    return dataset
 
 
-def load_clip(audio: dict | None, long_form: bool = False) -> tuple[np.ndarray | None, float, str | None]:
-    """Waveform (mono float32, 16 kHz), seconds, and the problem of what has none; over 30 s is one in short form."""
-    content = audio and audio["bytes"]
-    if audio and content is None and audio["path"] and Path(audio["path"]).is_file():
-        content = Path(audio["path"]).read_bytes()
+def read_repository(
+    reference: str, config: str | None, split: str, num_proc: int, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A split of a local directory or a Hub id, by whatever loader `datasets` chooses for it."""
+    builder, files = find_files(reference, config, split)
+    options = {"streaming": True} if streaming else {"num_proc": min(num_proc, len(files)) if num_proc > 1 else None}
+    if not isinstance(builder, Parquet):
+        return datasets.load_dataset(str(local_directory(reference) or reference), config, split=split, **options)
+    if local_directory(reference) and not any(pq.read_metadata(file).num_rows for file in files):
+        return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
+    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
+    # configuration holds all splits.
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split, **options)
+
+
+def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
+    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
+    for flag, column in columns.items():
+        if column is not None and column not in dataset.column_names:
+            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}")
+
+
+# ---- common: audio ---------------------------------------------------------------------------------------------------
+
+SAMPLING_RATE = 16_000  # Hz; Whisper's
+WINDOW_SECONDS = 30  # what Whisper hears at a time
+HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200 samples to either side of its centre
+WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
+
+
+class Clip(NamedTuple):
+    """A decoded clip, or the problem why there is none."""
+
+    waveform: np.ndarray | None  # mono float32 at 16 kHz
+    samples: int  # of the whole clip at 16 kHz, also where the waveform is cut
+    seconds: float  # of the whole clip
+    problem: str | None = None
+
+
+def read_audio(audio: dict | None) -> bytes | None:
+    """The encoded bytes of an undecoded value of an audio column, which may only name a file."""
+    if not audio:
+        return None
+    if audio["bytes"] is None and audio["path"]:
+        try:
+            with fsspec.open(audio["path"], "rb") as file:
+                return file.read()
+        except (OSError, ValueError):
+            return None
+    return audio["bytes"]
+
+
+def decode_clip(content: bytes | None, whole: bool = False) -> Clip:
+    """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
+
+    It is read to its end, because the header of a damaged file, and of many an MP3, only estimates the length.
+    """
     if not content:
-        return None, 0.0, "no audio"
+        return Clip(None, 0, 0.0, "no audio")
+    kept, frames = [], 0
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
-            rate, seconds = file.samplerate, file.frames / file.samplerate
-            waveform = file.read(-1 if long_form else 31 * rate, dtype="float32", always_2d=True).mean(axis=1)
+            rate = file.samplerate
+            # A block is a second longer than what is kept, so that resampling sees what follows the cut.
+            while len(block := file.read((WINDOW_SECONDS + 1) * rate, dtype="float32", always_2d=True)):
+                if not np.isfinite(block).all():
+                    return Clip(None, 0, 0.0, "samples that are not finite numbers")
+                if whole or not kept:
+                    kept.append(block.mean(axis=1))
+                frames += len(block)
     except soundfile.LibsndfileError as error:
-        return None, 0.0, f"undecodable: {error.error_string}"
-    if not len(waveform):
-        return None, 0.0, "zero length"
-    if not np.isfinite(waveform).all():
-        return None, 0.0, "samples that are not finite numbers"
-    if long_form or len(waveform) < 31 * rate:  # headers of damaged files promise more
-        seconds = len(waveform) / rate
-    if seconds > WINDOW / SAMPLING_RATE and not long_form:
-        return None, seconds, TOO_LONG
+        return Clip(None, 0, 0.0, f"undecodable audio: {error.error_string}")
+    if not frames:
+        return Clip(None, 0, 0.0, "zero length")
+    waveform = np.concatenate(kept)
     if rate != SAMPLING_RATE:
         waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-    return waveform if long_form else waveform[:WINDOW], seconds, None
+    if not whole:
+        waveform = waveform[: WINDOW_SECONDS * SAMPLING_RATE]
+    return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
 
 
-def pack_clips(lengths: Sequence[int | None], limit: int, seed: int) -> list[list[int]]:
-    """Rows of windows with room for `limit`: whole clips, drawn in any order, into the first open window with room.
+def filled_frames(samples: int) -> int:
+    """Log-mel frames of a clip up to the first padded one; all later ones are equal to that one."""
+    return min(WINDOW_FRAMES, math.ceil((samples + 200) / HOP_LENGTH) + 1)
 
-    A clip without a length can't be used and is left alone, and so is one that is longer than a window.
+
+def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, device: str = "cpu") -> torch.Tensor:
+    """Whisper's log-mel of clips of at most 30 s, float32 (clips, mels, frames), as far as the longest clip fills it.
+
+    Padding to 30 s instead changes no bit: all padded frames are one constant, and the one that is kept brings this
+    constant into the clip's maximum. `pad_window` gives the frames that are left out.
     """
-    windows: list[dict] = []
-    for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        length = limit if lengths[row] is None else min(limit, lengths[row])
-        window = next((window for window in windows[-OPEN_WINDOWS:] if window["room"] >= length), None)
-        if window is None:
-            windows.append(window := {"rows": [], "room": limit})
-        window["rows"].append(row)
-        window["room"] -= length
-    return [window["rows"] for window in windows]
+    samples = HOP_LENGTH * filled_frames(max(len(waveform) for waveform in waveforms))
+    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=device)
+    return features.input_features
 
 
-def silence(row: int, seed: int) -> np.ndarray:
-    """What is before a clip that follows another in a window."""
-    return np.zeros(np.random.default_rng([seed, row]).integers(*GAP), np.float32)
+def pad_window(features: torch.Tensor) -> torch.Tensor:
+    """(..., mels, frames) -> (..., mels, 3000): the last frame repeated, as all padded frames of a clip are equal."""
+    missing = WINDOW_FRAMES - features.shape[-1]
+    return torch.cat([features, features[..., -1:].expand(*features.shape[:-1], missing)], dim=-1)
 
 
-def plan_items(clips: Dataset, args: argparse.Namespace) -> list[list[int]]:
-    """The rows of each item that is evaluated: a clip, or a window of several."""
+# ---- common: text ----------------------------------------------------------------------------------------------------
 
-    def length(row: int) -> int | None:
-        waveform = read_item(clips, [row], args)[1]
-        return None if waveform is None else len(silence(row, args.seed)) + len(waveform)
-
-    if not args.concatenate_audio:
-        return [[row] for row in range(len(clips))]
-    with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
-        lengths = list(pool.map(length, range(len(clips))))
-    return pack_clips(lengths, round(args.concatenate_seconds * SAMPLING_RATE), args.seed)
+UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
 
 
-def read_item(clips: Dataset, rows: list[int], args: argparse.Namespace) -> tuple[dict, np.ndarray | None]:
-    """The prediction of an item, still to be made, and its waveform, None where there is a problem."""
-    names, texts, pieces, seconds, problem = [], [], [], 0.0, None
-    for row in rows:
-        values = clips[row]
-        names.append(str(values.get("id") or (values["audio"] or {}).get("path") or row))
-        texts.append("" if values["reference"] is None else str(values["reference"]))
-        waveform, duration, found = load_clip(values["audio"], args.long_form)
-        if args.concatenate_audio and not any(map(str.isalnum, texts[-1])):
-            found = found or "empty reference"
-        pieces += [silence(row, args.seed), waveform]
-        seconds, problem = seconds + duration, problem or found
-    reference = ("" if args.language in UNSPACED else " ").join(texts)
-    prediction = {"id": " + ".join(names), "seconds": round(seconds, 3), "problem": problem, "reference": reference}
-    return prediction | {"hypothesis": None}, None if problem else np.concatenate(pieces[1:])
+def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
+    """The rule by which two texts are compared for WER and CER, the same in filter, training and evaluation.
+
+    It is Whisper's own normaliser, then without spaces where the language is written without them: such a text is one
+    word. `spellings`, British to American, come from the tokenizer and serve English.
+    """
+    whisper_rule = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
+
+    def normalise(text: str) -> str:
+        words = whisper_rule(text).split()
+        return ("" if language in UNSPACED else " ").join(words)
+
+    return normalise
 
 
-# ----------------------------------------------------------------------------------------------- what the model says
+# ---- normalisation ---------------------------------------------------------------------------------------------------
 
 
-def prompt_arguments(generation_config, language: str, task: str) -> dict[str, str]:
-    """Language and task as `generate` wants them; none for an English-only checkpoint, where they are an error."""
-    languages = getattr(generation_config, "lang_to_id", None)
-    if not getattr(generation_config, "is_multilingual", languages is not None):
-        languages = {"<|en|>": None}
-    if f"<|{language}|>" not in (languages or {}):
-        codes = ", ".join(sorted(token[2:-2] for token in languages or {}))
-        fail(f"--language {language!r} is not one of the model's: {codes}")
-    return {"language": language, "task": task} if len(languages) > 1 else {}
+def read_group(group: str) -> str:
+    """Read four digits as a number, in kanji: "0203" -> "二百三"."""
+    spoken = ""
+    for digit, place in zip(group, ("千", "百", "十", ""), strict=True):
+        if digit == "0":
+            continue
+        if digit != "1" or not place:  # 100 is "百", not "一百"
+            spoken += DIGITS[int(digit)]
+        spoken += place
+    return spoken
 
 
-def model_digest(model: transformers.WhisperForConditionalGeneration) -> str:
-    """Digest of a few numbers of each weight and of the generation settings, to tell models of one name apart."""
-    settings = {name: value for name, value in model.generation_config.to_dict().items() if "version" not in name}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:64].float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def read_digits(digits: str) -> str:
+    """Read digits one by one, in kanji: "203" -> "二零三"."""
+    return "".join(DIGITS[int(digit)] for digit in digits)
 
 
-class Transcriber:
-    """A Whisper on its device, from waveforms to texts. It has no weights before `load`."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device, self.assistance, self.memory = args, device, {}, []
-        name, where = args.model_name_or_path, {"revision": args.model_revision, "subfolder": args.subfolder}
-        local_directory(name)
-        try:
-            self.extractor = transformers.WhisperFeatureExtractor.from_pretrained(name, **where)
-            self.tokenizer = transformers.WhisperTokenizerFast.from_pretrained(name, **where)
-            self.config = transformers.WhisperConfig.from_pretrained(name, **where)
-            generation_config = transformers.GenerationConfig.from_pretrained(name, **where)
-        except (OSError, ValueError) as error:
-            fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
-        # `generate` assists one at a time. On a CPU a step of 16 clips takes half more than one of 8, as it reads the
-        # same weights; more clips gain little, as a batch goes on until its longest text ends, and cost memory.
-        size = args.per_device_eval_batch_size or (16 if device.type == "cpu" else 32)
-        self.batch_size = 1 if args.assistant_model else size
-        self.flags = prompt_arguments(generation_config, args.language, args.task) | {
-            "max_new_tokens": min(args.generation_max_length, self.config.max_target_positions - 4),  # prefix
-            "num_beams": args.generation_num_beams,
-            "return_timestamps": args.return_timestamps or args.long_form,
-        }
-
-    def load(self) -> str:
-        """Load the weights; returns the digest of the model."""
-        args, name = self.args, self.args.model_name_or_path
-        attention, able = args.attn_type, self.device.type == "cuda" and args.dtype != "float32"
-        if attention == "flash_attn":
-            attention = "flash_attention_2" if able and is_flash_attn_2_available() else "sdpa"
-            if attention == "sdpa":
-                logger.warning(
-                    "--attn_type flash_attn needs CUDA, --dtype bfloat16 and the package flash-attn: using sdpa"
-                )
-        options = {"dtype": getattr(torch, args.dtype), "attn_implementation": attention}
-        where = {"revision": args.model_revision, "subfolder": args.subfolder}
-        try:
-            self.model = transformers.WhisperForConditionalGeneration.from_pretrained(name, **where, **options)
-            if args.assistant_model:
-                name = args.assistant_model
-                local_directory(name)
-                student = transformers.WhisperForConditionalGeneration.from_pretrained(name, **options)
-                weights, others = (list(whisper.model.encoder.parameters()) for whisper in (student, self.model))
-                same = len(weights) == len(others) and all(map(torch.equal, weights, others))
-                if not same or student.config.vocab_size != self.config.vocab_size:
-                    fail(
-                        f"--assistant_model {name} has another encoder or vocabulary than the model, so it can't assist"
-                    )
-                assistant = transformers.WhisperForCausalLM.from_pretrained(name, **options)  # without the encoder
-        except (OSError, ValueError, pickle.UnpicklingError) as error:
-            fail(f"can't load the model {name}: {first_line(error)} (a private one needs `hf auth login`)")
-        self.model.to(self.device).eval()
-        simple = not args.assistant_model and args.generation_num_beams == 1
-        self.one_by_one = self.device.type == "cpu" and args.dtype == "float32" and simple
-        if self.one_by_one:
-            # Where each clip has one query a step, two plain products are faster than "sdpa", which is made for many.
-            eager = copy.copy(self.model.config)
-            eager._attn_implementation = "eager"
-            for layer in self.model.model.decoder.layers:
-                layer.encoder_attn.config = eager
-        if args.assistant_model:
-            self.assistance = {"assistant_model": assistant.to(self.device).eval()}
-            if tokens := self.model.generation_config.begin_suppress_tokens:  # which `generate` then leaves out
-                processor = transformers.SuppressTokensAtBeginLogitsProcessor(tokens, 0, str(self.device))
-                self.assistance["logits_processor"] = [processor]
-        return model_digest(self.model)
-
-    def extract(self, waveforms: list[np.ndarray]) -> torch.Tensor:
-        """Log-mel, (clips, mels, 3000): frames after the longest clip are all equal, and computed once."""
-        samples = min(WINDOW, max(map(len, waveforms)) + 2 * self.extractor.n_fft)
-        mel = self.extractor(
-            waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=str(self.device)
-        ).input_features
-        return torch.nn.functional.pad(mel, (0, self.extractor.nb_max_frames - mel.shape[2]), mode="replicate")
-
-    def encode(self, features: torch.Tensor) -> dict:
-        """States of log-mels, and perhaps the decoder's keys and values of them, as arguments of `generate`."""
-        if not self.one_by_one:
-            return {"encoder_outputs": BaseModelOutput(self.model.model.encoder(features)[0])}
-        # What one clip needs stays in a CPU's caches, and memory that is kept need not be made anew for every batch.
-        # Keys lie as the product with a query reads them: position after position.
-        rows, attentions = len(features), [layer.encoder_attn for layer in self.model.model.decoder.layers]
-        positions, heads, width = self.config.max_source_positions, attentions[0].num_heads, attentions[0].head_dim
-        if not self.memory or len(self.memory[0]) < rows:
-            of_layer = [(heads, width, positions), (heads, positions, width)]
-            shapes = [(positions, heads * width), *of_layer * len(attentions)]
-            self.memory = [torch.empty(rows, *shape, dtype=features.dtype) for shape in shapes]
-        states, *cross = (memory[:rows] for memory in self.memory)
-        for row in range(rows):
-            states[row] = self.model.model.encoder(features[row : row + 1])[0][0]
-            for attention, keys, values in zip(attentions, cross[::2], cross[1::2], strict=True):
-                keys[row] = attention.k_proj(states[row]).view(positions, heads, width).permute(1, 2, 0)
-                values[row] = attention.v_proj(states[row]).view(positions, heads, width).transpose(0, 1)
-        cache = DynamicCache()
-        for keys, values in zip(cross[::2], cross[1::2], strict=True):
-            layer = DynamicLayer()
-            layer.keys, layer.values, layer.dtype, layer.device = keys.mT, values, keys.dtype, keys.device
-            layer.is_initialized = True
-            cache.layers.append(layer)
-        return {
-            "encoder_outputs": BaseModelOutput(states),
-            "past_key_values": EncoderDecoderCache(DynamicCache(), cache),
-        }
-
-    @torch.inference_mode()
-    def transcribe(self, waveforms: list[np.ndarray]) -> list[str]:
-        """Texts of a batch, which takes each 30 s once; of longer audio by Whisper's sequential decoding."""
-        if max(map(len, waveforms)) > WINDOW:
-            how = {"padding": "longest", "truncation": False, "return_attention_mask": True, "return_tensors": "pt"}
-            inputs = self.extractor(waveforms, sampling_rate=SAMPLING_RATE, **how).to(self.device, self.model.dtype)
-            inputs = {**inputs, "condition_on_prev_tokens": False, "temperature": 0.0}
-        else:
-            features = self.extract(waveforms).to(self.device, self.model.dtype)
-            inputs = self.encode(features) | {"force_unique_generate_call": True}
-        tokens = self.model.generate(**inputs, **self.assistance, **self.flags)  # (clips, tokens)
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+def read_number(number: str) -> str:
+    """Read a decimal number, in kanji, without padding zeros: "1203" -> "千二百三", "0.50" -> "零点五"."""
+    whole, _, fraction = number.partition(".")
+    digits = whole.lstrip("0")
+    decimals = fraction.rstrip("0")
+    longest = 4 * len(POWERS)
+    if len(digits) > longest:  # too large for the named powers
+        return read_digits(digits)
+    padded = digits.zfill(longest)
+    spoken = ""
+    for start, name in zip(range(0, longest, 4), reversed(POWERS), strict=True):
+        group = padded[start : start + 4]
+        if group != "0000":
+            spoken += read_group(group) + name
+    spoken = spoken or DIGITS[0]
+    if decimals:
+        spoken += "点" + read_digits(decimals)
+    return spoken
 
 
-def predict(clips: Dataset, missing: dict[Path, list[list[int]]], transcriber: Transcriber, args, show: bool) -> None:
-    """Write the missing shards, transcribed in batches of similar length."""
-    size = transcriber.batch_size
-    bar = tqdm(total=sum(map(len, missing.values())), unit="clip", disable=not show)
-    with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
-        started = time.perf_counter()
-        loading = ((path, pool.map(lambda rows: read_item(clips, rows, args), part)) for path, part in missing.items())
-        # In pairs, so that the next shard is being read while this one is transcribed.
-        for (path, loaded), _ in itertools.pairwise(itertools.chain(loading, [None])):
-            shard = list(loaded)
-            usable = sorted((item for item in shard if item[1] is not None), key=lambda item: -len(item[1]))
-            parts = [[item for item in usable if (len(item[1]) > WINDOW) is long] for long in (True, False)]
-            for batch in (part[start : start + size] for part in parts for start in range(0, len(part), size)):
-                texts = transcriber.transcribe([waveform for _, waveform in batch])
-                for (prediction, _), text in zip(batch, texts, strict=True):
-                    prediction["hypothesis"] = text
-                bar.update(len(batch))
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            facts = {"process_seconds": seconds, "parameters": transcriber.model.num_parameters()}
-            lines = [facts, *(prediction for prediction, _ in shard)]
-            write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), path)
-            bar.update(len(shard) - len(usable))
+def normalise_reazon(text: str) -> str:
+    """ReazonSpeech's rule: remove punctuation, narrow letters and digits to half width, and spell out numbers."""
+    narrow = text.translate(REAZON_TABLE)
+    return re.sub(r"[0-9]+\.?[0-9]*", lambda number: read_number(number[0]), narrow).strip()
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
+    """The normaliser of a --scorer. The default for each language is the rule of the filter and of training."""
+    if scorer == "reazon":
+        return normalise_reazon
+    if scorer == "kotoba":  # the rule of the published Japanese figures, whatever the language
+        return text_normaliser("ja", None)
+    if language in UNSPACED:  # Whisper's own rule keeps the spaces
+        return lambda text: BasicTextNormalizer()(text).strip()
+    return text_normaliser(language, spellings)
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a file that appears under its name only when it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+# ---- error rates -----------------------------------------------------------------------------------------------------
 
 
-def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
-    """The rows of all shards, and what they took."""
-    shards = [[json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")] for path in paths]
-    rows = [row for _, *rows in shards for row in rows]
-    seconds, audio = sum(facts["process_seconds"] for facts, *_ in shards), sum(row["seconds"] for row in rows)
-    facts = {
-        "audio_seconds": round(audio, 1),
-        "process_seconds": round(seconds, 1),  # over all processes
-        "real_time_factor": round(seconds / max(audio, 1e-9), 5),
-        "clips_per_second": round(len(rows) / max(seconds, 1e-9), 3),
-        "parameters": shards[0][0]["parameters"],
-    }
-    return rows, facts
+def count_errors(reference: str, hypothesis: str) -> np.ndarray:
+    """The `COUNTS` of a clip, first in characters, then in words: (2, 4)."""
+    counts = []
+    for align in (jiwer.process_characters, jiwer.process_words):
+        result = align(reference, hypothesis)
+        length = result.hits + result.substitutions + result.deletions
+        counts.append([result.substitutions, result.deletions, result.insertions, length])
+    return np.array(counts)
 
 
-def save_metrics(path: Path, metrics: dict) -> None:
-    """`evaluate.save`, without what git says of a directory that is no repository."""
-    import evaluate  # takes as long as all the others
-
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        evaluate.save(path, **metrics)
-    except OSError:  # there is no git, which it asks for a commit, or it can't write
-        write_text(json.dumps(metrics), path)
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+def error_rate(counts: np.ndarray) -> np.ndarray:
+    """(..., 4) `COUNTS` -> (...) error rates in per cent; NaN if the reference is empty."""
+    errors = counts[..., :3].sum(axis=-1)
+    with np.errstate(invalid="ignore"):
+        return 100 * errors / counts[..., 3]
 
 
-def write_results(clips: Dataset, items, rows: list[dict], normalise: Callable, facts: dict, args) -> dict:
-    """Score the predictions and write the four files; returns the metrics."""
-    output_dir, name = Path(args.output_dir), args.name
-    unusable = collections.defaultdict(list)
-    for row in rows:
-        if row["problem"]:
-            unusable[row["problem"]].append(row["id"])
-    if unusable[TOO_LONG] and not args.skip_long_audio:
-        names = ", ".join(unusable[TOO_LONG][:10]) + ", …" * (len(unusable[TOO_LONG]) > 10)
-        ways = "--skip_long_audio leaves such out, --long_form takes them"
-        fail(f"{len(unusable[TOO_LONG])} clips are longer than 30 s, and {ways}: {names}")
-    usable = [index for index, row in enumerate(rows) if not row["problem"]]
-    if not usable:
-        fail(f"none of the {len(rows)} clips of {args.dataset_name} can be used: {', '.join(unusable)}")
-    metrics, scored = score([rows[i]["reference"] for i in usable], [rows[i]["hypothesis"] for i in usable], normalise)
-    for index, columns in zip(usable, scored, strict=True):
-        rows[index] |= columns
-    metrics |= facts | {"unusable": {problem: names for problem, names in unusable.items() if names}}
-    wrong = [row for row in rows if row.get("normalised_reference") != row.get("normalised_hypothesis")]
-    for which, chosen in (("all", rows), ("incorrect", wrong)):
-        file = io.StringIO(newline="")
-        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
-        writer.writeheader()
-        writer.writerows(chosen)
-        write_text(file.getvalue(), output_dir / f"{which}_predictions.{name}.csv")
-    worst = sorted((index for index in usable if rows[index].get("cer")), key=lambda index: -rows[index]["cer"])
-    worst = [(rows[index], read_item(clips, items[index], args)[1]) for index in worst[:WORST_CLIPS]]
-    write_text(report_page(metrics, worst), output_dir / f"report.{name}.html")
-    save_metrics(output_dir / f"metric.{name}.json", metrics)
+def bootstrap(counts: np.ndarray) -> np.ndarray:
+    """(clips, ..., 4) `COUNTS` -> (draws, ...) error rates of clips drawn with replacement, with a fixed seed."""
+    generator = np.random.default_rng(0)
+    clips = len(counts)
+    counts = counts.astype(float)
+    rates = []
+    for _ in range(BOOTSTRAP_DRAWS):
+        drawn = generator.integers(0, clips, clips)
+        times_drawn = np.bincount(drawn, minlength=clips)
+        totals = np.tensordot(times_drawn, counts, axes=1)
+        rates.append(error_rate(totals))
+    return np.stack(rates)
+
+
+def summarise(counts: np.ndarray) -> dict[str, dict]:
+    """(clips, metrics, 4) `COUNTS` -> for each metric, the rate in per cent, its 95 % interval and the counts."""
+    drawn_rates = bootstrap(counts)  # (draws, metrics)
+    summaries = {}
+    for metric, name in enumerate(METRICS):
+        totals = counts[:, metric].sum(axis=0)
+        summary = {"rate": None, "low": None, "high": None}
+        if totals[3]:
+            low, high = np.nanpercentile(drawn_rates[:, metric], [2.5, 97.5])
+            summary["rate"] = float(error_rate(totals))
+            summary["low"] = float(low)
+            summary["high"] = float(high)
+        summary.update(zip(COUNTS, totals.tolist(), strict=True))
+        summaries[name] = summary
+    return summaries
+
+
+def score(references: list[str], hypotheses: list[str], normalise: Callable[[str], str]) -> tuple[dict, list[dict]]:
+    """All metrics, and the CSV columns of each clip.
+
+    Clips whose reference is empty after normalisation are not scored.
+    """
+    rows = []
+    scored = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        normalised_reference = normalise(reference)
+        normalised_hypothesis = normalise(hypothesis)
+        row = {"normalised_reference": normalised_reference, "normalised_hypothesis": normalised_hypothesis}
+        rows.append(row)
+        if not normalised_reference:
+            continue
+        clip_counts = count_errors(normalised_reference, normalised_hypothesis)
+        raw_counts = count_errors(reference, hypothesis)
+        scored.append(np.concatenate([clip_counts, raw_counts]))
+        row.update(zip(CLIP_COLUMNS, clip_counts.flatten().tolist(), strict=True))
+        row["cer"] = round(float(error_rate(clip_counts[0])), 2)
+        row["runaway"] = len(normalised_hypothesis) > 2 * len(normalised_reference) + 10
+    if not scored:
+        fail("nothing to score: every reference is empty after normalisation")
+    counts = np.stack(scored)  # (clips, metrics, 4)
+    overall = summarise(counts)
+    metrics = {name: overall[name]["rate"] for name in METRICS}
+    metrics["clips"] = len(scored)
+    metrics["empty_references"] = len(references) - len(scored)
+    metrics["runaways"] = sum(row.get("runaway", False) for row in rows)
+    metrics["details"] = overall
+    metrics["by_length"] = []
+    lengths = counts[:, 0, 3]
+    for low, high in LENGTH_GROUPS:
+        members = (lengths >= low) & (lengths <= (high or np.inf))
+        group = {"characters": [low, high], "clips": int(members.sum())}
+        group.update(summarise(counts * members[:, None, None]))  # the counts of all other clips become 0
+        metrics["by_length"].append(group)
+    return metrics, rows
+
+
+def list_unusable(predictions: list[dict], args: argparse.Namespace) -> dict[str, list[str]]:
+    """Ids of the unusable clips, by problem. Fails if no clip is usable, or if clips are too long and not left out."""
+    unusable = defaultdict(list)
+    for prediction in predictions:
+        if prediction["problem"]:
+            unusable[prediction["problem"]].append(prediction["id"])
+    refuse_long_clips(unusable.get(TOO_LONG, []), args)  # predicted earlier with --skip_long_audio
+    if all(prediction["problem"] for prediction in predictions):
+        fail(f"none of the {len(predictions)} clips of {args.dataset_name} can be used: {', '.join(unusable)}")
+    return dict(unusable)
+
+
+def score_predictions(predictions: list[dict], normalise: Callable[[str], str]) -> dict:
+    """Compute the metrics, and add its own figures to each usable prediction."""
+    usable = [prediction for prediction in predictions if not prediction["problem"]]
+    references = [prediction["reference"] for prediction in usable]
+    hypotheses = [prediction["hypothesis"] for prediction in usable]
+    metrics, columns = score(references, hypotheses, normalise)
+    for prediction, figures in zip(usable, columns, strict=True):
+        prediction.update(figures)
     return metrics
 
 
-def push_again(push: Callable[[], object]) -> None:
-    """Push, and again where another push to the same repository came between, which the Hub answers with 409 or 412."""
-    for waits in (1, 2, 4, 0):  # seconds, about
-        try:
-            push()
-            return
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (409, 412) or not waits:
-                raise
-        time.sleep(waits * random.uniform(0.5, 1))
+# ---- clips and windows -----------------------------------------------------------------------------------------------
 
 
-def publish(metrics: dict) -> None:
-    """Write the two rates into the model card's `model-index`, where the Hub shows them."""
-    dataset, model = metrics["dataset"], metrics["model"]
-    kind = dataset if re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else Path(dataset).stem
-    source = {"type": kind, "name": Path(dataset).stem, "config": metrics["dataset_config_name"]}
-    rates = [
-        {"type": name, "name": f"{name.upper()} ({metrics['scorer']})", "value": round(metrics[name], 2)}
-        for name in ("cer", "wer")
-    ]
-    result = {"task": {"type": "automatic-speech-recognition"}, "metrics": rates}
-    result["dataset"] = source | {"split": metrics["name"]}
-    index = {"model-index": [{"name": model, "results": [result]}]}
-    try:  # from the card as it is at that commit, so that no other evaluation's rates are lost
-        push_again(lambda: metadata_update(model, index, overwrite=True, parent_commit=HfApi().model_info(model).sha))
-    except (OSError, ValueError) as error:
-        fail(f"the results are written, but not on the card of {model}: {first_line(error)}; run this again to push")
+@dataclass
+class Recording:
+    """The unit of evaluation: a clip, or a window of several clips."""
+
+    id: str
+    seconds: float
+    problem: str | None  # why it is unusable, if it is
+    reference: str
+    waveform: np.ndarray | None  # mono float32 at 16 kHz
+    hypothesis: str | None = None
 
 
-def print_plan(clips: Dataset, shards: dict[Path, list[list[int]]], transcriber: Transcriber, args) -> None:
-    """What a run would do, from a sample of what it would read."""
-    items, started = list(itertools.chain.from_iterable(shards.values())), time.perf_counter()
-    sample = [read_item(clips, items[index], args) for index in range(0, len(items), -(-len(items) // SAMPLE))]
-    for waveform in (waveform for _, waveform in sample if waveform is not None):
-        transcriber.extract([waveform])
-    rate = len(sample) / (time.perf_counter() - started)
-    seconds = statistics.mean(prediction["seconds"] for prediction, _ in sample)
-    text = statistics.mean(len(json.dumps(prediction)) for prediction, _ in sample)
-    written = 4 * text * len(items) + 25_000 * seconds * min(len(items), WORST_CLIPS)  # FLAC in base 64 on the page
-    what = f"{len(items):,} windows of {len(clips):,} clips" if args.concatenate_audio else f"{len(clips):,} clips"
-    left = sum(len(items) for path, items in shards.items() if not path.exists())
-    hours = seconds * len(items) / 3600
-    print(f"input: {args.dataset_name}, {args.dataset_split_name}, {what}, about {hours:.2f} h")
-    print(f"done: {sum(path.exists() for path in shards)} of {len(shards)} shards")
-    print(f"writes: {args.output_dir}, about {written / 1e6:.1f} MB")
-    print(f"pushes: {f'two rates to the card of {args.model_name_or_path}' if args.push_to_hub else 'nothing'}")
-    print(
-        f"time: at {rate:.1f} a second and thread {left:,} are read (from a sample of {len(sample)}); the model's own"
+def load_clips(args: argparse.Namespace) -> datasets.Dataset:
+    """Load the rows of the dataset, in order: columns `audio` (undecoded), `reference` and, if named, `id`."""
+    dataset = open_dataset(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.dataset_split_name,
+        args.audio_column_name,
+        num_proc=args.preprocessing_num_workers,
     )
-    print(f"      depends on the device: 30 s of encoder each, in batches of {transcriber.batch_size}")
+    if not len(dataset):
+        fail(f"{args.dataset_split_name} of {args.dataset_name} has no rows")
+    flags = {
+        "audio_column_name": args.audio_column_name,
+        "text_column_name": args.text_column_name,
+        "id_column_name": args.id_column_name,
+    }
+    require_columns(args.dataset_name, dataset, flags)
+    columns = {args.audio_column_name: "audio", args.text_column_name: "reference"}
+    if args.id_column_name:
+        columns[args.id_column_name] = "id"
+    clips = dataset.select_columns(list(columns)).rename_columns(columns)
+    number = min(len(clips), args.max_samples_per_split or len(clips))
+    return clips.select(range(number))
 
 
-def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, float, float, float]:
-    """(clips, 4) `COUNTS` of two models on the same clips -> difference in per cent, its 95 % interval, two-sided p."""
-    pair = np.stack([first, other], axis=1)
-    (difference,), draws = np.diff(error_rate(pair.sum(0))), np.diff(error_rate(bootstrap(pair)))[:, 0]
-    p = 2 * (1 + min((draws <= 0).sum(), (draws >= 0).sum())) / (1 + DRAWS)
-    return difference, *np.percentile(draws, [2.5, 97.5]), min(1.0, p)
+def clips_digest(clips: datasets.Dataset) -> str:
+    """Digest of the texts, the ids and the sizes of the audio, which shows that the clips of a dataset have changed."""
+    digest = hashlib.sha256()
+    for start in range(0, len(clips), 10_000):
+        table = clips.with_format("arrow")[start : start + 10_000]
+        sizes = pc.binary_length(pc.struct_field(table["audio"], "bytes"))
+        texts = table.drop_columns("audio").to_pydict()
+        digest.update(json.dumps([sizes.to_pylist(), texts], default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def silence(row: int, seed: int) -> np.ndarray:
+    """The silence, of random length, before a clip that follows another in a window."""
+    generator = np.random.default_rng([seed, row])
+    samples = generator.integers(0, MAX_SILENCE)
+    return np.zeros(samples, np.float32)
+
+
+def load_recording(clips: datasets.Dataset, rows: list[int], args: argparse.Namespace) -> Recording:
+    """Decode the clips of a recording, and join their waveforms and texts."""
+    names = []
+    references = []
+    pieces = []
+    problems = []
+    seconds = 0.0
+    for row in rows:
+        if pieces:
+            pieces.append(silence(row, args.seed))
+        values = clips[row]
+        audio = values["audio"] or {}
+        text = values["reference"]
+        references.append("" if text is None else str(text))
+        names.append(str(values.get("id") or audio.get("path") or row))
+        clip = decode_clip(read_audio(audio), whole=args.long_form)
+        pieces.append(clip.waveform)
+        seconds += clip.seconds
+        if clip.problem:
+            problems.append(clip.problem)
+        elif clip.seconds > WINDOW_SECONDS and not args.long_form:
+            problems.append(TOO_LONG)
+        elif args.concatenate_audio and not any(map(str.isalnum, references[-1])):
+            problems.append("empty reference")
+    return Recording(
+        id=" + ".join(names),
+        seconds=round(seconds, 3),
+        problem=problems[0] if problems else None,
+        reference=("" if args.language in UNSPACED else " ").join(references),
+        waveform=None if problems else np.concatenate(pieces),
+    )
+
+
+def refuse_long_clips(too_long: list[str], args: argparse.Namespace) -> None:
+    """Fail if there are clips over 30 s that --skip_long_audio does not leave out. `too_long` are their ids."""
+    if not too_long or args.skip_long_audio:
+        return
+    names = ", ".join(too_long[:10])
+    if len(too_long) > 10:
+        names += ", …"
+    fail(
+        f"{len(too_long)} clips are longer than 30 s ({names}): pass --skip_long_audio to leave them out, "
+        "or --long_form to evaluate them"
+    )
+
+
+@dataclass
+class OpenWindow:
+    """A window that may have room for more clips."""
+
+    rows: list[int]
+    room: int  # samples
+
+
+def pack_clips(lengths: Sequence[int | None], limit: int, seed: int) -> list[list[int]]:
+    """Pack whole clips, in random order, each into the first open window with room; returns the rows of each window.
+
+    An unusable clip (no length), or one longer than a window, gets a window of its own.
+    """
+    windows: list[OpenWindow] = []
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    for row in order.tolist():
+        length = limit if lengths[row] is None else min(limit, lengths[row])
+        window = next((window for window in windows[-OPEN_WINDOWS:] if window.room >= length), None)
+        if window is None:
+            window = OpenWindow([], limit)
+            windows.append(window)
+        window.rows.append(row)
+        window.room -= length
+    return [window.rows for window in windows]
+
+
+def plan_recordings(clips: datasets.Dataset, args: argparse.Namespace) -> list[list[int]]:
+    """The rows of each recording: one row if clips are evaluated on their own, several if they are packed."""
+    if not args.concatenate_audio:
+        return [[row] for row in range(len(clips))]
+
+    def measure(row: int) -> tuple[Recording, int | None]:
+        """A clip without its waveform, and the samples that it occupies in a window, or None if it is unusable."""
+        recording = load_recording(clips, [row], args)
+        if recording.problem:
+            return recording, None
+        samples = len(silence(row, args.seed)) + len(recording.waveform)
+        recording.waveform = None  # the waveforms of all clips may not fit into memory
+        return recording, samples
+
+    with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
+        measured = list(pool.map(measure, range(len(clips))))
+    refuse_long_clips([recording.id for recording, _ in measured if recording.problem == TOO_LONG], args)
+    lengths = [samples for _, samples in measured]
+    limit = round(args.concatenate_seconds * SAMPLING_RATE)
+    return pack_clips(lengths, limit, args.seed)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recogniser:
+    """A Whisper model on its device, and how it decodes."""
+
+    model: WhisperForConditionalGeneration
+    extractor: WhisperFeatureExtractor
+    tokenizer: WhisperTokenizerFast
+    decoding: dict[str, Any]  # arguments of `generate` that determine the predictions
+    assistance: dict[str, Any]  # arguments of `generate` for a draft model, which only speeds it up
+
+
+def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recogniser:
+    """Load the model with its feature extractor, its tokenizer and, if there is one, its draft model."""
+    reference = args.model_name_or_path
+    source = {"revision": args.model_revision, "subfolder": args.subfolder}
+    config = load_config(reference, **source)
+    tokenizer = load_tokenizer(reference, **source)
+    extractor = load_pretrained(WhisperFeatureExtractor, reference, **source)
+    vocabulary = tokenizer.get_vocab()
+    decoding = prompt_arguments(reference, vocabulary, args.language, args.task)
+    decoding["max_new_tokens"] = min(args.generation_max_length, config.max_target_positions - PROMPT_TOKENS)
+    decoding["num_beams"] = args.generation_num_beams
+    decoding["return_timestamps"] = args.return_timestamps or args.long_form
+
+    attention = choose_attention(args.attn_type, args.dtype, device, torch_compile=False)
+    precision = {"dtype": getattr(torch, args.dtype), "attn_implementation": attention}
+    model = load_pretrained(WhisperForConditionalGeneration, reference, **precision, **source)
+    model.generation_config = load_generation_config(reference, config, vocabulary, **source)
+    assistance = {}
+    if args.assistant_model:
+        assistant = load_assistant(args.assistant_model, model, precision)
+        assistance["assistant_model"] = assistant.to(device)
+        if tokens := model.generation_config.begin_suppress_tokens:  # assisted `generate` ignores them
+            assistance["logits_processor"] = [SuppressTokensAtBeginLogitsProcessor(tokens, 0, str(device))]
+    return Recogniser(model.to(device).eval(), extractor, tokenizer, decoding, assistance)
+
+
+def load_assistant(
+    reference: str, model: WhisperForConditionalGeneration, precision: dict[str, Any]
+) -> WhisperForCausalLM:
+    """A draft model. It gets the main model's encoder outputs, so its own encoder must be identical."""
+    draft_model = load_pretrained(WhisperForConditionalGeneration, reference, **precision)
+    weights = list(draft_model.model.encoder.parameters())
+    expected = list(model.model.encoder.parameters())
+    same_encoder = len(weights) == len(expected) and all(map(torch.equal, weights, expected))
+    if not same_encoder or draft_model.config.vocab_size != model.config.vocab_size:
+        fail(f"--assistant_model {reference} has another encoder or vocabulary than the model, so it cannot assist")
+    return load_pretrained(WhisperForCausalLM, reference, **precision).eval()  # without the encoder
+
+
+def model_digest(model: WhisperForConditionalGeneration) -> str:
+    """Digest of the generation settings and a few values of each weight, to tell apart models of the same name."""
+    settings = model.generation_config.to_dict()
+    settings.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for weight in model.parameters():
+        start = weight.detach().flatten()[:64].float()
+        digest.update(start.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def is_long(waveform: np.ndarray) -> bool:
+    """Whether a waveform is over 30 s and is therefore decoded window by window."""
+    return len(waveform) > WINDOW_SECONDS * SAMPLING_RATE
+
+
+@torch.inference_mode()
+def transcribe(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list[str]:
+    """Transcribe a batch. Audio over 30 s is decoded window by window, everything else in one pass."""
+    model = recogniser.model
+    options = recogniser.decoding | recogniser.assistance
+    if any(map(is_long, waveforms)):
+        inputs = recogniser.extractor(
+            waveforms,
+            sampling_rate=SAMPLING_RATE,
+            padding="longest",
+            truncation=False,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(model.device, model.dtype)
+        tokens = model.generate(**inputs, condition_on_prev_tokens=False, temperature=0.0, **options)
+    else:
+        features = log_mel(waveforms, recogniser.extractor, str(model.device))  # (clips, mels, frames)
+        features = pad_window(features).to(model.device, model.dtype)  # (clips, mels, 3000)
+        tokens = model.generate(features, force_unique_generate_call=True, **options)  # (clips, tokens)
+    texts = recogniser.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def make_batches(recordings: list[Recording], batch_size: int) -> list[list[Recording]]:
+    """Batches of the usable recordings, longest first to save padding, audio over 30 s apart from the rest."""
+    usable = [recording for recording in recordings if recording.waveform is not None]
+    usable.sort(key=lambda recording: len(recording.waveform), reverse=True)
+    batches = []
+    for _, group in itertools.groupby(usable, key=lambda recording: is_long(recording.waveform)):
+        members = list(group)
+        for start in range(0, len(members), batch_size):
+            batches.append(members[start : start + batch_size])
+    return batches
+
+
+def load_shards(
+    pool: ThreadPoolExecutor, load: Callable[[list[int]], Recording], shards: Iterable[list[list[int]]]
+) -> Iterator[list[Recording]]:
+    """Yield the recordings of each shard, and load those of the next shard meanwhile."""
+    loading = None
+    for recording_rows in shards:
+        following = pool.map(load, recording_rows)
+        if loading is not None:
+            yield list(loading)
+        loading = following
+    if loading is not None:
+        yield list(loading)
+
+
+def predict(
+    clips: datasets.Dataset,
+    shards: dict[Path, list[list[int]]],
+    recogniser: Recogniser,
+    args: argparse.Namespace,
+    show_progress: bool = False,
+) -> None:
+    """Transcribe the recordings of each shard, and write the shard when it is complete."""
+    batch_size = args.per_device_eval_batch_size
+    if args.assistant_model:
+        batch_size = 1  # assisted `generate` takes one clip at a time
+    load = functools.partial(load_recording, clips, args=args)
+    total = sum(map(len, shards.values()))
+    bar = tqdm(total=total, unit="clip", disable=not show_progress)
+    with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
+        started = time.perf_counter()
+        for path, recordings in zip(shards, load_shards(pool, load, shards.values()), strict=True):
+            refuse_long_clips([recording.id for recording in recordings if recording.problem == TOO_LONG], args)
+            for batch in make_batches(recordings, batch_size):
+                texts = transcribe(recogniser, [recording.waveform for recording in batch])
+                for recording, text in zip(batch, texts, strict=True):
+                    recording.hypothesis = text
+                bar.update(len(batch))
+            bar.update(sum(recording.waveform is None for recording in recordings))
+            finished = time.perf_counter()
+            write_predictions(path, recordings, finished - started)
+            started = finished
+
+
+# ---- comparison ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluation:
+    """The saved results of an evaluation."""
+
+    metrics: dict
+    data: tuple[str, str]  # dataset and <name> of the results
+    clips: list[tuple[str, str]]  # id and normalised reference
+    counts: np.ndarray  # (clips, 4): the `COUNTS` of each clip in characters
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read the evaluation of a metric.<name>.json."""
+    name = path.stem.removeprefix("metric.")
+    predictions = path.with_name(f"all_predictions.{name}.csv")
+    if not predictions.is_file():
+        fail(f"{predictions} is missing: evaluate again with --output_dir {path.parent}")
+    clips = []
+    counts = []
+    with open(predictions, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["cer"] != "":  # the clip was scored
+                clips.append((row["id"], row["normalised_reference"]))
+                counts.append([int(row[f"character_{count}"]) for count in COUNTS])
+    metrics = read_json(path)
+    return Evaluation(metrics, (metrics["dataset"], metrics["name"]), clips, np.array(counts))
+
+
+def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, ...]:
+    """Bootstrap the difference of two error rates on the same clips, each given by its (clips, 4) `COUNTS`.
+
+    Returns the difference in percentage points, both ends of its 95 % interval, and the two-sided p-value.
+    """
+    both = np.stack([first, other], axis=1)  # (clips, 2, 4)
+    rates = error_rate(both.sum(axis=0))
+    drawn_rates = bootstrap(both)  # (draws, 2)
+    drawn = drawn_rates[:, 1] - drawn_rates[:, 0]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    fewer = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = 2 * (1 + fewer) / (1 + BOOTSTRAP_DRAWS)
+    return rates[1] - rates[0], low, high, min(1.0, p)
 
 
 def short_names(references: Iterable[str]) -> dict[str, str]:
-    """Last parts of repository references, or all of them where two have the same one."""
+    """The last part of each reference, or the full references if two last parts are the same."""
     names = {reference: Path(reference).name for reference in references}
-    return names if len(set(names.values())) == len(names) else {reference: reference for reference in names}
+    if len(set(names.values())) < len(names):
+        return {reference: reference for reference in names}
+    return names
 
 
-def compare(args: argparse.Namespace) -> int:
-    """Print a table of saved evaluations, each with a test against the first on the same clips, and draw it."""
-    saved = []
+def compare(args: argparse.Namespace) -> None:
+    """Print and draw saved evaluations, each compared with the first one on the same dataset."""
+    evaluations = []
     for directory in args.compare:
-        found = sorted(Path(directory).rglob("metric.*.json"))
-        if not found:
+        paths = sorted(Path(directory).rglob("metric.*.json"))
+        if not paths:
             fail(f"{directory} has no metric.<split>.json: evaluate a model with --output_dir {directory} first")
-        for path in found:
-            predictions = path.with_name(path.name.replace("metric", "all_predictions", 1)).with_suffix(".csv")
-            if not predictions.is_file():
-                fail(f"{predictions} is missing: evaluate again with --output_dir {path.parent}")
-            with open(predictions, encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["cer"]]
-            counts = np.array([[int(row[f"character_{name}"]) for name in COUNTS] for row in rows])
-            clips = [(row["id"], row["normalised_reference"]) for row in rows]
-            saved.append((json.loads(path.read_text(encoding="utf-8")), clips, counts))
-    models, names = (short_names(metrics[part] for metrics, _, _ in saved) for part in ("model", "dataset"))
-    head = ["Model", "Parameters", "Dataset", "Clips", "CER %", "WER %", "CER against the first", "Seconds"]
-    lines = [head, ["---"] * len(head)]
-    firsts, bars = {}, []
-    for metrics, clips, counts in sorted(saved, key=lambda saved: (saved[0]["dataset"], saved[0]["name"])):
-        kind = metrics["name"].removeprefix(metrics["dataset_split_name"]).replace(".", " ").replace("_", " ")
-        model, dataset = models[metrics["model"]], names[metrics["dataset"]] + kind
-        first_clips, first_counts = firsts.setdefault((metrics["dataset"], metrics["name"]), (clips, counts))
-        against = "" if counts is first_counts else "other clips"
-        if against and clips == first_clips:
-            against = "{:+.2f} ({:+.2f} to {:+.2f}, p = {:.3f})".format(*paired_difference(first_counts, counts))
-        cells = [metrics["details"][name] for name in ("cer", "wer")]
-        bars.append((f"{model}\n{dataset}", cells[0]))
-        rates = [f"{cell['rate']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})" for cell in cells]
-        size, seconds = f"{metrics['parameters'] / 1e6:.1f} M", f"{metrics['process_seconds']:.0f}"
-        lines.append([model, size, dataset, f"{metrics['clips']:,}", *rates, against, seconds])
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        evaluations += [read_evaluation(path) for path in paths]
+    evaluations.sort(key=lambda evaluation: evaluation.data)
+    models = short_names(evaluation.metrics["model"] for evaluation in evaluations)
+    data = short_names(evaluation.metrics["dataset"] for evaluation in evaluations)
+
+    print("| Model | Parameters | Dataset | Clips | CER % | WER % | CER against the first | Seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    firsts: dict[tuple, Evaluation] = {}
+    bars = []
+    for evaluation in evaluations:
+        metrics = evaluation.metrics
+        kind = metrics["name"].removeprefix(metrics["dataset_split_name"])  # for example .windows_30
+        dataset = data[metrics["dataset"]] + re.sub(r"[._]", " ", kind)
+        first = firsts.setdefault(evaluation.data, evaluation)
+        if evaluation is first:
+            against_first = ""
+        elif evaluation.clips != first.clips:
+            against_first = "other clips"
+        else:
+            difference, low, high, p = paired_difference(first.counts, evaluation.counts)
+            against_first = f"{difference:+.2f} ({low:+.2f} to {high:+.2f}, p = {p:.3f})"
+        model = models[metrics["model"]]
+        cells = [model, f"{metrics['parameters'] / 1e6:.1f} M", dataset, f"{metrics['clips']:,}"]
+        for name in ("cer", "wer"):
+            summary = metrics["details"][name]
+            cells.append(f"{summary['rate']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})")
+        cells += [against_first, f"{metrics['process_seconds']:.0f}"]
+        print(f"| {' | '.join(cells)} |")
+        bars.append((f"{model}\n{dataset}", metrics["details"]["cer"]))
     if not args.dry_run:
-        os.makedirs(args.output_dir, exist_ok=True)
-        draw_rates(bars, Path(args.output_dir) / "comparison.png", dpi=150)
-    return 0
-
-
-# --------------------------------------------------------------------------------------------------------- the command
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    path = {"type": os.path.expanduser}
-    add = parser.add_argument_group("model").add_argument
-    add("--model_name_or_path", help="Whisper, a local directory or Hub id", **path)
-    add("--model_revision", default="main", help="branch, tag or commit of a model on the Hub")
-    add("--subfolder", default="", help="folder of the model in its repository")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU if unset, else float32")
-    add("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
-    add("--assistant_model", help="student with the model's encoder, to draft for it; same texts", **path)
-    add = parser.add_argument_group("clips").add_argument
-    add("--dataset_name", help="builder file, local directory, Hub id, or .csv or .jsonl manifest", **path)
-    add("--dataset_config_name", help="configuration; the default one if unset")
-    add("--dataset_split_name", default="test", help="split; it names the output files")
-    add("--audio_column_name", default="audio", help="column of audio")
-    add("--text_column_name", default="text", help="column of reference texts")
-    add("--id_column_name", help="column that names clips; their paths or else row numbers if unset")
-    add("--max_samples_per_split", type=int, help="rows to take from the start; all if unset")
-    add("--skip_long_audio", help="leave out and count clips over 30 s, in place of failing", **flag)
-    add("--long_form", help="take them all the same, by Whisper's sequential decoding with timestamps", **flag)
-    add("--concatenate_audio", help="evaluate windows of several whole clips", **flag)
-    add("--concatenate_seconds", type=float, default=30, help="length of a window; over 30 s with --long_form")
-    add("--seed", type=int, default=0, help="seed of what goes together, and of the silence between")
-    add = parser.add_argument_group("generation").add_argument
-    add("--language", default="ja", help="language code or name")
-    add("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
-    add("--generation_max_length", type=int, default=256, help="bound of a clip's text and its end, tokens")
-    add("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
-    add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
-    add = parser.add_argument_group("work").add_argument
-    add("--per_device_eval_batch_size", type=int, help="clips in a batch; 16 on a CPU if unset, else 32")
-    add("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
-    add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
-    add = parser.add_argument_group("results").add_argument
-    add("--scorer", choices=("kotoba", "reazon", "whisper"), help="kotoba for Japanese if unset, else whisper")
-    add("--output_dir", default="eval", help="directory of the results", **path)
-    add("--overwrite_output_dir", help="replace what other settings left there", **flag)
-    add("--compare", nargs="+", metavar="DIR", help="output directories to compare; no model is run")
-    add("--push_to_hub", help="write the rates into the model's card on the Hub", **flag)
-    add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
-    add("--wandb_project", default="kotoba-whisper-evaluation", help="project of the tracker")
-    add("--dry_run", help="say what would be read, written and pushed, and what is done; change nothing", **flag)
-    args = parser.parse_args(argv)
-    for name in ("generation_num_beams", "per_device_eval_batch_size", "max_samples_per_split"):
-        if (getattr(args, name) or 1) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if args.seed < 0:
-        parser.error("--seed must be at least 0")
-    if not args.compare and not (args.model_name_or_path and args.dataset_name):
-        parser.error("--model_name_or_path and --dataset_name are needed, or --compare")
-    if args.concatenate_audio and not 0 < args.concatenate_seconds <= (3600 if args.long_form else 30):
-        parser.error(
-            f"--concatenate_seconds {args.concatenate_seconds:g} is not within 30 s; --long_form takes an hour"
-        )
-    if args.assistant_model and args.generation_num_beams > 1:
-        parser.error("--assistant_model goes with greedy decoding only: leave --generation_num_beams out")
-    args.language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
-    args.scorer = args.scorer or ("kotoba" if args.language == "ja" else "whisper")
-    windows = f".windows_{args.concatenate_seconds:g}" if args.concatenate_audio else ""
-    args.name = args.dataset_split_name + windows + (".long_form" if args.long_form else "")  # of the results' files
-    return args
-
-
-def evaluate_model(args: argparse.Namespace) -> int:
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes without a GPU would not know of each other
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
-    )
-    level = logging.INFO if accelerator.is_main_process else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
-    transformers.utils.logging.set_verbosity_error()
-    if accelerator.device.type == "cpu":
-        args.dtype = args.dtype or "float32"
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
-    args.dtype = args.dtype or "bfloat16"
-
-    # 1. All that can be refused is refused before the work.
-    if args.push_to_hub and accelerator.is_main_process:
-        if local_directory(args.model_name_or_path):
-            fail(f"--push_to_hub writes into a model's card on the Hub; {args.model_name_or_path} is a local directory")
+        file = io.BytesIO()
+        draw_rates(bars, file, format="png", dpi=150)
         try:
-            if not args.dry_run:
-                HfApi().create_repo(args.model_name_or_path, exist_ok=True)
-            HfApi().auth_check(args.model_name_or_path, write=True)
-        except (OSError, ValueError) as error:
-            fail(f"can't push to {args.model_name_or_path}: {first_line(error)} (see `hf auth whoami`)")
-    clips = open_dataset(args)
-    items = plan_items(clips, args)
-    transcriber = Transcriber(args, accelerator.device)
-    directory = Path(args.output_dir) / f".predictions.{args.name}"
-    record = directory / "settings.json"
-    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() and not args.overwrite_output_dir else {}
-    settings = {
+            os.makedirs(args.output_dir, exist_ok=True)
+            write_atomically(Path(args.output_dir) / "comparison.png", file.getvalue())
+        except OSError as error:
+            fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+
+
+PAGE = string.Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
+<meta name="viewport" content="width=device-width"><style>
+:root { color-scheme: light dark } svg { width: 100%; height: auto } small, audio { display: block }
+body { font: 16px/1.5 sans-serif; max-width: 50rem; margin: 2rem auto; padding: 1rem }
+td, th { padding: 0 1rem 0 0; text-align: right; white-space: nowrap } th:first-child { text-align: left }
+li { margin: 1rem 0; overflow-wrap: anywhere } li p { margin: 0; font-size: 1.2em }
+del { background: #f556 } ins { background: #3b66; text-decoration: none }
+</style></head><body><h1>$title</h1>
+<table><tr><th><th>rate<th>95 % interval<th>$counts$rates</table>
+<h2>By length of the reference</h2>$chart
+<h2>The run</h2><table>$facts</table>
+<h2>The worst clips</h2><p><del>only in the reference</del> <ins>only in the prediction</ins></p>
+<ol lang="$language">$clips</ol>
+</body></html>
+""")
+
+
+def mark_differences(reference: str, hypothesis: str) -> str:
+    """HTML of both texts in one: `<del>` marks what only the reference has, `<ins>` what only the hypothesis has."""
+    marked = ""
+    alignment = jiwer.process_characters(reference, hypothesis).alignments[0]
+    for chunk in alignment:
+        expected = html.escape(reference[chunk.ref_start_idx : chunk.ref_end_idx])
+        predicted = html.escape(hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx])
+        if chunk.type == "equal":
+            marked += expected
+            continue
+        marked += f"<del>{expected}</del>" if expected else ""
+        marked += f"<ins>{predicted}</ins>" if predicted else ""
+    return marked
+
+
+def draw_rates(bars: list[tuple[str, dict]], file: IO, **options) -> None:
+    """Draw a horizontal bar for each name and its character error rate, with the 95 % interval as error bar."""
+    names = [name for name, _ in bars]
+    # A group without clips has no rate: its None becomes NaN, which is not drawn.
+    rates = np.array([summary["rate"] for _, summary in bars], float)
+    low = np.array([summary["low"] for _, summary in bars], float)
+    high = np.array([summary["high"] for _, summary in bars], float)
+    interval = np.clip([rates - low, high - rates], 0, None)  # (2, bars): lengths to either side of the rate
+    figure = Figure(figsize=(8, 1 + 0.5 * len(bars)), layout="constrained")
+    axes = figure.add_subplot(xlabel="character error rate, % (line: 95 % interval)")
+    drawn = axes.barh(range(len(bars)), rates, xerr=interval, tick_label=names, color="#5588aa")
+    axes.bar_label(drawn, fmt="%.1f", padding=6)
+    axes.set_xlim(0, max(1.0, np.nanmax(high)) * 1.15)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(file, **options)
+
+
+def audio_player(waveform: np.ndarray) -> str:
+    """An HTML player with the audio embedded; empty for a clip too long to embed."""
+    if len(waveform) > MAX_PLAYED_SECONDS * SAMPLING_RATE:
+        return ""
+    file = io.BytesIO()
+    soundfile.write(file, waveform, SAMPLING_RATE, format="FLAC")
+    return f'<audio controls src="data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"></audio>'
+
+
+def length_chart(by_length: list[dict]) -> str:
+    """An SVG chart with a bar for each length group."""
+    bars = []
+    for group in by_length:
+        low, high = group["characters"]
+        name = f"{low} to {high} characters" if high else f"{low} characters or more"
+        bars.append((f"{name}\n({group['clips']:,} clips)", group["cer"]))
+    file = io.StringIO()
+    draw_rates(bars, file, format="svg")
+    _, tag, content = file.getvalue().partition("<svg")  # without the XML header, which only a separate file needs
+    return tag + content
+
+
+def rates_table(details: dict[str, dict]) -> str:
+    """HTML table rows, one for each error rate, with its interval and counts."""
+    rows = ""
+    for name, summary in details.items():
+        rows += f"<tr><th>{name.upper().replace('_RAW', ' of the raw text')}<td>{summary['rate']:.2f} %"
+        rows += f"<td>{summary['low']:.2f} to {summary['high']:.2f} %"
+        rows += "".join(f"<td>{summary[count]:,}" for count in COUNTS)
+    return rows
+
+
+def facts_table(metrics: dict) -> str:
+    """HTML table rows about the run: the clips, the speed, the model and the settings."""
+    facts = {
+        "clips": metrics["clips"],
+        "empty references": metrics["empty_references"],
+        "runaways": metrics["runaways"],
+        "audio seconds": metrics["audio_seconds"],
+        "real time factor": metrics["real_time_factor"],
+        "clips per second": metrics["clips_per_second"],
+        "parameters": metrics["parameters"],
+        **{problem: len(names) for problem, names in metrics["unusable"].items()},
+        "normalisation": metrics["scorer"],
+        "precision": metrics["dtype"],
+        "model": metrics["model"],
+        "dataset": metrics["dataset"],
+    }
+    rows = ""
+    for name, value in facts.items():
+        text = value if isinstance(value, str) else f"{value:,}"
+        rows += f"<tr><th>{html.escape(name)}<td>{html.escape(text)}"
+    return rows
+
+
+def report_page(metrics: dict, worst: list[tuple[dict, np.ndarray]]) -> str:
+    """A self-contained page without scripts. `worst` are the worst predictions with their waveforms."""
+    clips = ""
+    for row, waveform in worst:
+        clips += f"<li><p>{mark_differences(row['normalised_reference'], row['normalised_hypothesis'])}</p>"
+        clips += audio_player(waveform)
+        clips += (
+            f"<small>{row['cer']:.0f} % of {row['character_reference']} characters · {html.escape(row['id'])}</small>"
+        )
+    title = f"{Path(metrics['model']).name} on {Path(metrics['dataset']).name}, {metrics['name']}"
+    return PAGE.substitute(
+        title=html.escape(title),
+        counts="<th>".join(COUNTS),
+        rates=rates_table(metrics["details"]),
+        chart=length_chart(metrics["by_length"]),
+        facts=facts_table(metrics),
+        language=metrics["language"],
+        clips=clips,
+    )
+
+
+# ---- files, record, card, push ---------------------------------------------------------------------------------------
+
+
+def prediction_settings(clips: datasets.Dataset, recogniser: Recogniser, args: argparse.Namespace) -> dict:
+    """The settings that determine the predictions."""
+    return {
         "model": args.model_name_or_path,
-        "model_digest": before.get("model_digest") if args.dry_run else transcriber.load(),
+        "model_digest": model_digest(recogniser.model),
         "assistant_model": args.assistant_model,
         "dtype": args.dtype,
         "language": args.language,
@@ -957,67 +1482,246 @@ def evaluate_model(args: argparse.Namespace) -> int:
         "rows": len(clips),
         "rows_digest": clips_digest(clips),
         "seed": args.seed if args.concatenate_audio else None,
-        **transcriber.flags,
+        **recogniser.decoding,
     }
-    for name, value in settings.items():
-        if before and before.get(name) != value:
-            fail(
-                f"{directory} has predictions with {name} {before.get(name)}, this run has {value}: take another "
-                "--output_dir, or replace them with --overwrite_output_dir"
-            )
-    # Shards depend on the clips and settings alone.
+
+
+def plan_shards(
+    directory: Path, recording_rows: list[list[int]], settings: dict, long_form: bool
+) -> dict[Path, list[list[int]]]:
+    """The recordings of each shard, by its path. Both depend only on the clips and the settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    size = LONG_FORM_SHARD if args.long_form else min(512, max(64, -(-len(items) // 64)))
-    parts = [items[start : start + size] for start in range(0, len(items), size)]
-    shards = {directory / f"{digest}-{index:05d}-of-{len(parts):05d}.jsonl": part for index, part in enumerate(parts)}
-    if args.dry_run:
-        if accelerator.is_main_process:
-            print_plan(clips, shards, transcriber, args)
-        return 0
-    directory.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        write_text(json.dumps(settings, indent=2, ensure_ascii=False), record)
+    size = min(512, max(64, math.ceil(len(recording_rows) / 64)))
+    if long_form:
+        size = LONG_FORM_SHARD
+    number = math.ceil(len(recording_rows) / size)
+    shards = {}
+    for index in range(number):
+        path = directory / f"{digest}-{index:05d}-of-{number:05d}.jsonl"
+        shards[path] = recording_rows[index * size : (index + 1) * size]
+    return shards
 
-    # 2. This process transcribes its part of what is not there yet.
-    mine = itertools.islice(shards.items(), accelerator.process_index, None, accelerator.num_processes)
-    missing = {path: part for path, part in mine if not path.exists()}
-    predict(clips, missing, transcriber, args, accelerator.is_main_process)
 
-    # 3. The first and last time that processes wait for each other.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in set(directory.glob("*.jsonl")) - set(shards):
-            path.unlink()
-        rows, facts = read_predictions(shards)
-        normalise = text_normaliser(args.scorer, args.language, transcriber.tokenizer.english_spelling_normalizer)
-        facts |= settings | {"name": args.name, "scorer": args.scorer}
-        metrics = write_results(clips, items, rows, normalise, facts, args)
-        logger.info("CER %.2f %%, WER %.2f %%; more in %s", metrics["cer"], metrics["wer"], args.output_dir)
-        if args.report_to != "none":
-            try:
-                accelerator.init_trackers(
-                    args.wandb_project, config={key: str(value) for key, value in vars(args).items()}
-                )
-                accelerator.log({name: metrics[name] for name in METRICS})
-            except Exception as error:  # of whatever kind: what watches the work must not end it
-                logger.warning("no tracking by %s: %s", args.report_to, first_line(error))
-        if args.push_to_hub:
-            publish(metrics)
-    accelerator.end_training()
-    return 0
+def write_predictions(path: Path, recordings: list[Recording], seconds: float) -> None:
+    """Write a shard: a line with the time that it took, then a line for each recording."""
+    lines = [json.dumps({"process_seconds": seconds})]
+    for recording in recordings:
+        prediction = vars(recording).copy()
+        del prediction["waveform"]
+        lines.append(json.dumps(prediction, ensure_ascii=False))
+    write_atomically(path, "\n".join(lines))
+
+
+def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
+    """Read the predictions of shards; returns them and the speed at which they were made."""
+    predictions = []
+    process_seconds = 0.0  # summed over all processes
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.split("\n")]
+        process_seconds += lines[0]["process_seconds"]
+        predictions += lines[1:]
+    audio_seconds = sum(prediction["seconds"] for prediction in predictions)
+    speed = {
+        "audio_seconds": round(audio_seconds, 1),
+        "process_seconds": round(process_seconds, 1),
+        "real_time_factor": round(process_seconds / max(audio_seconds, 1e-9), 5),
+        "clips_per_second": round(len(predictions) / max(process_seconds, 1e-9), 3),
+    }
+    return predictions, speed
+
+
+def write_evaluation(
+    predictions: list[dict],
+    metrics: dict,
+    clips: datasets.Dataset,
+    recording_rows: list[list[int]],
+    args: argparse.Namespace,
+) -> None:
+    """Write the two tables, the page and, last, the metrics."""
+    output_dir = Path(args.output_dir)
+    columns = dict.fromkeys(name for prediction in predictions for name in prediction)
+    incorrect = []
+    mistakes = []  # each with its rows of the dataset, to load its audio
+    for prediction, rows in zip(predictions, recording_rows, strict=True):
+        if prediction.get("normalised_reference") != prediction.get("normalised_hypothesis"):
+            incorrect.append(prediction)
+        if prediction.get("cer", 0) > 0:
+            mistakes.append((prediction, rows))
+    for kind, table in (("all", predictions), ("incorrect", incorrect)):
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(table)
+        write_atomically(output_dir / f"{kind}_predictions.{args.name}.csv", file.getvalue())
+    mistakes.sort(key=lambda mistake: mistake[0]["cer"], reverse=True)
+    worst = []
+    for prediction, rows in mistakes[:WORST_CLIPS]:
+        waveform = load_recording(clips, rows, args).waveform
+        worst.append((prediction, waveform))
+    write_atomically(output_dir / f"report.{args.name}.html", report_page(metrics, worst))
+    save_metrics(output_dir / f"metric.{args.name}.json", metrics)
+
+
+def save_metrics(path: Path, metrics: dict) -> None:
+    """Save by `evaluate.save`, and silence the error of git if this directory is not a repository."""
+    import evaluate  # here because it is slow to import
+
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere, tempfile.TemporaryDirectory() as scratch:
+            os.dup2(nowhere.fileno(), 2)
+            saved = Path(scratch) / path.name
+            evaluate.save(saved, **metrics)
+            content = saved.read_text(encoding="utf-8")
+    except OSError:  # git, which it asks for the commit, is not installed
+        content = json.dumps(metrics)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    write_atomically(path, content)
+
+
+def publish_rates(metrics: dict) -> None:
+    """Write both error rates into the `model-index` of the model card, which the Hub displays."""
+    dataset = metrics["dataset"]
+    model = metrics["model"]
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", dataset)
+    results = []
+    for name in ("cer", "wer"):
+        result = EvalResult(
+            task_type="automatic-speech-recognition",
+            dataset_type=dataset if is_hub_id else Path(dataset).stem,
+            dataset_name=Path(dataset).stem,
+            dataset_config=metrics["dataset_config_name"],
+            dataset_split=metrics["name"],
+            metric_type=name,
+            metric_name=f"{name.upper()} ({metrics['scorer']})",
+            metric_value=round(metrics[name], 2),
+        )
+        results.append(result)
+    index = {"model-index": eval_results_to_model_index(model, results)}
+
+    def push() -> None:
+        head = HfApi().model_info(model).sha
+        metadata_update(model, index, overwrite=True, parent_commit=head)  # fails if another push came in between
+
+    try:
+        push_again(push)
+    except (*HUB_ERRORS, ValueError) as error:
+        fail(f"the results are written, but not on the card of {model}: {first_line(error)}. {CONTINUE}")
+
+
+def print_evaluation_plan(
+    clips: datasets.Dataset,
+    shards: dict[Path, list[list[int]]],
+    recogniser: Recogniser,
+    processes: int,
+    args: argparse.Namespace,
+) -> None:
+    """Print what a run would do. Its time is estimated from a sample: one batch, or one recording with --long_form."""
+    recording_rows = list(itertools.chain.from_iterable(shards.values()))
+    sample_size = 1 if args.long_form else args.per_device_eval_batch_size
+    sample = recording_rows[:: math.ceil(len(recording_rows) / sample_size)]
+    with tempfile.TemporaryDirectory() as scratch:
+        shard = Path(scratch) / "sample.jsonl"
+        predict(clips, {shard: sample}, recogniser, args)
+        _, speed = read_predictions([shard])
+    done = [path for path in shards if path.exists()]
+    left = len(recording_rows) - sum(len(shards[path]) for path in done)
+    hours = speed["audio_seconds"] / len(sample) * len(recording_rows) / 3600
+    minutes = speed["process_seconds"] / len(sample) * left / processes / 60
+    windows = f"{len(recording_rows):,} windows of " if args.concatenate_audio else ""
+    tables = f"all_predictions.{args.name}.csv, incorrect_predictions.{args.name}.csv"
+    pushes = f"two rates to the card of {args.model_name_or_path}" if args.push_to_hub else "nothing"
+    print(f"input: {args.dataset_name}, {args.dataset_split_name}, {windows}{len(clips):,} clips, about {hours:.2f} h")
+    print(f"done: {len(done)} of {len(shards)} shards")
+    print(f"left: {left:,} of {len(recording_rows):,}")
+    print(f"writes: {args.output_dir}: metric.{args.name}.json, {tables}, report.{args.name}.html")
+    print(f"pushes: {pushes}")
+    print(f"time: about {minutes:.1f} min; a sample of {len(sample)} took {speed['process_seconds']} s ({args.dtype})")
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.compare:
+        compare(args)
+        return 0
+
+    # 1. Set up.
+    accelerator = start_accelerator(args)
+    is_main = accelerator.is_main_process
+    set_up_process(is_main)
+    transformers.utils.logging.set_verbosity_error()
+    args.dtype = choose_dtype(args.dtype, accelerator.device)
+
+    # 2. Refuse what can be refused.
+    if args.push_to_hub and is_main:
+        if local_directory(args.model_name_or_path):
+            fail(f"--push_to_hub writes into a model's card on the Hub; {args.model_name_or_path} is a local directory")
+        prepare_repository(args.model_name_or_path, "model", None, args.dry_run)
+
+    # 3. Load.
+    clips = load_clips(args)
+    recording_rows = plan_recordings(clips, args)
+    recogniser = load_recogniser(args, accelerator.device)
+
+    # 4. Find what is left to do.
+    directory = Path(args.output_dir) / f".predictions.{args.name}"
+    settings = prediction_settings(clips, recogniser, args)
+    earlier = read_json(directory / "settings.json")
+    if earlier and not args.overwrite_output_dir:
+        refuse_other_settings(directory, earlier, settings)
+    shards = plan_shards(directory, recording_rows, settings, args.long_form)
+    if args.dry_run:
+        if is_main:
+            print_evaluation_plan(clips, shards, recogniser, accelerator.num_processes, args)
+        return 0
+    share = list(shards)[accelerator.process_index :: accelerator.num_processes]
+    missing = {path: shards[path] for path in share if not path.exists()}
+
     try:
-        return compare(args) if args.compare else evaluate_model(args)
-    except OSError as error:  # a full disk, a place where nothing may be written
-        fail(f"can't go on with {args.output_dir}: {first_line(error)}; when that is mended, run the same command")
+        # 5. Work.
+        directory.mkdir(parents=True, exist_ok=True)
+        if is_main:
+            write_json(directory / "settings.json", settings)
+        predict(clips, missing, recogniser, args, show_progress=is_main)
+        accelerator.wait_for_everyone()  # the only time
+
+        # 6. Write record and card.
+        if is_main:
+            for path in set(directory.glob("*.jsonl")) - set(shards):  # made with other settings
+                path.unlink()
+            predictions, speed = read_predictions(shards)
+            unusable = list_unusable(predictions, args)
+            normalise = scoring_rule(args.scorer, args.language, recogniser.tokenizer.english_spelling_normalizer)
+            metrics = score_predictions(predictions, normalise)
+            metrics |= speed | settings
+            metrics["parameters"] = recogniser.model.num_parameters()
+            metrics["name"] = args.name
+            metrics["scorer"] = args.scorer
+            metrics["unusable"] = unusable
+            metrics["versions"] = library_versions("torch", "transformers", "datasets", "jiwer")
+            write_evaluation(predictions, metrics, clips, recording_rows, args)
+            logger.info("CER %.2f %%, WER %.2f %%; all results in %s", metrics["cer"], metrics["wer"], args.output_dir)
+            start_tracker(accelerator, args)
+            track(accelerator, {name: metrics[name] for name in METRICS})
+    except OSError as error:  # a full disk, or no permission to write
+        fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
+
+    # 7. Push.
+    if args.push_to_hub and is_main:
+        publish_rates(metrics)
+    accelerator.end_training()
+    return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
+        print(f"stopped. {CONTINUE}", file=sys.stderr)
         sys.exit(130)

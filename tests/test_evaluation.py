@@ -2,6 +2,7 @@
 
 import csv
 import html.parser
+import importlib.metadata
 import io
 import json
 import os
@@ -27,6 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
+import run_data_filtering
+import run_distillation
 import run_short_form_eval as evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,8 @@ SCRIPT = ROOT / "run_short_form_eval.py"
 # `--cpu` would start only one.
 PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+kotoba = evaluation.scoring_rule("kotoba", "ja", None)
 
 
 # ------------------------------------------------------------------------------------------------------------- strings
@@ -56,7 +61,7 @@ PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     ],
 )
 def test_kotoba_normalises_as_the_published_figures(text, normalised):
-    assert evaluation.normalise_kotoba(text) == normalised
+    assert kotoba(text) == normalised
 
 
 @pytest.mark.parametrize(
@@ -74,10 +79,46 @@ def test_reazon_normalises_as_the_corpus_project_does(text, normalised):
 
 
 def test_whisper_normalises_english_by_its_own_rule_and_other_languages_by_the_basic_one():
-    english = evaluation.text_normaliser("whisper", "en", {"colour": "color"})
+    english = evaluation.scoring_rule("whisper", "en", {"colour": "color"})
     assert english("The colour of twenty-one cats, isn't it?") == "the color of 21 cats is not it"
-    assert evaluation.text_normaliser("whisper", "en", None)(" Colour ") == "colour"
-    assert evaluation.text_normaliser("whisper", "fr", None)("Ça, c'est l'été !") == "ça c est l été"
+    assert evaluation.scoring_rule("whisper", "en", None)(" Colour ") == "colour"
+    assert evaluation.scoring_rule("whisper", "fr", None)("Ça, c'est l'été !") == "ça c est l été"
+
+
+MIXED_TEXTS = [
+    "今日は、晴れ。",
+    "ＡＩが、８８％ です！",
+    "Wi-Fiの SSID　を",
+    "你好， 世界 。",
+    "ว่า ดี ครับ",
+    "The colour, isn't it?",
+]
+
+
+@pytest.mark.parametrize("language", ["ja", "zh", "th", "en", "fr"])
+def test_filter_training_and_evaluation_score_by_one_rule(language):
+    scorer = "kotoba" if language in ("ja", "zh", "th") else "whisper"
+    spellings = {"colour": "color"}
+    rule = evaluation.scoring_rule(scorer, language, spellings)
+    for script in (run_data_filtering, run_distillation):
+        other = script.text_normaliser(language, spellings)
+        assert [other(text) for text in MIXED_TEXTS] == [rule(text) for text in MIXED_TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("language", "scorer"),
+    [("ja", "kotoba"), ("Chinese", "kotoba"), ("th", "kotoba"), ("en", "whisper"), ("fr", "whisper")],
+)
+def test_a_language_without_spaces_is_scored_without_them_unless_told_otherwise(language, scorer):
+    args = evaluation.parse_args(["--model_name_or_path", "m", "--dataset_name", "d", "--language", language])
+    assert args.scorer == scorer
+
+
+@pytest.mark.parametrize("language", ["zh", "th", "ja"])
+def test_spaces_of_chinese_and_thai_are_no_errors_but_by_whisper_s_own_rule(language):
+    for scorer, rate in (("kotoba", 0), ("whisper", 50)):
+        metrics, _ = evaluation.score(["你好"], ["你 好"], evaluation.scoring_rule(scorer, language, None))
+        assert metrics["cer"] == rate
 
 
 # What num2words 0.5.14 gives for Japanese, which ReazonSpeech's scorer uses.
@@ -140,13 +181,12 @@ TEXTS = st.text("あいガｶﾞー漢字1２ab 、。👍\u3099", max_size=40)
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=8))
 def test_counts_and_rates_are_those_of_an_independent_edit_distance(pairs):
-    normalise = evaluation.normalise_kotoba
     pairs = [("漢字", "漢"), *pairs]
-    metrics, rows = evaluation.score([pair[0] for pair in pairs], [pair[1] for pair in pairs], normalise)
-    kept = [pair for pair in pairs if normalise(pair[0])]
+    metrics, rows = evaluation.score([pair[0] for pair in pairs], [pair[1] for pair in pairs], kotoba)
+    kept = [pair for pair in pairs if kotoba(pair[0])]
     units = {
-        "cer": [(normalise(reference), normalise(hypothesis)) for reference, hypothesis in kept],
-        "wer": [(words(normalise(reference)), words(normalise(hypothesis))) for reference, hypothesis in kept],
+        "cer": [(kotoba(reference), kotoba(hypothesis)) for reference, hypothesis in kept],
+        "wer": [(words(kotoba(reference)), words(kotoba(hypothesis))) for reference, hypothesis in kept],
         "cer_raw": [(reference.strip(), hypothesis.strip()) for reference, hypothesis in kept],
         "wer_raw": [(words(reference), words(hypothesis)) for reference, hypothesis in kept],
     }
@@ -178,26 +218,26 @@ def test_counts_and_rates_are_those_of_an_independent_edit_distance(pairs):
     ],
 )
 def test_fixed_strings_have_known_counts(reference, hypothesis, substitutions, deletions, insertions, length):
-    _, (row,) = evaluation.score([reference], [hypothesis], evaluation.normalise_kotoba)
+    _, (row,) = evaluation.score([reference], [hypothesis], kotoba)
     assert [row[f"character_{name}"] for name in evaluation.COUNTS] == [substitutions, deletions, insertions, length]
 
 
 def test_unsegmented_japanese_has_the_share_of_wrong_clips_for_a_word_error_rate():
     references = ["今日は、晴れ。", "明日は、雨。", "はい。", "いいえ。"]
-    metrics, _ = evaluation.score(references, ["今日は晴れ", "明日は雪", "はい", ""], evaluation.normalise_kotoba)
+    metrics, _ = evaluation.score(references, ["今日は晴れ", "明日は雪", "はい", ""], kotoba)
     assert metrics["wer"] == 50
     assert metrics["details"]["wer"]["reference"] == 4
 
 
 def test_an_empty_reference_is_left_out_of_raw_and_normalised_rates_and_counted():
-    metrics, rows = evaluation.score(["、。", "はい"], ["長い間違い", "はい"], evaluation.normalise_kotoba)
+    metrics, rows = evaluation.score(["、。", "はい"], ["長い間違い", "はい"], kotoba)
     assert [metrics[name] for name in evaluation.METRICS] == [0, 0, 0, 0]
     assert (metrics["clips"], metrics["empty_references"]) == (1, 1)
     assert "cer" not in rows[0]
 
 
 def test_a_runaway_output_is_longer_than_twice_the_reference_plus_ten():
-    metrics, rows = evaluation.score(["あいう"] * 2, ["あ" * 16, "あ" * 17], evaluation.normalise_kotoba)
+    metrics, rows = evaluation.score(["あいう"] * 2, ["あ" * 16, "あ" * 17], kotoba)
     assert [row["runaway"] for row in rows] == [False, True]
     assert metrics["runaways"] == 1
 
@@ -206,7 +246,7 @@ def test_rates_by_length_are_the_rates_of_the_clips_of_that_length_alone():
     lengths = (1, 7, 8, 15, 16, 31, 32, 63, 64, 95, 96, 200)
     references = ["あ" * length for length in lengths]
     hypotheses = ["あ" * (length - 1) + "い" for length in lengths]
-    metrics, _ = evaluation.score(references, hypotheses, evaluation.normalise_kotoba)
+    metrics, _ = evaluation.score(references, hypotheses, kotoba)
     assert [group["characters"] for group in metrics["by_length"]] == [
         [0, 7], [8, 15], [16, 31], [32, 63], [64, 95], [96, None]
     ]  # fmt: skip
@@ -222,9 +262,9 @@ def test_the_interval_is_that_of_a_direct_bootstrap():
     random = np.random.default_rng(5)
     references = ["あ" * int(length) for length in random.integers(1, 60, 300)]
     hypotheses = ["".join(random.choice(["あ", "い"], p=[0.8, 0.2]) for _ in reference) for reference in references]
-    metrics, rows = evaluation.score(references, hypotheses, evaluation.normalise_kotoba)
+    metrics, rows = evaluation.score(references, hypotheses, kotoba)
     rates, generator = [], np.random.default_rng(0)
-    for _ in range(evaluation.DRAWS):
+    for _ in range(evaluation.BOOTSTRAP_DRAWS):
         drawn = [rows[index] for index in generator.integers(0, 300, 300)]
         rates.append(
             100 * sum(r["character_substitutions"] for r in drawn) / sum(r["character_reference"] for r in drawn)
@@ -241,7 +281,7 @@ def test_the_paired_test_sees_a_small_difference_that_intervals_hide():
     zero = np.zeros_like(errors)
     first = np.stack([errors, zero, zero, lengths], axis=1)
     better = np.stack([np.maximum(errors - (random.random(400) < 0.2), 0), zero, zero, lengths], axis=1)
-    rates = evaluation.error_rate(evaluation.bootstrap(np.stack([first, better], axis=1)))
+    rates = evaluation.bootstrap(np.stack([first, better], axis=1))
     assert np.percentile(rates[:, 0], 2.5) < np.percentile(rates[:, 1], 97.5)
     difference, low, high, p = evaluation.paired_difference(first, better)
     assert difference == pytest.approx(100 * (better[:, 0].sum() - first[:, 0].sum()) / lengths.sum())
@@ -254,7 +294,7 @@ def test_ten_thousand_predictions_are_scored_in_five_seconds_of_cpu_time(clips):
     references = [clip["transcription"] for clip in clips] * 420
     hypotheses = [text[1:] + "ん" if index % 3 else text for index, text in enumerate(references)]
     started = time.process_time()
-    evaluation.score(references[:10_000], hypotheses[:10_000], evaluation.normalise_kotoba)
+    evaluation.score(references[:10_000], hypotheses[:10_000], kotoba)
     assert time.process_time() - started < 5
 
 
@@ -268,12 +308,13 @@ def test_differences_are_marked_and_the_texts_escaped():
 # ------------------------------------------------------------------------------------------------------------ the world
 
 
-def evaluate(teacher, dataset, output_dir, *flags, name: str = "train") -> dict:
+def evaluate(teacher, dataset, output_dir, *flags, name: str = "train", dtype: str | None = "float32") -> dict:
     """Run the script on `dataset` (config tiny, split train where it has them); returns the metrics."""
     arguments = ["--model_name_or_path", str(teacher), "--dataset_name", str(dataset), "--output_dir", str(output_dir)]
     columns = ["--dataset_split_name", "train", "--text_column_name", "transcription", "--generation_max_length", "16"]
-    config = [] if str(dataset).endswith((".csv", ".jsonl")) else ["--dataset_config_name", "tiny"]
-    assert evaluation.main([*arguments, *columns, *config, *flags]) == 0
+    config = [] if str(dataset).endswith((".csv", ".tsv", ".jsonl")) else ["--dataset_config_name", "tiny"]
+    precision = ["--dtype", dtype] if dtype else []
+    assert evaluation.main([*arguments, *columns, *config, *precision, *flags]) == 0
     return json.loads((output_dir / f"metric.{name}.json").read_text(encoding="utf-8"))
 
 
@@ -281,7 +322,7 @@ def command(teacher, dataset, output_dir, *flags) -> list[str]:
     return [
         *(str(SCRIPT), "--model_name_or_path", str(teacher), "--dataset_name", str(dataset)),
         *("--output_dir", str(output_dir), "--dataset_config_name", "tiny", "--dataset_split_name", "train"),
-        *("--text_column_name", "transcription", "--generation_max_length", "16", *flags),
+        *("--text_column_name", "transcription", "--generation_max_length", "16", "--dtype", "float32", *flags),
     ]
 
 
@@ -291,9 +332,10 @@ def predictions(output_dir: Path, which: str = "all", name: str = "train") -> li
 
 
 def write_dataset(root: Path, rows: list[dict], like: Path) -> Path:
-    """A dataset directory with these rows and the columns of another."""
+    """A dataset directory with these rows, and the columns and the card of another."""
     table = pq.read_table(next((like / "tiny").glob("*.parquet")))
     (root / "tiny").mkdir(parents=True)
+    shutil.copy(like / "README.md", root)
     pq.write_table(
         table.schema.empty_table().from_pylist(rows, table.schema), root / "tiny/train-00000-of-00001.parquet"
     )
@@ -308,6 +350,17 @@ def wave(seconds: float, rate: int = 16_000, channels: int = 1) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV")
     return file.getvalue()
+
+
+def mp3_without_length() -> bytes:
+    """An MP3 of 15 s that says nothing of its length: readers guess it from the first frames, here at over 30 s."""
+    noise = np.random.default_rng(0).uniform(-1, 1, 10 * 16_000)
+    file = io.BytesIO()
+    soundfile.write(file, np.append(np.zeros(5 * 16_000), noise), 16_000, format="MP3", bitrate_mode="VARIABLE")
+    content = file.getvalue()
+    content = content[content.index(content[:2], 4) :]  # without the first frame, which counts the others
+    assert soundfile.info(io.BytesIO(content)).duration > 30
+    return content
 
 
 def row(name: str, audio: bytes | None, transcription: str | None) -> dict:
@@ -354,6 +407,22 @@ def test_the_texts_are_those_that_the_model_gives_for_one_clip_at_a_time(evaluat
     assert len(set(texts)) > 2
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_an_unset_precision_is_the_one_that_the_device_computes_natively_and_is_recorded(
+    native, dtype, tiny_teacher, loaded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    metrics = evaluate(tiny_teacher, loaded, tmp_path, "--max_samples_per_split", "2", dtype=None)
+    assert metrics["dtype"] == dtype
+
+
+def test_the_metrics_name_the_versions_of_the_libraries_that_decide_them(evaluated):
+    metrics = json.loads((evaluated / "metric.train.json").read_text(encoding="utf-8"))
+    names = ("torch", "transformers", "datasets", "jiwer")
+    assert metrics["versions"] == {name: importlib.metadata.version(name) for name in names}
+
+
 def test_a_second_run_keeps_what_the_model_said_and_can_score_it_by_another_rule(
     evaluated, tiny_teacher, loaded, tmp_path
 ):
@@ -372,7 +441,7 @@ def test_another_model_never_gets_the_saved_predictions(evaluated, tiny_teacher,
     shutil.copytree(tiny_teacher, tmp_path / "model")
     trained = load_file(tmp_path / "model/model.safetensors")
     with pytest.raises(
-        SystemExit, match=r"predictions with model .*tiny-whisper.*, this run has .*--overwrite_output_dir"
+        SystemExit, match=r"other settings: model was .*tiny-whisper.* and is now .*--overwrite_output_dir"
     ):
         evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name")
     evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name", "--overwrite_output_dir")
@@ -380,7 +449,7 @@ def test_another_model_never_gets_the_saved_predictions(evaluated, tiny_teacher,
     torch.manual_seed(1)
     trained = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in trained.items()}
     save_file(trained, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match="predictions with model_digest"):
+    with pytest.raises(SystemExit, match="other settings: model_digest was"):
         evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name")
     evaluate(tmp_path / "model", loaded, tmp_path / "results", "--id_column_name", "name", "--overwrite_output_dir")
     assert [row["hypothesis"] for row in predictions(tmp_path / "results")] != [row["hypothesis"] for row in first]
@@ -400,7 +469,7 @@ def test_other_clips_under_the_same_name_are_refused(evaluated, tiny_teacher, lo
     evaluate(tiny_teacher, dataset, tmp_path / "results")
     shutil.rmtree(dataset)
     write_dataset(dataset, [{**rows[0], "transcription": "別の文です。"}, *rows[1:]], loaded)
-    with pytest.raises(SystemExit, match="predictions with rows_digest"):
+    with pytest.raises(SystemExit, match="other settings: rows_digest was"):
         evaluate(tiny_teacher, dataset, tmp_path / "results")
 
 
@@ -470,12 +539,16 @@ def test_manifests_and_stereo_at_another_rate_are_read(evaluated, tiny_teacher, 
         writer = csv.DictWriter(file, ["audio", "transcription"])
         writer.writeheader()
         writer.writerows(rows)
+    with open(tmp_path / "clips.tsv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["audio", "transcription"], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for kind in ("csv", "jsonl"):
+    for kind in ("csv", "tsv", "jsonl"):
         metrics = evaluate(tiny_teacher, tmp_path / f"clips.{kind}", tmp_path / kind)
         assert metrics["clips"] == 5
         assert metrics["unusable"] == {}
-    assert predictions(tmp_path / "csv") == predictions(tmp_path / "jsonl")
+    assert predictions(tmp_path / "csv") == predictions(tmp_path / "tsv") == predictions(tmp_path / "jsonl")
     read = predictions(tmp_path / "csv")
     assert [row["reference"] for row in read] == texts
     assert [row["hypothesis"] for row in read[:4]] == [row["hypothesis"] for row in predictions(evaluated)[:4]]
@@ -511,14 +584,46 @@ def test_a_clip_over_30_s_is_an_error_by_name_unless_it_is_skipped(tiny_teacher,
         row("good.flac", clips[0]["audio"], "はい"),
         row("long.wav", wave(30.5), "長い"),
         row("full.wav", wave(30), "全部"),
+        row("promises-more.mp3", mp3_without_length(), "短い"),
     ]
     dataset = write_dataset(tmp_path / "data", rows, loaded)
-    with pytest.raises(SystemExit, match=r"1 clips are longer than 30 s, .*: long\.wav$"):
+    with pytest.raises(
+        SystemExit, match=r"1 clips are longer than 30 s \(long\.wav\): pass --skip_long_audio .*, or --long_form"
+    ):
         evaluate(tiny_teacher, dataset, tmp_path / "results")
     metrics = evaluate(tiny_teacher, dataset, tmp_path / "results", "--skip_long_audio")
     assert metrics["unusable"] == {"longer than 30 s": ["long.wav"]}
-    assert metrics["clips"] == 2
-    assert [row["problem"] for row in predictions(tmp_path / "results")] == ["", "longer than 30 s", ""]
+    assert metrics["clips"] == 3
+    rows = predictions(tmp_path / "results")
+    assert [row["problem"] for row in rows] == ["", "longer than 30 s", "", ""]
+    assert [float(row["seconds"]) for row in rows[1:]] == [30.5, 30, pytest.approx(15, abs=0.2)]
+
+
+def test_a_clip_over_30_s_is_refused_before_its_shard_is_transcribed_and_earlier_shards_stay(
+    tiny_teacher, loaded, clips, tmp_path
+):
+    rows = [row(f"{number}", clips[0]["audio"], "はい") for number in range(64)]
+    rows += [row("good", clips[1]["audio"], "はい"), row("long", wave(31), "長い"), row("longer", wave(32), "長い")]
+    dataset = write_dataset(tmp_path / "data", rows, loaded)
+    flags = ["--id_column_name", "name"]
+    with pytest.raises(SystemExit, match=r"2 clips are longer than 30 s \(long, longer\): "):
+        evaluate(tiny_teacher, dataset, tmp_path / "results", *flags)
+    (first,) = (tmp_path / "results/.predictions.train").glob("*.jsonl")  # of the two shards
+    assert not (tmp_path / "results/metric.train.json").exists()
+    written = first.stat().st_mtime_ns
+    metrics = evaluate(tiny_teacher, dataset, tmp_path / "results", *flags, "--skip_long_audio")
+    assert metrics["unusable"] == {"longer than 30 s": ["long", "longer"]}
+    assert first.stat().st_mtime_ns == written
+    with pytest.raises(SystemExit, match=r"2 clips are longer than 30 s \(long, longer\): "):
+        evaluate(tiny_teacher, dataset, tmp_path / "results", *flags)
+
+
+def test_windows_refuse_clips_over_30_s_before_any_model_is_loaded(loaded, clips, tmp_path):
+    rows = [row("good", clips[0]["audio"], "はい"), row("long", wave(31), "長い")]
+    dataset = write_dataset(tmp_path / "data", rows, loaded)
+    flags = ["--id_column_name", "name", "--concatenate_audio"]
+    with pytest.raises(SystemExit, match=r"1 clips are longer than 30 s \(long\): "):
+        evaluate("acme/no-such-model", dataset, tmp_path / "results", *flags)
 
 
 def test_clips_without_readable_audio_are_listed_and_fatal_only_when_there_are_no_others(
@@ -530,7 +635,7 @@ def test_clips_without_readable_audio_are_listed_and_fatal_only_when_there_are_n
         row("empty.wav", wave(0), "はい"),
     ]
     dataset = write_dataset(tmp_path / "data", [*bad, row("good.flac", clips[0]["audio"], None)], loaded)
-    with pytest.raises(SystemExit, match="nothing to score"):
+    with pytest.raises(SystemExit, match="nothing to score: every reference is empty after normalisation"):
         evaluate(tiny_teacher, dataset, tmp_path / "first")
     dataset = write_dataset(tmp_path / "more", [*bad, row("good.flac", clips[0]["audio"], "はい")], loaded)
     metrics = evaluate(tiny_teacher, dataset, tmp_path / "second")
@@ -548,18 +653,18 @@ def test_clips_without_readable_audio_are_listed_and_fatal_only_when_there_are_n
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--text_column_name", "text"], r"has no column 'text': it has name, audio, transcription"),
+        (["--text_column_name", "text"], r"has no column 'text' \(--text_column_name\); it has name, audio, trans"),
         (["--id_column_name", "number"], r"has no column 'number'"),
-        (["--dataset_split_name", "test"], r"can't load tiny, test of .*train"),
+        (["--dataset_split_name", "test"], r"has no split 'test'; it has train"),
         (
             ["--dataset_name", "no/such/directory"],
             r"'no/such/directory' is neither a directory that exists nor a Hub id",
         ),
         (["--model_name_or_path", "no/such/model"], r"'no/such/model' is neither a directory that exists nor a Hub id"),
-        (["--model_name_or_path", "acme/no-such-model"], r"can't load the model acme/no-such-model"),
-        (["--dataset_name", "acme/no-such-dataset"], r"can't load tiny, train of acme/no-such-dataset"),
-        (["--dataset_name", "missing.csv"], r"can't load .*missing\.csv"),
-        (["--language", "xx"], r"--language 'xx' is not one of the model's: af, am, "),
+        (["--model_name_or_path", "acme/no-such-model"], r"cannot load the model acme/no-such-model"),
+        (["--dataset_name", "acme/no-such-dataset"], r"cannot load tiny, train of acme/no-such-dataset"),
+        (["--dataset_name", "missing.csv"], r"cannot load .*missing\.csv"),
+        (["--language", "xx"], r"--language xx: .* has no such language, only af, am, "),
         (["--push_to_hub"], r"is a local directory"),
     ],
 )
@@ -572,23 +677,46 @@ def test_a_mistake_is_one_clear_line(tiny_teacher, loaded, tmp_path, flags, mess
 
 @pytest.fixture
 def monolingual(tiny_teacher, tmp_path) -> Path:
-    """The tiny teacher as an English-only checkpoint."""
-    shutil.copytree(tiny_teacher, tmp_path / "english")
-    path = tmp_path / "english/generation_config.json"
+    """The tiny teacher as an English-only checkpoint, which knows neither languages nor tasks."""
+    directory = shutil.copytree(tiny_teacher, tmp_path / "english")
+    path = directory / "generation_config.json"
     config = json.loads(path.read_text()) | {"is_multilingual": False}
     del config["lang_to_id"], config["task_to_id"]
     path.write_text(json.dumps(config))
-    return tmp_path / "english"
+    for path in directory.glob("*token*.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace("<|transcribe|>", "<|nothing|>"), encoding="utf-8")
+    return directory
 
 
 def test_a_model_without_japanese_is_refused_and_serves_its_own_language(monolingual, loaded, tmp_path):
-    with pytest.raises(SystemExit, match=r"--language 'ja' is not one of the model's: en$"):
+    with pytest.raises(SystemExit, match=r"--language ja: .*english has no such language, only en$"):
         evaluate(monolingual, loaded, tmp_path / "results")
+    with pytest.raises(SystemExit, match=r"--task translate: .*english knows only English$"):
+        evaluate(monolingual, loaded, tmp_path / "results", "--language", "en", "--task", "translate")
     metrics = evaluate(
         monolingual, loaded, tmp_path / "results", "--language", "English", "--max_samples_per_split", "3"
     )
     assert metrics["scorer"] == "whisper"
     assert metrics["clips"] == 3
+
+
+def test_a_checkpoint_of_2022_without_a_table_of_languages_serves_as_well(evaluated, tiny_teacher, loaded, tmp_path):
+    model = shutil.copytree(tiny_teacher, tmp_path / "model")
+    config = json.loads((model / "generation_config.json").read_text())
+    for name in ("is_multilingual", "lang_to_id", "task_to_id", "no_timestamps_token_id"):
+        del config[name]
+    (model / "generation_config.json").write_text(json.dumps(config))
+    evaluate(model, loaded, tmp_path / "results", "--max_samples_per_split", "3")
+    hypotheses = [[row["hypothesis"] for row in predictions(path)[:3]] for path in (tmp_path / "results", evaluated)]
+    assert hypotheses[0] == hypotheses[1]
+
+
+def test_a_model_without_the_files_of_its_tokenizer_is_refused_in_one_line(tiny_teacher, loaded, tmp_path):
+    model = shutil.copytree(tiny_teacher, tmp_path / "model")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"):
+        (model / name).unlink()
+    with pytest.raises(SystemExit, match=r"model lacks the files of its tokenizer: tokenizer\.json"):
+        evaluate(model, loaded, tmp_path / "results")
 
 
 def test_the_older_arrangement_of_special_tokens_and_80_mels_serve_as_well(tiny_teacher_v2, loaded, tmp_path):

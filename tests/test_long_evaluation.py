@@ -108,7 +108,7 @@ def test_windows_are_drawn_by_seed(windows, tiny_teacher, loaded, tmp_path):
     flags = ["--id_column_name", "name", "--concatenate_audio"]
     evaluate(tiny_teacher, loaded, tmp_path / "same", *flags, name=WINDOWS)
     assert predictions(tmp_path / "same", name=WINDOWS) == predictions(windows, name=WINDOWS)
-    with pytest.raises(SystemExit, match="predictions with seed 0, this run has 1"):
+    with pytest.raises(SystemExit, match="other settings: seed was 0 and is now 1"):
         evaluate(tiny_teacher, loaded, tmp_path / "same", *flags, "--seed", "1", name=WINDOWS)
     evaluate(tiny_teacher, loaded, tmp_path / "other", *flags, "--seed", "1", name=WINDOWS)
     drawn = [{row["id"] for row in predictions(path, name=WINDOWS)} for path in (tmp_path / "other", windows)]
@@ -186,45 +186,46 @@ def test_what_does_not_go_with_an_assistant_is_one_clear_line(
     assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="2"):
         evaluate(tiny_teacher, loaded, tmp_path, "--assistant_model", str(student), "--generation_num_beams", "2")
-    assert "--assistant_model goes with greedy decoding only" in capsys.readouterr().err
+    message = "--assistant_model works only with greedy decoding: remove --generation_num_beams"
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- dry run
 
 
-def test_a_dry_run_needs_no_weights_says_what_is_to_be_done_and_changes_nothing(
+def test_a_dry_run_measures_a_sample_says_what_is_to_be_done_and_changes_nothing(
     tiny_teacher, loaded, clips, tmp_path, capsys
 ):
-    shutil.copytree(tiny_teacher, tmp_path / "model")
-    weights = (tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights")
     output_dir = tmp_path / "results"
     hours = sum(soundfile.info(io.BytesIO(clip["audio"])).duration for clip in clips) / 3600
 
     def dry_run(*flags: str) -> dict[str, str]:
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-        assert evaluation.main([*command(tmp_path / "model", loaded, output_dir, "--dry_run", *flags)[1:]]) == 0
+        assert evaluation.main([*command(tiny_teacher, loaded, output_dir, "--dry_run", *flags)[1:]]) == 0
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
         return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
 
     said = dry_run()
     assert re.fullmatch(rf".*, train, 24 clips, about {hours:.1f}\d h", said["input"])
     assert said["done"] == "0 of 1 shards"
-    assert said["writes"].startswith(f"{output_dir}, about ")
+    assert said["left"] == "24 of 24"
+    assert said["writes"].startswith(f"{output_dir}: ")
     assert said["pushes"] == "nothing"
-    assert "24 are read (from a sample of 8)" in said["time"]
+    assert re.fullmatch(r"about [\d.]+ min; a sample of 24 took [\d.]+ s \(float32\)", said["time"])
+    assert "a sample of 6 took" in dry_run("--per_device_eval_batch_size", "6")["time"]
+    assert "a sample of 1 took" in dry_run("--long_form")["time"]
     assert re.search(r"\d windows of 24 clips", dry_run("--concatenate_audio")["input"])
     with pytest.raises(SystemExit, match="has no column 'nothing'"):
-        evaluation.main([*command(tmp_path / "model", loaded, output_dir)[1:], "--id_column_name", "nothing"])
+        evaluation.main([*command(tiny_teacher, loaded, output_dir)[1:], "--id_column_name", "nothing"])
 
-    weights.rename(tmp_path / "model" / "model.safetensors")
-    assert evaluation.main(command(tmp_path / "model", loaded, output_dir)[1:]) == 0
-    written = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file()) / 1e6
-    assert float(re.search(r"about (.*) MB", said["writes"])[1]) == pytest.approx(written, rel=0.5)
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights")
-    assert dry_run()["done"] == "1 of 1 shards"
-    with pytest.raises(SystemExit, match="predictions with max_new_tokens 16, this run has 9"):
+    assert evaluation.main(command(tiny_teacher, loaded, output_dir)[1:]) == 0
+    written = {path.name for path in output_dir.iterdir() if path.is_file()}
+    assert written == set(said["writes"].removeprefix(f"{output_dir}: ").split(", "))
+    assert dry_run()["done"] == dry_run("--overwrite_output_dir")["done"] == "1 of 1 shards"
+    assert dry_run()["left"] == "0 of 24"
+    with pytest.raises(SystemExit, match="other settings: max_new_tokens was 16 and is now 9"):
         dry_run("--generation_max_length", "9")
-    assert dry_run("--overwrite_output_dir")["done"] == "0 of 1 shards"
+    assert dry_run("--overwrite_output_dir", "--generation_max_length", "9")["done"] == "0 of 1 shards"
 
 
 def test_nothing_is_said_of_git_where_there_is_no_repository(tiny_teacher, loaded, tmp_path, monkeypatch, capfd):
