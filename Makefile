@@ -1,6 +1,7 @@
 # make demo    the whole job on this machine: Japanese speech in, a distilled Whisper and its error rates out
 # make test    the tests
 # make chaos   the chain, killed and disturbed 50 times, against a run that was not
+# make mutants one-line faults in copies of the scripts, each of which a test must notice
 # make lint    the style
 # make bench-labelling, bench-filtering, bench-distillation, ...    speed, against a plain baseline in the same run
 
@@ -8,7 +9,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test chaos lint clean
+.PHONY: demo test chaos mutants lint clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): requirements.txt tests/requirements.txt
@@ -25,6 +26,9 @@ test: $(INSTALLED)
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.sandbox.chaos $(CHAOS_ARGS)
+
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

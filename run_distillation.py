@@ -1,221 +1,291 @@
 #!/usr/bin/env python
 """Distil a Whisper teacher into a smaller student on pseudo-labelled speech.
 
-In: a student from create_student_model.py, its teacher, and one or more datasets `a+b`, each a Hub id or a local
-directory: `.vectorized` (log-mels), or labelled with audio, of which the features are computed while loading.
+In: a student from create_student_model.py, its teacher, and one or more datasets joined by `+`: `.vectorized` ones with
+log-mels, or labelled audio, whose log-mels are computed while it is loaded.
 
-Out, in --output_dir: the trained model with all that transformers, faster-whisper and whisper.cpp look for, its card,
-`metrics.jsonl`, `training_curves.png`, the record `distillation.json`, and `checkpoint-<step>-epoch-<epoch>/`.
+Out, in --output_dir: the trained model with every file that transformers, faster-whisper and whisper.cpp look for, its
+card, `metrics.jsonl`, `training_curves.png`, the record `distillation.json`, and `checkpoint-<step>-epoch-<epoch>/`.
+
+One process:
 
     python run_distillation.py --model_name_or_path my-init --teacher_model_name_or_path openai/whisper-large-v3 \\
         --train_dataset_name my-org/my-data.wer_10.0.vectorized --language ja --freeze_encoder --do_train \\
         --num_train_epochs 8 --output_dir my-model
-    accelerate launch --multi_gpu run_distillation.py ...       (every process trains on its part of each batch; on CPUs
-        with ACCELERATE_USE_CPU=true in the environment)
+
+Several processes, each training on its share of every batch; on several machines, --output_dir must be shared:
+
+    accelerate launch --multi_gpu run_distillation.py ...
 
 The loss is `ce_weight · CE + kl_weight · T² · KL(teacher ‖ student)` (https://arxiv.org/abs/2311.00430), its mean over
-the label tokens of the global batch: it does not depend on padding, accumulation or the number of processes.
-
-Batch k of an epoch is a function of the seed, the epoch and k. After a kill at any moment the same command goes on from
-the newest whole checkpoint and ends with the weights of a run that was never interrupted; when it has ended, the same
-command only pushes what is missing. Several machines need an --output_dir (and an encoder cache) that all of them see.
+the label tokens of the global batch: it does not depend on padding, accumulation or the number of processes. The rows
+of a batch are a function of the seed and of the step. So to resume, after a kill at any moment, run the same command
+again: it goes on from the newest complete checkpoint and ends with the weights of a run that was never interrupted.
 """
 
 import argparse
 import contextlib
+import csv
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
 import math
 import multiprocessing
 import os
+import pickle
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib.metadata import version
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 import datasets
+import fsspec
 import jiwer
 import librosa
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import safetensors.torch
 import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, send_to_device
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub import HfApi, HfFileSystem, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    LoggerType,
+    broadcast_object_list,
+    extract_model_from_parallel,
+    gather_object,
+    send_to_device,
+)
+from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import HfApi, ModelCardData, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
-from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 from transformers.utils import is_flash_attn_2_available
+
+LOSS_CHUNK = 256  # tokens whose logits exist at the same time
+CACHE_BLOCK = (
+    8  # rows encoded together for the cache; fixed, because the batch size changes a row's result in the last bits
+)
+SAMPLE_ROWS = 16  # rows read from the start of a dataset as a sample of its inputs
+PROGRESS_SECONDS = (
+    0.1 if sys.stderr.isatty() else 30.0
+)  # seconds between progress-bar updates; in a log each update is a line
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what accelerate calls them
+LED_BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the held-out loss
+RECORD = "distillation.json"
+MANIFEST = "manifest.json"  # of a checkpoint: training state, settings and file hashes; written last
+EVALUATION = "evaluation.json"  # of a run without --do_train
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)-epoch-(\d+)")
+SCRIPTS = ["create_student_model.py", "run_distillation.py"]  # published with the model
+TRAINING_FILES = ["model.safetensors", "metrics.jsonl", "training_curves.png", RECORD]
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "normalizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+]
+MODEL_FILES = ["config.json", "generation_config.json", "README.md"]
+# What the trained weights depend on, beside the data and the models. A run is resumed only with the same settings.
+SETTINGS = [
+    "train_dataset_samples",
+    "max_label_length",
+    "language",
+    "task",
+    "freeze_encoder",
+    "dtype",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "ce_weight",
+    "kl_weight",
+    "temperature",
+    "seed",
+]
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[float]:
+    """Value of a flag that takes numbers joined by `+`."""
+    return [float(part) for part in text.split("+")]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    count = {"type": int, "metavar": "N"}
+    add = parser.add_argument_group("models").add_argument
+    add("--model_name_or_path", required=True, help="student, Hub id or local directory")
+    add("--teacher_model_name_or_path", required=True, help="teacher, Hub id or local directory")
+    add(
+        "--freeze_encoder", **switch, help="do not train the encoder; if it equals the teacher's, it runs once for both"
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="compute precision; what is trained stays float32; unset = bfloat16 where the device computes it "
+        "natively, else float32",
+    )
+    add("--attn_type", choices=["eager", "sdpa", "flash_attn"], default="sdpa", help="attention")
+    add("--gradient_checkpointing", **switch, help="recompute activations instead of storing them")
+    add("--torch_compile", **switch, help="compile the models, for GPUs")
+    add = parser.add_argument_group("data").add_argument
+    add("--train_dataset_name", help="training datasets, Hub ids or local directories, joined by +")
+    add("--train_dataset_config_name", help="their configurations joined by +, or one for all; unset = the default one")
+    add("--train_split_name", default="train", help="their splits joined by +, or one for all")
+    add(
+        "--train_dataset_samples",
+        type=numbers,
+        help="their sampling weights joined by +; unset = every row once an epoch",
+    )
+    add("--audio_column_name", default="audio", help="column of audio, for datasets without input_features")
+    add(
+        "--text_column_name",
+        help="column of held-out reference texts; unset = text or transcription, or else the labels' text",
+    )
+    add("--language", help="language code or name of the labels; unset = the models get no language token")
+    add("--task", choices=["transcribe", "translate"], default="transcribe", help="task of the labels")
+    add("--max_label_length", **count, default=448, help="maximum label length in tokens; longer ones are left out")
+    add("--preprocessing_num_workers", **count, default=1, help="processes that load the datasets")
+    add("--dataloader_num_workers", **count, default=0, help="processes that load batches; 0 = the training process")
+    add(
+        "--cache_encoder_outputs",
+        metavar="DIR",
+        help="cache for the outputs of what is frozen, about 4 MB per clip; unset = computed every epoch",
+    )
+    add = parser.add_argument_group("training").add_argument
+    add("--do_train", **switch, help="train; without it, only an evaluation on the held-out rows")
+    add("--num_train_epochs", type=float, default=3.0, help="epochs")
+    add("--max_steps", **count, default=-1, help="optimiser steps in place of epochs; -1 = epochs")
+    add("--per_device_train_batch_size", **count, default=16, help="clips per process per micro-batch")
+    add("--gradient_accumulation_steps", **count, default=1, help="micro-batches per optimiser step")
+    add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
+    schedules = [schedule.value for schedule in transformers.SchedulerType]
+    add("--lr_scheduler_type", choices=schedules, default="constant_with_warmup", help="learning-rate schedule")
+    add("--lr_scheduler_kwargs", type=json.loads, default="{}", metavar="JSON", help="arguments of the schedule")
+    add("--warmup_steps", **count, default=50, help="optimiser steps of warm-up")
+    add("--weight_decay", type=float, default=0.0, help="AdamW's weight decay, of matrices only")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta 1")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta 2")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; 0 = no clipping")
+    add("--ce_weight", type=float, default=0.8, help="weight of the cross-entropy with the labels")
+    add("--kl_weight", type=float, default=1.0, help="weight of the KL divergence from the teacher")
+    add("--temperature", type=float, default=2.0, help="temperature of the KL divergence")
+    add("--seed", type=int, default=42, help="seed of the order of rows and of dropout")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval_dataset_name", help="held-out dataset, Hub id or local directory; unset = no evaluation")
+    add("--eval_dataset_config_name", help="its configuration; unset = the default one")
+    add("--eval_split_name", default="test", help="its split")
+    add("--eval_steps", **count, default=1000, help="optimiser steps between evaluations")
+    add("--eval_max_samples", **count, default=256, help="held-out rows, evenly spaced; 0 = all")
+    add(
+        "--metric_for_best_model",
+        choices=["loss", "cer", "wer"],
+        default="cer",
+        help="metric that selects the best checkpoint",
+    )
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, help="directory of the results; may be a clone of the model's repository")
+    add("--overwrite_output_dir", **switch, help="delete output that was made with different settings")
+    add(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="auto",
+        default="auto",
+        metavar="CHOICE",
+        help="auto = the newest complete checkpoint, False = none, or the path of one",
+    )
+    add("--save_steps", **count, default=500, help="optimiser steps between checkpoints")
+    add("--save_total_limit", **count, help="newest checkpoints to keep beside the best; unset = all")
+    add("--logging_steps", **count, default=50, help="optimiser steps between entries of metrics.jsonl")
+    add("--report_to", choices=TRACKERS, default="wandb", help="tracker beside metrics.jsonl")
+    add("--wandb_project", default="distillation", help="project of the tracker")
+    add("--wandb_name", help="name of the run in wandb; unset = wandb's choice")
+    add("--push_to_hub", **switch, help="push the result, at every save in the background and at the end")
+    add(
+        "--hub_model_id",
+        help="repository to push to; unset = the one --output_dir is a clone of, else the org/name its path ends with",
+    )
+    add("--hub_private_repo", **switch, help="make a missing repository private")
+    add("--dry_run", **switch, help="print what a run would read, write and push, and what is done; change nothing")
+    args = parser.parse_args(argv)
+    args.output_dir = Path(args.output_dir).expanduser()
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps", "eval_steps")
+    for name in sizes:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.language:
+        args.language = language_code(args.language)
+    return args
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+CONTINUE = "Run the same command again to continue."
 
 logger = logging.getLogger(__name__)
 
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
-SAMPLING_RATE = 16_000  # Whisper's
-WINDOW_FRAMES = 3_000  # log-mel frames of the encoder's 30 s window, 160 samples each
-START = "<|startoftranscript|>"
-UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # written without spaces: the CER counts none
-LOSS_CHUNK = 256  # tokens whose logits exist at the same time
-LED_BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the held-out loss
-CACHE_BLOCK = 8  # rows encoded together for the cache; fixed, because the last bits of a row depend on its batch
-HEAD = 16  # first rows of a dataset, which stand for its inputs
-PACE = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two looks of a progress bar: in a log each is a line
-RECORD = "distillation.json"
-MANIFEST = "manifest.json"  # of a checkpoint: what it holds; written last
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)-epoch-(\d+)")
-SCRIPTS = ("create_student_model.py", "run_distillation.py")
-TRAINING_FILES = ("model.safetensors", "metrics.jsonl", "training_curves.png", RECORD)
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "normalizer.json", "added_tokens.json"),
-    *("special_tokens_map.json", "preprocessor_config.json", "processor_config.json"),
-)
-OWN_FILES = (*TRAINING_FILES, *TOKENIZER_FILES, *SCRIPTS, "config.json", "generation_config.json", "README.md")
 
-
-# ---- small pure functions --------------------------------------------------------------------------------------------
-
-
-class DistillationLoss(torch.autograd.Function):
-    """ce_weight · CE + kl_weight · T² · KL(teacher ‖ student), summed over tokens; and the two sums, unweighted.
-
-    Logits exist for LOSS_CHUNK tokens at a time, and the gradient is computed with them: memory grows neither with
-    padding nor the batch, and no logit is computed twice.
-
-    Args:
-        hidden, teacher_hidden: last hidden states, (tokens, width).
-        head, teacher_head: output projections, (vocabulary, width).
-        targets: ids, (tokens).
-        weights: ce_weight and kl_weight.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature: float, weights: tuple):
-        dtype = F.linear(hidden[:0], head[:1]).dtype  # what autocast makes of them
-        exact = torch.promote_types(dtype, torch.float32)
-        gradients = [torch.zeros_like(hidden), torch.zeros_like(head)] if ctx.needs_input_grad[0] else []
-        hidden, head, teacher_hidden, teacher_head = (
-            tensor.to(dtype) for tensor in (hidden, head, teacher_hidden, teacher_head)
-        )
-        sums = torch.zeros(2, dtype=exact, device=hidden.device)
-        for start in range(0, len(targets), LOSS_CHUNK):
-            part = slice(start, start + LOSS_CHUNK)
-            ids = targets[part, None]
-            logits, teacher_logits = (
-                F.linear(states[part], weight).to(exact)  # (tokens, vocabulary)
-                for states, weight in ((hidden, head), (teacher_hidden, teacher_head))
-            )
-            log_q, log_p = ((each / temperature).log_softmax(-1) for each in (logits, teacher_logits))
-            p, log_probs = log_p.exp(), logits.log_softmax(-1)
-            kl = temperature**2 * (p * (log_p - log_q)).sum()
-            sums += torch.stack([-log_probs.gather(1, ids).sum(), kl])
-            if gradients:
-                gradient = log_q.exp_().sub_(p).mul_(weights[1] * temperature)
-                gradient.add_(log_probs.exp_(), alpha=weights[0])
-                gradient.scatter_add_(1, ids, torch.full_like(ids, -weights[0], dtype=exact))
-                gradient = gradient.to(dtype)
-                gradients[0][part] = gradient @ head
-                gradients[1] += gradient.T @ hidden[part]
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(sums)
-        return (sums * sums.new_tensor(weights)).sum(), sums
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        of_hidden, of_head = ctx.saved_tensors
-        return of_hidden * gradient, of_head.mul_(gradient), *[None] * 5
-
-
-def epoch_order(sizes: list[int], weights: list[float] | None, seed: int, epoch: int) -> np.ndarray:
-    """The rows of an epoch in the order of training; datasets of these sizes count as one after the other.
-
-    Without weights every row comes once. With them an epoch has as many rows, of each dataset its weight's share: only
-    some of its rows where the share is less than it has, all of them again and again where it is more.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    if weights is None:
-        return rng.permutation(sum(sizes))
-    edges = np.rint(np.cumsum([0.0, *weights]) / sum(weights) * sum(sizes)).astype(int)
-    parts, start = [], 0
-    for size, count in zip(sizes, np.diff(edges), strict=True):
-        rounds = [rng.permutation(size) for _ in range(math.ceil(count / size))]
-        parts.append(start + np.concatenate([np.empty(0, int), *rounds])[:count])
-        start += size
-    return rng.permutation(np.concatenate(parts))
-
-
-def scan_labels(column: pa.ChunkedArray, start_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row the number of tokens, and the place of the first `start_id` (-1: none)."""
-    found = [np.empty((2, 0), np.int64)]
-    for chunk in column.chunks:
-        lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        ends, starts = np.cumsum(lengths), np.full(len(lengths), -1)
-        hits = np.flatnonzero(pc.list_flatten(chunk).to_numpy(zero_copy_only=False) == start_id)
-        rows, first = np.unique(np.searchsorted(ends, hits, side="right"), return_index=True)
-        starts[rows] = hits[first] - (ends - lengths)[rows]
-        found.append(np.stack([lengths, starts]))
-    return tuple(np.concatenate(found, axis=1))
-
-
-def digest(module: nn.Module) -> str:
-    """A name for a module's weights: the hash of evenly spaced values of every tensor."""
-    result = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        sample = tensor.flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
-        result.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
-    return result.hexdigest()[:16]
-
-
-def pad_features(features: np.ndarray) -> np.ndarray:
-    """[frames, mels] -> [mels, 3000], the last frame repeated: all padded frames of a Whisper log-mel are the same."""
-    missing = max(0, WINDOW_FRAMES - len(features))
-    return np.pad(features[:WINDOW_FRAMES], ((0, missing), (0, 0)), mode="edge").T
-
-
-def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack rows, their tokens padded to the longest row's in eights. `positions` (flat) are those with a target.
-
-    Teacher and student both see the whole sequence but for its last token; targets are what follows the start token.
-    """
-    width = -(-max(len(row["tokens"]) - 1 for row in rows) // 8) * 8
-    inputs = np.zeros((len(rows), width), np.int64)  # padding is behind all that counts: any id will do
-    for padded, row in zip(inputs, rows, strict=True):
-        padded[: len(row["tokens"]) - 1] = row["tokens"][:-1]
-    positions = [i * width + np.arange(row["first"], len(row["tokens"]) - 1) for i, row in enumerate(rows)]
-    targets = [row["tokens"][row["first"] + 1 :] for row in rows]
-    arrays = {"decoder_input_ids": inputs, "positions": np.concatenate(positions), "targets": np.concatenate(targets)}
-    batch = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-    if "features" in rows[0]:
-        return batch | {"features": torch.from_numpy(np.stack([row["features"] for row in rows]))}
-    hidden = torch.cat([row["teacher_hidden"] for row in rows])
-    return batch | {"states": torch.stack([row["states"] for row in rows]), "teacher_hidden": hidden}
-
-
-def differences(then: dict, now: dict) -> str:
-    """The settings that differ, for people to read; empty where none does."""
-    names = [name for name in sorted(now) if then.get(name) != now[name]]
-    return "; ".join(f"{name} was {then.get(name)!r} and is now {now[name]!r}" for name in names)
+def fail(message: str) -> NoReturn:
+    """End the script with one line for the user: what was wrong, with which value, what to do."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
 def boolean(value: str) -> bool:
@@ -227,12 +297,133 @@ def boolean(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
 
 
-def fail(message: str) -> NoReturn:
-    """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag in its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+def set_up_process(is_main_process: bool = True) -> None:
+    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    level = logging.INFO if is_main_process else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+# ---- common: records -------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file; what JSON does not know, such as a path, is written as its text."""
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Version of each of these installed packages, for a record."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def changed_setting(earlier: dict, settings: dict) -> str | None:
+    """The first setting in which an earlier run differs from this one, for people to read; None where none does."""
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if earlier.get(name) != value:
+            return f"{name} was {earlier.get(name)!r} and is now {value!r}"
+    return None
+
+
+def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
+    """Fail where `place` holds the results of a run with other settings, which must not be mixed with this run's."""
+    if changed := changed_setting(earlier, settings):
+        fail(
+            f"{place} was made with other settings: {changed}. Choose another directory, "
+            "or pass --overwrite_output_dir to start afresh"
+        )
+
+
+# ---- common: the Hub -------------------------------------------------------------------------------------------------
+
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    for line in str(error).splitlines():
+        if line.strip() and not line.startswith("(Request ID"):
+            return line.strip().rstrip(".")
+    return type(error).__name__
+
+
+def hub_fail(action: str, error: BaseException) -> NoReturn:
+    """Fail because the Hub refused something."""
+    fail(
+        f"{action} failed: {first_line(error)}. Check the name, and the token with `hf auth whoami`; "
+        "`hf auth login` sets another token"
+    )
+
+
+def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
+    """Create a repository if it is missing, check the right to write to it, and return its full id.
+
+    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    """
+    api = HfApi()
+    try:
+        if not dry_run:
+            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
+            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
+            return url.repo_id
+        account = api.whoami()
+        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+        if api.repo_exists(repo_id, repo_type=repo_type):
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+        elif repo_id.split("/")[0] not in owners:
+            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+        return repo_id
+    except HUB_ERRORS as error:
+        hub_fail(f"preparing the {repo_type} repository {repository}", error)
+
+
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
+    for seconds in (1, 2, 4, 0):
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not seconds:
+                raise
+        time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: models --------------------------------------------------------------------------------------------------
+
+ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
 
 
 def local_directory(reference: str) -> Path | None:
@@ -245,192 +436,817 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
-def reason(error: BaseException) -> str:
-    """The line of an error that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
-    return lines[0] if lines else type(error).__name__
-
-
-def hub_fail(action: str, error: Exception) -> NoReturn:
-    fail(f"{action} failed: {reason(error)} (what is private, or written to, needs `hf auth login` or HF_TOKEN)")
-
-
-def decode_audio(audio: dict) -> np.ndarray:
-    """Mono float32 samples at 16 kHz of an undecoded `Audio` value, of which soundfile reads the bytes or the file."""
-    source = io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]
-    waveform, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    waveform = waveform.mean(axis=1)
-    return waveform if rate == SAMPLING_RATE else librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-
-
-def load_rows(source: tuple[str, str | None, str], args) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """A split as memory-mapped Arrow, and its first rows. A random row takes 0.1 ms there, 240 ms in parquet.
-
-    A dry run converts nothing: it reads the first rows, and of the others only what is small.
-    """
-    name, config, split = source
-    path, options, workers = name, {"name": config, "split": split}, args.preprocessing_num_workers
-    if directory := local_directory(name):
-        pattern = f"{config or 'default'}/{split}-*.parquet"
-        files = sorted(map(str, directory.glob(pattern)))
-        if not files:
-            there = {f"{file.parent.name}/{file.name.split('-')[0]}" for file in directory.glob("*/*-*.parquet")}
-            fail(f"{directory} has no {pattern}; it has {', '.join(sorted(there)) or 'no parquet files'}")
-        # Not load_dataset(directory): its cache would hide that a file has changed.
-        path, options, workers = "parquet", {"data_files": files, "split": "train"}, min(workers, len(files))
+def load_pretrained(kind: type, reference: str, **options) -> Any:
+    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        if not args.dry_run:
-            data = datasets.load_dataset(path, **options, num_proc=workers if workers > 1 else None)
-            return data, data.select(range(min(HEAD, len(data))))
-        if not directory:
-            there = datasets.load_dataset_builder(name, config).config.data_files
-            files = [url.removeprefix("hf://") for url in there.get(split) or fail(f"{name} has no split {split}")]
-        table = pa.dataset.dataset(files, filesystem=None if directory else HfFileSystem())
-        small = [column for column in table.schema.names if column not in ("input_features", args.audio_column_name)]
-        if "labels" in small:
-            small = [column for column in small if column in ("labels", "input_length")]
-        head = table.head(HEAD, batch_size=HEAD, batch_readahead=0, fragment_readahead=0)
-        return datasets.Dataset(table.to_table(columns=small)), datasets.Dataset(head)
-    except (DatasetNotFoundError, OSError, ValueError) as error:
-        hub_fail(f"loading {name}", error)
+        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+    except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        # The last three are weights that were cut off, that are damaged, and that would run code.
+        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
 
 
-class Rows(torch.utils.data.Dataset):
-    """The usable rows of one split of a dataset, numbered from 0."""
+def load_config(reference: str, **options) -> WhisperConfig:
+    """The configuration of a Whisper; fails for models of other kinds."""
+    config = load_pretrained(AutoConfig, reference, **options)
+    if config.model_type != "whisper":
+        fail(f"{reference} is a {config.model_type} model, not a Whisper")
+    return config
 
-    def __init__(self, source: tuple[str, str | None, str], processor: WhisperProcessor, args, held_out: bool = False):
-        """Of held-out rows some, evenly spaced, are taken, with labels made from text where there are none."""
-        self.name, self.extractor, self.cache = source[0], processor.feature_extractor, None
-        (data, head), tokenizer = load_rows(source, args), processor.tokenizer
-        columns = head.column_names
-        self.text = next((name for name in (args.text_column_name, "text", "transcription") if name in columns), None)
+
+def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
+    """The tokenizer of a Whisper. Without its files, `transformers` silently makes one with an empty vocabulary."""
+    tokenizer = load_pretrained(WhisperTokenizerFast, reference, **options)
+    # "a" as well: with tokenizer_config.json alone there are the special tokens, and no others.
+    if not {"a", "<|startoftranscript|>"} <= tokenizer.get_vocab().keys():
+        fail(f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt")
+    return tokenizer
+
+
+def is_multilingual(vocabulary: dict[str, int]) -> bool:
+    """Whether a Whisper with this vocabulary takes a language and a task."""
+    return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
+
+
+def load_generation_config(
+    reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
+) -> GenerationConfig:
+    """How a model decodes. What its file lacks, as those of 2022 do, comes from vocabulary and configuration."""
+    try:
+        source = str(local_directory(reference) or reference)
+        generation_config = GenerationConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if "does not appear to have a file named" not in str(error):  # a damaged file, or a Hub that does not answer
+            fail(f"cannot load the generation config of {reference}: {first_line(error)}")
+        generation_config = GenerationConfig()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            setattr(generation_config, name, getattr(config, name))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            setattr(generation_config, name, getattr(config, name, None))
+    generation_config.is_multilingual = is_multilingual(vocabulary)
+    values = {
+        "max_length": config.max_target_positions,
+        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
+        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
+        "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
+    }
+    if is_multilingual(vocabulary):
+        tokens = [f"<|{code}|>" for code in LANGUAGES]
+        values["lang_to_id"] = {token: vocabulary[token] for token in tokens if token in vocabulary}
+        values["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}
+    for name, value in values.items():
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, value)
+    return generation_config
+
+
+# ---- common: languages -----------------------------------------------------------------------------------------------
+
+
+def language_code(language: str) -> str:
+    """Whisper's code of a language that is given by code, name or token: `Japanese`, `JA` and `<|ja|>` are `ja`."""
+    name = language.lower().strip("<|>")
+    return TO_LANGUAGE_CODE.get(name, name)
+
+
+def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str | None, task: str) -> dict[str, str]:
+    """Language and task as `generate` takes them; none for an English-only model, where they are an error."""
+    codes = [code for code in LANGUAGES if f"<|{code}|>" in vocabulary] if is_multilingual(vocabulary) else ["en"]
+    if language is not None and language not in codes:
+        fail(f"--language {language}: {reference} has no such language, only {', '.join(sorted(codes))}")
+    if not is_multilingual(vocabulary):
+        if task != "transcribe":
+            fail(f"--task {task}: {reference} knows only English")
+        return {}
+    return {"task": task} if language is None else {"language": language, "task": task}
+
+
+# ---- common: devices and trackers ------------------------------------------------------------------------------------
+
+TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
+
+
+def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **options) -> Accelerator:
+    """The processes, the device and the tracker of this run."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise processes without a GPU do not know of each other
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30)), *handlers],
+        **options,
+    )
+    launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        # One thread is the launchers' default, not a user's choice.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    return accelerator
+
+
+def choose_dtype(dtype: str | None, device: torch.device) -> str:
+    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
+    if dtype is not None:
+        return dtype
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        native = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    dtype = "bfloat16" if native else "float32"
+    logger.info("--dtype is not set: %s, which this %s computes natively", dtype, device.type)
+    return dtype
+
+
+def choose_attention(attn_type: str, dtype: str, device: torch.device, torch_compile: bool) -> str:
+    """What `transformers` calls --attn_type; sdpa in place of flash attention where that cannot run."""
+    if attn_type != "flash_attn":
+        return attn_type
+    # Flash attention does not mask what the static cache of compiled decoding has not been filled with yet.
+    able = device.type == "cuda" and dtype != "float32" and not torch_compile
+    if able and is_flash_attn_2_available():
+        return "flash_attention_2"
+    needs = "a CUDA GPU, the package flash-attn, --dtype bfloat16 or float16, and no --torch_compile"
+    logger.warning("--attn_type flash_attn needs %s: sdpa is used", needs)
+    return "sdpa"
+
+
+def start_tracker(accelerator: Accelerator, args: argparse.Namespace, run_name: str | None = None) -> None:
+    """Start the tracker of --report_to. Whatever is wrong with it gives one warning and never stops the work."""
+    if args.report_to == "none" or not accelerator.is_main_process:
+        return
+    options = {}
+    try:
+        if args.report_to == "wandb":
+            options["wandb"] = {"dir": args.output_dir, "name": run_name, "mode": wandb_mode(args.output_dir)}
+        values = {}
+        for name, value in vars(args).items():
+            values[name] = value if isinstance(value, int | float) else str(value)
+        accelerator.init_trackers(args.wandb_project, values, options)
+        if not accelerator.trackers:
+            raise ImportError("it is not installed")
+    except Exception as error:  # a tracker may raise anything
+        accelerator.trackers = []
+        logger.warning("--report_to %s does not work and is left out: %s", args.report_to, first_line(error))
+
+
+def wandb_mode(directory: str | Path) -> str:
+    """`online`, or `offline` without a login, for which wandb would ask and wait for ever."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    import wandb  # only here: it need not be installed
+
+    try:
+        if wandb.login(prompt=False, timeout=20):
+            return "online"
+    except Exception as error:  # no network, or a key that is not valid
+        logger.warning("wandb: %s", first_line(error))
+    logger.warning("wandb has no login (`wandb login`): its files stay in %s/wandb", directory)
+    return "offline"
+
+
+def track(accelerator: Accelerator, values: dict[str, float], step: int | None = None) -> None:
+    """Report figures to the tracker; one that fails is left out from then on."""
+    try:
+        accelerator.log(values, step=step)
+    except Exception as error:  # a tracker may raise anything
+        logger.warning("the tracker does not work any more and is left out: %s", first_line(error))
+        accelerator.trackers = []
+
+
+# ---- common: finding datasets ----------------------------------------------------------------------------------------
+
+
+def find_files(reference: str, config: str | None, split: str) -> tuple[datasets.DatasetBuilder, list[str]]:
+    """The builder that `datasets` chooses for a local directory or a Hub id, and the files of one split."""
+    source = str(local_directory(reference) or reference)
+    builder = datasets.load_dataset_builder(source, config)
+    files_by_split = builder.config.data_files or {}
+    if split not in files_by_split:
+        fail(f"{reference} ({builder.config.name}) has no split {split!r}; it has {', '.join(files_by_split)}")
+    files = list(files_by_split[split])
+    directories = {file.rpartition("/")[0] for file in files}
+    shard = re.search(r"-of-(\d+)\.parquet$", files[0])
+    if shard and len(directories) == 1 and len(files) != int(shard[1]):
+        fail(f"{reference} has {len(files)} of {int(shard[1])} shards of {split}: finish the stage that writes it")
+    return builder, files
+
+
+# ---- common: reading datasets ----------------------------------------------------------------------------------------
+
+
+def store_undecoded(feature: datasets.Audio, value: str | bytes | dict) -> dict:
+    """What `datasets` stores of an audio value. Its own `Audio.encode_example` needs torchcodec for this."""
+    if isinstance(value, str):
+        return {"bytes": None, "path": value}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    return {"bytes": value.get("bytes"), "path": value.get("path")}
+
+
+def load_builder(path: Path, config: str | None, dir_suffix: str | None) -> datasets.DatasetBuilder:
+    """The builder that a Python file defines. `load_dataset` does not run such files any more.
+
+    `dir_suffix` says which part of a download in parts to read, as our data loader's `dataset_dir_suffix`.
+    """
+    if not path.is_file():
+        fail(f"--dataset_name {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where worker processes look for it
+    spec.loader.exec_module(module)
+    builders = []
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, datasets.DatasetBuilder) and value.__module__ == path.stem:
+            builders.append(value)
+    if len(builders) != 1:
+        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, and it defines {len(builders)}")
+    options = {"dataset_dir_suffix": dir_suffix} if dir_suffix else {}
+    return builders[0](config_name=config, **options)
+
+
+def read_manifest(path: Path, audio_column: str) -> datasets.Dataset:
+    """The rows of a .csv, .tsv or .jsonl file, with audio paths relative to it."""
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    for row in rows:
+        if row.get(audio_column):
+            row[audio_column] = {"bytes": None, "path": str(path.parent / row[audio_column])}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def open_dataset(
+    reference: str,
+    config: str | None,
+    split: str,
+    audio_column: str,
+    dir_suffix: str | None = None,
+    num_proc: int = 1,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of a split, with the audio column, where there is one, undecoded.
+
+    Args:
+        reference: a .py file with a builder, a .csv, .tsv or .jsonl manifest, a local directory, or a Hub id.
+        config, split: which part of it; None is the default configuration.
+        dir_suffix: which part of a download in parts, for our data loader.
+        num_proc: processes that convert what is not Arrow yet.
+        streaming: read it where it lies, and prepare nothing in the cache.
+    """
+    datasets.Audio.encode_example = store_undecoded
+    path = Path(reference).expanduser()
+    try:
+        if path.suffix == ".py":
+            builder = load_builder(path, config, dir_suffix)
+            if not streaming:
+                builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
+            dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
+        elif path.suffix in (".csv", ".tsv", ".jsonl"):
+            dataset = read_manifest(path, audio_column)
+            dataset = dataset.to_iterable_dataset() if streaming else dataset
+        else:
+            dataset = read_repository(reference, config, split, num_proc, streaming)
+    except (ValueError, KeyError, RuntimeError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+        hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
+        cause = first_line(error.__cause__ or error)
+        fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
+    if audio_column in (dataset.column_names or []):
+        dataset = dataset.cast_column(audio_column, datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False))
+    return dataset
+
+
+def read_repository(
+    reference: str, config: str | None, split: str, num_proc: int, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A split of a local directory or a Hub id, by whatever loader `datasets` chooses for it."""
+    builder, files = find_files(reference, config, split)
+    options = {"streaming": True} if streaming else {"num_proc": min(num_proc, len(files)) if num_proc > 1 else None}
+    if not isinstance(builder, Parquet):
+        return datasets.load_dataset(str(local_directory(reference) or reference), config, split=split, **options)
+    if local_directory(reference) and not any(pq.read_metadata(file).num_rows for file in files):
+        return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
+    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
+    # configuration holds all splits.
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split, **options)
+
+
+def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
+    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
+    for flag, column in columns.items():
+        if column is not None and column not in dataset.column_names:
+            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}")
+
+
+# ---- common: audio ---------------------------------------------------------------------------------------------------
+
+SAMPLING_RATE = 16_000  # Hz; Whisper's
+WINDOW_SECONDS = 30  # what Whisper hears at a time
+HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200 samples to either side of its centre
+WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
+
+
+class Clip(NamedTuple):
+    """A decoded clip, or the problem why there is none."""
+
+    waveform: np.ndarray | None  # mono float32 at 16 kHz
+    samples: int  # of the whole clip at 16 kHz, also where the waveform is cut
+    seconds: float  # of the whole clip
+    problem: str | None = None
+
+
+def read_audio(audio: dict | None) -> bytes | None:
+    """The encoded bytes of an undecoded value of an audio column, which may only name a file."""
+    if not audio:
+        return None
+    if audio["bytes"] is None and audio["path"]:
+        try:
+            with fsspec.open(audio["path"], "rb") as file:
+                return file.read()
+        except (OSError, ValueError):
+            return None
+    return audio["bytes"]
+
+
+def decode_clip(content: bytes | None, whole: bool = False) -> Clip:
+    """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
+
+    It is read to its end, because the header of a damaged file, and of many an MP3, only estimates the length.
+    """
+    if not content:
+        return Clip(None, 0, 0.0, "no audio")
+    kept, frames = [], 0
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate = file.samplerate
+            # A block is a second longer than what is kept, so that resampling sees what follows the cut.
+            while len(block := file.read((WINDOW_SECONDS + 1) * rate, dtype="float32", always_2d=True)):
+                if not np.isfinite(block).all():
+                    return Clip(None, 0, 0.0, "samples that are not finite numbers")
+                if whole or not kept:
+                    kept.append(block.mean(axis=1))
+                frames += len(block)
+    except soundfile.LibsndfileError as error:
+        return Clip(None, 0, 0.0, f"undecodable audio: {error.error_string}")
+    if not frames:
+        return Clip(None, 0, 0.0, "zero length")
+    waveform = np.concatenate(kept)
+    if rate != SAMPLING_RATE:
+        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
+    if not whole:
+        waveform = waveform[: WINDOW_SECONDS * SAMPLING_RATE]
+    return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
+
+
+def filled_frames(samples: int) -> int:
+    """Log-mel frames of a clip up to the first padded one; all later ones are equal to that one."""
+    return min(WINDOW_FRAMES, math.ceil((samples + 200) / HOP_LENGTH) + 1)
+
+
+def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, device: str = "cpu") -> torch.Tensor:
+    """Whisper's log-mel of clips of at most 30 s, float32 (clips, mels, frames), as far as the longest clip fills it.
+
+    Padding to 30 s instead changes no bit: all padded frames are one constant, and the one that is kept brings this
+    constant into the clip's maximum. `pad_window` gives the frames that are left out.
+    """
+    samples = HOP_LENGTH * filled_frames(max(len(waveform) for waveform in waveforms))
+    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=device)
+    return features.input_features
+
+
+def pad_window(features: torch.Tensor) -> torch.Tensor:
+    """(..., mels, frames) -> (..., mels, 3000): the last frame repeated, as all padded frames of a clip are equal."""
+    missing = WINDOW_FRAMES - features.shape[-1]
+    return torch.cat([features, features[..., -1:].expand(*features.shape[:-1], missing)], dim=-1)
+
+
+# ---- common: text ----------------------------------------------------------------------------------------------------
+
+UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
+
+
+def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
+    """The rule by which two texts are compared for WER and CER, the same in filter, training and evaluation.
+
+    It is Whisper's own normaliser, then without spaces where the language is written without them: such a text is one
+    word. `spellings`, British to American, come from the tokenizer and serve English.
+    """
+    whisper_rule = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
+
+    def normalise(text: str) -> str:
+        words = whisper_rule(text).split()
+        return ("" if language in UNSPACED else " ").join(words)
+
+    return normalise
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def chunk_loss(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float, weights: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and T² · KL(teacher ‖ student), each summed over tokens; and the gradient of their weighted sum.
+
+    The gradient of the first by the logits is softmax(logits) - onehot(targets), that of the second is
+    T · (softmax(logits / T) - softmax(teacher_logits / T)).
+    """
+    ce_weight, kl_weight = weights
+    labels = targets[:, None]
+    log_probs = logits.log_softmax(-1)  # (tokens, vocabulary)
+    ce_loss = -log_probs.gather(1, labels).sum()
+    soft_log_probs = (logits / temperature).log_softmax(-1)
+    teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
+    teacher_probs = teacher_log_probs.exp()
+    kl_loss = temperature**2 * (teacher_probs * (teacher_log_probs - soft_log_probs)).sum()
+
+    # In place, because each of these is as large as the logits.
+    gradient = soft_log_probs.exp_().sub_(teacher_probs).mul_(kl_weight * temperature)
+    gradient.add_(log_probs.exp_(), alpha=ce_weight)
+    gradient.scatter_add_(1, labels, torch.full_like(labels, -ce_weight, dtype=gradient.dtype))
+    return torch.stack([ce_loss, kl_loss]), gradient
+
+
+class DistillationLoss(torch.autograd.Function):
+    """ce_weight · CE + kl_weight · T² · KL summed over tokens, and the two sums without their weights.
+
+    Logits exist for LOSS_CHUNK tokens at a time, and a chunk's gradient is computed together with its loss. So memory
+    does not grow with the batch, and no logit is computed twice. Stock functions under `torch.utils.checkpoint` make a
+    step on packed windows with cached encoder outputs 1.3 to 1.6 times as long, and autograd within each chunk 1.1 to
+    1.2 times.
+
+    Args:
+        hidden, teacher_hidden: last hidden states, (tokens, width).
+        head, teacher_head: output projections, (vocabulary, width).
+        targets: token ids, (tokens).
+        weights: ce_weight and kl_weight.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, weights):
+        hidden_gradient = torch.zeros_like(hidden)
+        head_gradient = torch.zeros_like(head)
+        dtype = F.linear(hidden[:0], head[:1]).dtype  # in which autocast computes logits
+        exact = torch.promote_types(dtype, torch.float32)
+        hidden, head = hidden.to(dtype), head.to(dtype)
+        teacher_hidden, teacher_head = teacher_hidden.to(dtype), teacher_head.to(dtype)
+        sums = torch.zeros(2, dtype=exact, device=hidden.device)
+        for start in range(0, len(targets), LOSS_CHUNK):
+            chunk = slice(start, start + LOSS_CHUNK)
+            logits = F.linear(hidden[chunk], head).to(exact)
+            teacher_logits = F.linear(teacher_hidden[chunk], teacher_head).to(exact)
+            losses, gradient = chunk_loss(logits, teacher_logits, targets[chunk], temperature, weights)
+            sums += losses
+            if ctx.needs_input_grad[0]:
+                gradient = gradient.to(dtype)
+                hidden_gradient[chunk] = gradient @ head
+                head_gradient += gradient.T @ hidden[chunk]
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        ctx.mark_non_differentiable(sums)
+        return (sums * sums.new_tensor(weights)).sum(), sums
+
+    @staticmethod
+    def backward(ctx, loss_gradient, _):
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        return hidden_gradient * loss_gradient, head_gradient.mul_(loss_gradient), None, None, None, None, None
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """A split of a dataset."""
+
+    reference: str
+    config: str | None
+    split: str
+
+
+def training_sources(args: argparse.Namespace) -> list[Source]:
+    """The training datasets; a single configuration or split applies to all."""
+    references = args.train_dataset_name.split("+")
+    columns = [references]
+    for flag in ("train_dataset_config_name", "train_split_name"):
+        values = (getattr(args, flag) or "").split("+")
+        if len(values) == 1:
+            values *= len(references)
+        if len(values) != len(references):
+            fail(f"--{flag} {getattr(args, flag)} names {len(values)} for {len(references)} datasets")
+        columns.append(values)
+    weights = args.train_dataset_samples
+    if weights and (len(weights) != len(references) or min(weights) <= 0):
+        fail(f"--train_dataset_samples {weights} must be one positive number for each dataset")
+    return [Source(reference, config or None, split) for reference, config, split in zip(*columns, strict=True)]
+
+
+def open_split(source: Source, args: argparse.Namespace) -> tuple[datasets.Dataset, list[dict]]:
+    """All rows of a split, and the first of them, which stand for its inputs.
+
+    A dry run converts nothing: from parquet files it reads every column except the large inputs.
+    """
+    if args.dry_run and not Path(source.reference).is_file():
+        builder, files = find_files(*source)
+        if isinstance(builder, Parquet):
+            filesystem, _ = fsspec.url_to_fs(files[0])
+            paths = [filesystem._strip_protocol(file) for file in files]
+            parquet = pyarrow.dataset.dataset(paths, filesystem=filesystem)
+            small = set(parquet.schema.names) - {"input_features", args.audio_column_name}
+            table = parquet.to_table(columns=list(small))
+            return datasets.Dataset(table), parquet.head(SAMPLE_ROWS).to_pylist()
+    dataset = open_dataset(*source, args.audio_column_name, num_proc=args.preprocessing_num_workers)
+    sample_size = min(SAMPLE_ROWS, len(dataset))
+    return dataset, list(dataset.select(range(sample_size)))
+
+
+def first_of(candidates: Iterable[str | None], names: Iterable[str]) -> str | None:
+    """The first candidate that is a column."""
+    return next((name for name in candidates if name in names), None)
+
+
+def labels_from_text(texts: Iterable[str | None], models: "Models") -> list[list[int]]:
+    """Labels in the teacher's form, without timestamps."""
+    tokenizer = models.tokenizer
+    prefix = ["<|startoftranscript|>"]
+    if "language" in models.prompt:
+        prefix += [f"<|{models.prompt['language']}|>", f"<|{models.prompt['task']}|>"]
+    prefix_ids = tokenizer.convert_tokens_to_ids([*prefix, "<|notimestamps|>"])
+    labels = []
+    for text in texts:
+        text_ids = tokenizer.encode(text or "", add_special_tokens=False)
+        labels.append([*prefix_ids, *text_ids, tokenizer.eos_token_id])
+    return labels
+
+
+def scan_labels(column: pa.ChunkedArray, start_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """The length of each label, and the position of its first `start_id` (its length if there is none)."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0)
+    lengths = lengths.to_numpy().astype(np.int64)
+    ends = np.cumsum(lengths)
+    is_start = pc.equal(pc.list_flatten(column), start_id)  # in all labels joined
+    hits = pc.indices_nonzero(is_start).to_numpy().astype(np.int64)
+    rows = np.searchsorted(ends, hits, side="right")
+    rows, first = np.unique(rows, return_index=True)
+    starts = lengths.copy()
+    starts[rows] = hits[first] - (ends - lengths)[rows]
+    return lengths, starts
+
+
+def leave_out(
+    source: Source,
+    lengths: np.ndarray,
+    starts: np.ndarray,
+    samples: np.ndarray,
+    max_label_length: int,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The usable rows, and the number of unusable ones by reason. Fails if none is usable."""
+    longest = f"the longest of {lengths.max(initial=0)} (--max_label_length)"
+    unusable = {
+        "no label": starts >= lengths - 1,
+        f"a label of more than {max_label_length} tokens, {longest}": lengths > max_label_length,
+        "more than 30 s of audio": samples > WINDOW_SECONDS * SAMPLING_RATE,
+    }
+    is_left_out = np.zeros(len(lengths), bool)
+    counts = {}
+    for reason, rows in unusable.items():
+        if rows.any():
+            is_left_out |= rows
+            counts[reason] = int(rows.sum())
+    reasons = ", ".join(f"{count} with {reason}" for reason, count in counts.items())
+    if is_left_out.all():
+        split = f"{source.reference} ({source.split})"
+        fail(f"none of the {len(lengths)} rows of {split} can be used: {reasons or 'there are no rows'}")
+    if counts:
+        left_out = np.flatnonzero(is_left_out)
+        first = ", ".join(map(str, left_out[:10]))
+        logger.warning("%s: %d rows left out (%s), the first: %s", source.reference, len(left_out), reasons, first)
+    return np.flatnonzero(~is_left_out), counts
+
+
+def data_digest(labels: pa.ChunkedArray, lengths: np.ndarray, usable: np.ndarray, first_inputs: list) -> str:
+    """Fingerprint of the training data: a hash of all labels and of the first inputs."""
+    digest = hashlib.sha256(lengths.tobytes() + usable.tobytes())
+    for chunk in labels.chunks:
+        tokens = pc.list_flatten(chunk).to_numpy(zero_copy_only=False)
+        digest.update(tokens.astype(np.int32).tobytes())
+    for value in first_inputs:
+        if isinstance(value, dict):  # audio
+            value = value["bytes"] or value["path"].encode()
+        digest.update(value)
+    return digest.hexdigest()[:16]
+
+
+def read_log_mel(value: bytes | dict, extractor: WhisperFeatureExtractor) -> Tensor:
+    """Log-mel (mels, 3000) in float16, stored or computed: rounded alike, so that both train the same model.
+
+    Args:
+        value: stored float16 (frames, mels), or an undecoded value of an audio column.
+
+    Raises:
+        ValueError: it cannot be used; the message says why.
+    """
+    if isinstance(value, bytes):
+        frames = np.frombuffer(value, "<f2").reshape(-1, extractor.feature_size)
+        return pad_window(torch.tensor(frames.T))
+    clip = decode_clip(read_audio(value))
+    if clip.problem:
+        raise ValueError(clip.problem)
+    if clip.seconds > WINDOW_SECONDS:
+        raise ValueError(f"{clip.seconds:.1f} s are more than {WINDOW_SECONDS}")
+    return pad_window(log_mel([clip.waveform], extractor)[0]).half()
+
+
+class Rows(Dataset):
+    """The usable rows of a split, numbered from 0; of held-out ones a sample, evenly spaced."""
+
+    def __init__(self, source: Source, models: "Models", args: argparse.Namespace, held_out: bool = False):
+        self.name = source.reference
+        self.extractor = models.extractor
+        self.cache: Path | None = None  # directory of encoder outputs
+        dataset, first_rows = open_split(source, args)
+        columns = [*first_rows[0]] if first_rows else dataset.column_names
+        self.input_column = first_of(("input_features", args.audio_column_name), columns)
+        self.text_column = first_of((args.text_column_name, "text", "transcription"), columns)
         if "labels" not in columns and "whisper_transcript" in columns:
-            data = data.rename_column("whisper_transcript", "labels")
-        elif "labels" not in columns and self.text and held_out:
-            spoken = [f"<|{args.language}|>", f"<|{args.task}|>"] if args.language else []
-            prefix = tokenizer.convert_tokens_to_ids([START, *spoken, "<|notimestamps|>"])
-            texts = [tokenizer.encode(text or "", add_special_tokens=False) for text in data[self.text]]
-            data = data.add_column("labels", [[*prefix, *text, tokenizer.eos_token_id] for text in texts])
-        self.input = next((name for name in ("input_features", args.audio_column_name) if name in columns), None)
-        if "labels" not in data.column_names or not self.input:
-            fail(f"{self.name} lacks labels, or input_features or {args.audio_column_name}: its columns are {columns}")
-        if self.input != "input_features":
-            audio = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
-            head = head.cast_column(self.input, audio)
-            data = data if args.dry_run else data.cast_column(self.input, audio)
-        self.data, self.labels = data, data.select_columns("labels")  # labels without the inputs, which are large
-        column = data.data.column("labels")
-        if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
-            fail(f"{self.name}: labels are {column.type}, not token ids: label the data without --decode_token_ids")
-        lengths, self.starts = scan_labels(column, tokenizer.convert_tokens_to_ids(START))
-        samples = np.zeros(len(lengths))
+            dataset = dataset.rename_column("whisper_transcript", "labels")
+        elif "labels" not in columns and self.text_column and held_out:
+            texts = dataset[self.text_column]
+            dataset = dataset.add_column("labels", labels_from_text(texts, models))
+        if "labels" not in dataset.column_names or not self.input_column:
+            fail(f"{self.name} lacks labels, or input_features or {args.audio_column_name}: it has {columns}")
+        labels = dataset.data.column("labels")
+        if not pa.types.is_list(labels.type) and not pa.types.is_large_list(labels.type):
+            fail(f"{self.name}: labels are {labels.type}, not token ids: label the data without --decode_token_ids")
+        self.dataset = dataset
+        self.labels = dataset.select_columns("labels")  # without the inputs, which are large
+        self.first_inputs = [row[self.input_column] for row in first_rows]
+
+        start_id = models.tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+        lengths, starts = scan_labels(labels, start_id)
+        samples = np.zeros(len(lengths), np.int64)  # 0 where the dataset does not tell
         if "input_length" in columns:
-            samples = np.array(data.data.column("input_length").fill_null(0))
-        longest = f"a label of more than {args.max_label_length} tokens, the longest of {lengths.max(initial=0)}"
-        reasons = {
-            "no label": (self.starts < 0) | (lengths - 1 <= self.starts),
-            f"{longest} (--max_label_length)": lengths > args.max_label_length,
-            "more than 30 s of audio": samples > WINDOW_FRAMES * 160,
-        }
-        left_out = np.any(list(reasons.values()), axis=0)
-        self.usable, self.left_out = np.flatnonzero(~left_out), np.flatnonzero(left_out)
-        self.reasons = {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
-        why = ", ".join(f"{count} with {reason}" for reason, count in self.reasons.items())
-        if len(self.usable) == 0:
-            fail(f"none of the {len(lengths)} rows of {self.name} ({source[2]}) can be used: {why or 'it is empty'}")
-        if len(self.left_out):
-            first = ", ".join(map(str, self.left_out[:10]))
-            logger.warning("%s: %d rows left out (%s), the first: %s", self.name, len(self.left_out), why, first)
-        if held_out and 0 < args.eval_max_samples < len(self.usable):
-            self.usable = self.usable[np.linspace(0, len(self.usable) - 1, args.eval_max_samples).astype(int)]
-        self.counts = (lengths - 1 - self.starts)[self.usable]  # targets of each usable row
-        self.hours = samples[self.usable].sum() / SAMPLING_RATE / 3600  # 0 where the data does not tell
-        self.head, mels = list(head[self.input]), self.extractor.feature_size
-        frames = min(WINDOW_FRAMES, math.ceil((samples[0] + 200) / 160) + 1)
-        if self.input == "input_features" and samples[0] and len(self.head[0]) != 2 * frames * mels:
-            stored = len(self.head[0]) / 2 / frames  # they would train on noise
-            fail(f"{self.name} has log-mels of {stored:g} bins, the student needs {mels}: filter it for this model")
-        name = hashlib.sha256(lengths.tobytes() + self.usable.tobytes())  # of all labels, and of the first inputs
-        for chunk in column.chunks:
-            name.update(pc.list_flatten(chunk).to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
-        for value in self.head:
-            name.update(value if isinstance(value, bytes) else value["bytes"] or value["path"].encode())
-        self.fingerprint = name.hexdigest()[:16]
+            samples = pc.fill_null(dataset.data.column("input_length"), 0).to_numpy()
+        usable, self.left_out = leave_out(source, lengths, starts, samples, args.max_label_length)
+        self.require_mels(int(samples[0]))
+        self.digest = data_digest(labels, lengths, usable, self.first_inputs)
+        if held_out and 0 < args.eval_max_samples < len(usable):
+            sample = np.linspace(0, len(usable) - 1, args.eval_max_samples)
+            usable = usable[sample.astype(int)]
+        self.usable = usable  # their numbers in the dataset
+        self.starts = starts[usable]  # position of <|startoftranscript|> in each label
+        self.token_counts = lengths[usable] - 1 - self.starts  # behind it: what the loss counts
+        self.hours = samples[usable].sum() / SAMPLING_RATE / 3600
 
-    def log_mel(self, value: bytes | dict) -> np.ndarray:
-        """[mels, 3000] float16, stored or computed: rounded alike, so that both train the same model."""
-        if self.input == "input_features":
-            return pad_features(np.frombuffer(value, "<f2").reshape(-1, self.extractor.feature_size))
-        waveform = decode_audio(value)
-        if len(waveform) > WINDOW_FRAMES * 160:
-            raise ValueError(f"{len(waveform) / SAMPLING_RATE:.1f} s are more than 30")
-        features = self.extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="np").input_features
-        return features[0].astype("<f2")
+    def require_mels(self, samples: int) -> None:
+        """Fail where stored log-mels have another number of bins than the student: it would train on noise.
 
-    def reference(self, index: int, tokenizer) -> str:
-        """The text column's, or else the label's text."""
+        `samples` is the length of the first row, where it is known.
+        """
+        if self.input_column == "input_features" and samples:
+            stored = len(self.first_inputs[0]) / 2 / filled_frames(samples)
+            needed = self.extractor.feature_size
+            if stored != needed:
+                problem = f"has log-mels of {stored:g} bins, the student needs {needed}"
+                fail(f"{self.name} {problem}: filter it for this model")
+
+    def reference_text(self, index: int, tokenizer: WhisperTokenizerFast) -> str:
+        """The reference text of a row, from the text column or else decoded from its label."""
         row = int(self.usable[index])
-        if self.text:
-            return self.data[row][self.text] or ""
-        return tokenizer.decode(self.labels[row]["labels"][self.starts[row] :], skip_special_tokens=True)
+        if self.text_column:
+            return self.dataset[row][self.text_column] or ""
+        label = self.labels[row]["labels"]
+        return tokenizer.decode(label[self.starts[index] :], skip_special_tokens=True)
 
     def __len__(self) -> int:
         return len(self.usable)
 
     def __getitem__(self, index: int) -> dict:
         row = int(self.usable[index])
-        tokens, first = np.array(self.labels[row]["labels"]), int(self.starts[row])
+        tokens = torch.tensor(self.labels[row]["labels"])
+        example = {"tokens": tokens, "start": int(self.starts[index])}
         if self.cache:
-            block, place = divmod(index, CACHE_BLOCK)
-            with safetensors.safe_open(block_path(self.cache, block), "pt") as file:  # a memory map
-                stored = {name: file.get_tensor(f"{name}.{place}") for name in ("states", "teacher_hidden")}
-            return {"tokens": tokens, "first": len(tokens) - 1 - len(stored["teacher_hidden"]), **stored}
+            example |= read_outputs(self.cache, index)
+            # A row whose audio could not be read has no hidden states of the teacher, and so no targets.
+            example["start"] = len(tokens) - 1 - len(example["teacher_hidden"])
+            return example
+        value = self.dataset[row][self.input_column]
         try:
-            features = self.log_mel(self.data[row][self.input])
-        except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:  # in its place one without targets
-            logger.warning("%s, row %d: its audio cannot be read and counts for nothing: %s", self.name, row, error)
-            first, features = len(tokens) - 1, np.zeros((self.extractor.feature_size, WINDOW_FRAMES), "<f2")
-        return {"tokens": tokens, "first": first, "features": features}
+            example["features"] = read_log_mel(value, self.extractor)
+        except (ValueError, TypeError) as error:
+            logger.warning("%s, row %d: unreadable audio, left out of the loss: %s", self.name, row, error)
+            example["features"] = torch.zeros(self.extractor.feature_size, WINDOW_FRAMES, dtype=torch.float16)
+            example["start"] = len(tokens) - 1
+        return example
 
 
-def block_path(cache: Path, block: int) -> Path:
-    return cache / str(block // 1000) / f"{block}.safetensors"
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=2)  # the loader runs ahead into the next epoch
+def epoch_order(sizes: tuple[int, ...], weights: tuple[float, ...] | None, seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch in the order of training; datasets of these sizes are counted one after the other.
+
+    Without weights every row comes once. With weights an epoch has as many rows, of each dataset its weight's share:
+    only some of its rows where the share is smaller than the dataset, all of them again and again where it is larger.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if weights is None:
+        return rng.permutation(sum(sizes))
+    shares = np.cumsum([0.0, *weights]) / sum(weights)
+    counts = np.diff(np.rint(shares * sum(sizes)).astype(int))
+    drawn = []
+    first_row = 0
+    for size, count in zip(sizes, counts, strict=True):
+        rounds = [rng.permutation(size) for _ in range(math.ceil(count / size))]
+        rows = np.concatenate([np.empty(0, int), *rounds])
+        drawn.append(first_row + rows[:count])
+        first_row += size
+    return rng.permutation(np.concatenate(drawn))
+
+
+@dataclass
 class Plan:
-    """Which rows make which batch: a function of the seed and the number of the step, and of nothing else."""
+    """Which rows make which batch: a function of the seed and of the number of the step, and of nothing else."""
 
-    def __init__(self, sizes: list[int], weights: list[float] | None, seed: int, batch_size: int):
-        self.sizes, self.weights, self.seed, self.batch_size = sizes, weights, seed, batch_size
-        self.steps_per_epoch = math.ceil(sum(sizes) / batch_size)
-        self.orders: dict[int, np.ndarray] = {}
+    sizes: tuple[int, ...]  # of the datasets
+    weights: tuple[float, ...] | None
+    seed: int
+    micro_batch_size: int
+    processes: int
+    accumulation: int
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of an optimiser step, in all processes together."""
+        return self.micro_batch_size * self.processes * self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(sum(self.sizes) / self.batch_size)
 
     def rows(self, step: int) -> np.ndarray:
         """The rows of the global batch of a step, counted from 0. The last of an epoch may be short."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        if epoch not in self.orders:  # the epoch before is kept, because the loader runs ahead
-            order = epoch_order(self.sizes, self.weights, self.seed, epoch)
-            self.orders = {key: self.orders[key] for key in self.orders if key == epoch - 1} | {epoch: order}
-        return self.orders[epoch][number * self.batch_size :][: self.batch_size]
+        order = epoch_order(self.sizes, self.weights, self.seed, epoch)
+        return order[number * self.batch_size :][: self.batch_size]
 
-    def micro_batches(self, first: int, last: int, size: int, stride: int, offset: int) -> Iterator[list[int]]:
-        """One process' part of the steps. Where a short batch leaves it nothing, a row that will not be counted."""
-        for step in range(first, last):
+    def starts(self, process: int) -> range:
+        """Where the micro-batches of a process start in a global batch."""
+        return range(process * self.micro_batch_size, self.batch_size, self.processes * self.micro_batch_size)
+
+    def micro_batches(self, first_step: int, last_step: int, process: int) -> Iterator[list[int]]:
+        """The micro-batches of one process. If a short batch has none for it, it gets a row that does not count."""
+        for step in range(first_step, last_step):
             rows = self.rows(step)
-            for start in range(offset, self.batch_size, stride):
-                yield rows[start : start + size].tolist() or rows[:1].tolist()
+            for start in self.starts(process):
+                micro_batch = rows[start : start + self.micro_batch_size]
+                yield micro_batch.tolist() or [int(rows[0])]
 
 
-def read_batches(rows: torch.utils.data.Dataset, batches, workers: int, pin: bool) -> Iterator[dict]:
-    """Batches by workers, which leave Ctrl-C and SIGTERM, that reach a whole process group, to the process that saves.
+def collate(examples: list[dict]) -> dict[str, Tensor]:
+    """Stack rows, padded to a multiple of eight tokens.
 
-    They are spawned: a process forked after threads have run may hang in its first parallel region. And they are born
-    with both signals blocked: one that died before it had read what it is to do would leave us writing that for ever.
+    Teacher and student both see the whole sequence but for its last token. `targets` is what follows the start token,
+    and `positions` where it is predicted, in all rows of the batch joined.
     """
-    more = {"multiprocessing_context": "spawn"} if workers else {}
-    more |= {"collate_fn": collate, "num_workers": workers, "pin_memory": pin}
-    loader = torch.utils.data.DataLoader(rows, batch_sampler=batches, **more)
-    resource_tracker.ensure_running()  # as workers start, which would unblock them
+    tokens = pad_sequence([example["tokens"] for example in examples], batch_first=True)
+    tokens = F.pad(tokens, (0, (1 - tokens.shape[1]) % 8))  # (rows, width + 1)
+    places = torch.arange(tokens.shape[1] - 1)
+    first = torch.tensor([example["start"] for example in examples])
+    last = torch.tensor([len(example["tokens"]) - 1 for example in examples])
+    is_counted = (first[:, None] <= places) & (places < last[:, None])
+    batch = {
+        "decoder_input_ids": tokens[:, :-1].contiguous(),
+        "positions": is_counted.flatten().nonzero()[:, 0],
+        "targets": tokens[:, 1:][is_counted],
+    }
+    for name in ("features", "states"):
+        if name in examples[0]:
+            batch[name] = torch.stack([example[name] for example in examples])
+    if "teacher_hidden" in examples[0]:
+        batch["teacher_hidden"] = torch.cat([example["teacher_hidden"] for example in examples])
+    return batch
+
+
+def read_batches(rows: Dataset, indices: Iterable, workers: int, pin_memory: bool = False) -> Iterator[dict]:
+    """Batches, loaded by worker processes that leave SIGTERM and Ctrl-C to the training process, which saves.
+
+    They are spawned, because a process that is forked after threads have run may hang. And they start with both signals
+    blocked: if one were killed before reading its task, the parent would hang writing to it.
+    """
+    loader = DataLoader(
+        rows,
+        batch_sampler=indices,
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+        pin_memory=pin_memory,
+    )
+    resource_tracker.ensure_running()  # otherwise the workers start it, which would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         return iter(loader)
@@ -441,231 +1257,818 @@ def read_batches(rows: torch.utils.data.Dataset, batches, workers: int, pin: boo
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(reference: str, dtype: torch.dtype, args: argparse.Namespace) -> WhisperForConditionalGeneration:
-    """A model; of a dry run only its shape."""
-    attention = "flash_attention_2" if args.attn_type == "flash_attn" else args.attn_type
-    if args.attn_type == "flash_attn" and not is_flash_attn_2_available():
-        logger.warning("flash-attn is not installed: --attn_type sdpa instead")
-        attention = "sdpa"
-    try:
-        source = str(local_directory(reference) or reference)
-        if args.dry_run:
-            with torch.device("meta"):
-                return WhisperForConditionalGeneration(WhisperConfig.from_pretrained(source))
-        return WhisperForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation=attention)
-    except (*HUB_ERRORS, ValueError) as error:
-        hub_fail(f"loading the model {reference}", error)
+def encode_features(encoder: nn.Module, batch: dict) -> Tensor:
+    """Encoder outputs, (rows, 1500, width)."""
+    return encoder(batch["features"].to(encoder.conv1.weight.dtype)).last_hidden_state
 
 
-def equal_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have the same weights, in the precision of the second."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    same_shapes = {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
-    return same_shapes and all(torch.equal(ours[name].to(tensor), tensor) for name, tensor in theirs.items())
-
-
-def decode(decoder: nn.Module, states: torch.Tensor, batch: dict) -> torch.Tensor:
+def decode_labels(decoder: nn.Module, states: Tensor, batch: dict) -> Tensor:
     """Last hidden states at the positions with a target, (tokens, width)."""
     output = decoder(input_ids=batch["decoder_input_ids"], encoder_hidden_states=states, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch["positions"]]
 
 
-class Frozen:
-    """What is not trained: the teacher, and the student's encoder where it is frozen; the same one where they agree."""
-
-    def __init__(self, teacher: WhisperForConditionalGeneration, encoder: nn.Module | None):
-        self.teacher, self.encoder = teacher.eval().requires_grad_(False), encoder
-
-    @torch.no_grad()
-    def __call__(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's input, encoder outputs (rows, 1500, width) or features, and the teacher's hidden states."""
-        if "states" in batch:
-            return batch["states"], batch["teacher_hidden"]
-        features = batch["features"].to(self.teacher.dtype)
-        states = self.teacher.model.encoder(features).last_hidden_state
-        hidden = decode(self.teacher.model.decoder, states, batch)
-        if self.encoder is None:
-            return features, hidden
-        own = self.encoder is not self.teacher.model.encoder
-        return self.encoder(features).last_hidden_state if own else states, hidden
-
-
-class Trained(nn.Module):
+class TrainedPart(nn.Module):
     """What is trained, as one module: the decoder with its head, and the encoder unless it is frozen."""
 
     def __init__(self, student: WhisperForConditionalGeneration, args: argparse.Namespace):
         super().__init__()
         self.encoder = None if args.freeze_encoder else student.model.encoder
-        self.decoder, self.loss = student.model.decoder, (args.temperature, (args.ce_weight, args.kl_weight))
-        self.proj_out = None if student.proj_out.weight is self.decoder.embed_tokens.weight else student.proj_out
+        self.decoder = student.model.decoder
+        is_tied = student.proj_out.weight is self.decoder.embed_tokens.weight
+        self.proj_out = None if is_tied else student.proj_out
+        self.temperature = args.temperature
+        self.weights = (args.ce_weight, args.kl_weight)
 
-    def forward(self, inputs: torch.Tensor, teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, batch: dict):
-        """`DistillationLoss` of a batch."""
+    def forward(self, inputs: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, batch: dict):
+        """`DistillationLoss` of a batch. The inputs are encoder outputs, or features where the encoder is trained."""
         states = inputs if self.encoder is None else self.encoder(inputs).last_hidden_state
-        head, hidden = (self.proj_out or self.decoder.embed_tokens).weight, decode(self.decoder, states, batch)
-        return DistillationLoss.apply(hidden, head, teacher_hidden, teacher_head, batch["targets"], *self.loss)
+        hidden = decode_labels(self.decoder, states, batch)
+        head = (self.proj_out or self.decoder.embed_tokens).weight
+        teacher = (teacher_hidden, teacher_head)
+        return DistillationLoss.apply(hidden, head, *teacher, batch["targets"], self.temperature, self.weights)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+@dataclass
+class Models:
+    """Teacher and student, and what belongs to the student."""
+
+    student: WhisperForConditionalGeneration
+    teacher: WhisperForConditionalGeneration
+    trained: TrainedPart
+    tokenizer: WhisperTokenizerFast
+    extractor: WhisperFeatureExtractor
+    tokenizer_directory: Path
+    prompt: dict[str, str]  # language and task, as `generate` takes them
+    digests: dict[str, str] = field(default_factory=dict)  # of the weights before training
+    frozen_weights: dict[str, Tensor] = field(default_factory=dict)  # of the student's encoder, where it is frozen
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file that appears under its name only when it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+@torch.no_grad()
+def run_frozen(models: Models, batch: dict) -> tuple[Tensor, Tensor]:
+    """Run what is frozen; returns the inputs of the trained part, and the teacher's hidden states (tokens, width)."""
+    if "states" in batch:  # from the cache
+        return batch["states"], batch["teacher_hidden"]
+    encoder = models.teacher.model.encoder
+    states = encode_features(encoder, batch)
+    teacher_hidden = decode_labels(models.teacher.model.decoder, states, batch)
+    if models.trained.encoder is not None:
+        return batch["features"].to(models.teacher.dtype), teacher_hidden
+    if models.student.model.encoder is not encoder:
+        states = encode_features(models.student.model.encoder, batch)
+    return states, teacher_hidden
 
 
-def write_json(path: Path, value: dict) -> None:
-    write_file(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+def load_whisper(
+    reference: str, dtype: str, vocabulary: dict[str, int], attention: str, dry_run: bool
+) -> WhisperForConditionalGeneration:
+    """A model on the CPU; in a dry run only its shape."""
+    config = load_config(reference)
+    if dry_run:
+        with torch.device("meta"):
+            return WhisperForConditionalGeneration(config)
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    model = load_pretrained(WhisperForConditionalGeneration, reference, **options)
+    model.generation_config = load_generation_config(reference, config, vocabulary)
+    return model
 
 
-def file_hash(path: Path, sync: bool = False) -> str:
-    """SHA-256 of a file; with `sync` it is on the disk afterwards."""
+def load_models(args: argparse.Namespace, device: torch.device) -> Models:
+    """Teacher and student on their device, ready for training; in a dry run only their shapes."""
+    name = args.model_name_or_path
+    try:
+        directory = local_directory(name) or Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+    except HUB_ERRORS as error:
+        hub_fail(f"loading the tokenizer of {name}", error)
+    tokenizer = load_tokenizer(str(directory))
+    vocabulary = tokenizer.get_vocab()
+    prompt = prompt_arguments(name, vocabulary, args.language, args.task)
+    attention = choose_attention(args.attn_type, args.dtype, device, args.torch_compile)
+    student = load_whisper(name, "float32", vocabulary, attention, args.dry_run)
+    teacher = load_whisper(args.teacher_model_name_or_path, args.dtype, vocabulary, attention, args.dry_run)
+    for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
+        ours = getattr(student.config, key)
+        theirs = getattr(teacher.config, key)
+        if ours != theirs:
+            fail(f"{key} is {ours} in the student, {theirs} in the teacher: distil from the teacher it came from")
+    args.max_label_length = min(args.max_label_length, student.config.max_target_positions)
+    models = Models(
+        student=student,
+        teacher=teacher.eval().requires_grad_(False),
+        trained=TrainedPart(student, args),
+        tokenizer=tokenizer,
+        extractor=load_pretrained(WhisperFeatureExtractor, str(directory)),
+        tokenizer_directory=directory,
+        prompt=prompt,
+    )
+    if not args.dry_run:
+        models.digests = {"student": weights_digest(student), "teacher": weights_digest(teacher)}
+        place_models(models, args, device)
+    transformers.logging.set_verbosity_error()  # its later warnings are about deliberate choices
+    return models
+
+
+def place_models(models: Models, args: argparse.Namespace, device: torch.device) -> None:
+    """Freeze, share and compile what the flags say, and move all to the device."""
+    encoder = models.student.model.encoder
+    teacher_encoder = models.teacher.model.encoder
+    if args.freeze_encoder:
+        encoder.requires_grad_(False).eval()
+        models.frozen_weights = encoder.state_dict()
+        if equal_weights(encoder, teacher_encoder):
+            models.student.model.encoder = teacher_encoder  # it runs once for both
+        else:
+            logger.warning("the student's frozen encoder is not the teacher's: both run")
+    models.teacher.to(device)
+    models.student.to(device)
+    if args.gradient_checkpointing:
+        models.student.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.torch_compile:
+        for module in (teacher_encoder, models.teacher.model.decoder, *models.trained.children()):
+            module.compile()
+
+
+def equal_weights(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same weights, in the precision of the second."""
+    weights = list(module.parameters())
+    expected = list(other.parameters())
+    if len(weights) != len(expected):
+        return False
+    pairs = zip(weights, expected, strict=True)
+    return all(torch.equal(weight.to(tensor), tensor) for weight, tensor in pairs)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Fingerprint of a module's weights: a hash of evenly spaced values of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        every = max(1, tensor.numel() // 1024)
+        values = tensor.flatten()[::every].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def greedy_config(model: WhisperForConditionalGeneration, models: Models, max_length: int) -> GenerationConfig:
+    """How a model decodes, here and where it is published: greedily, in the language and task of the labels."""
+    values = {"forced_decoder_ids": None, "return_timestamps": False, "num_beams": 1, "do_sample": False}
+    values |= models.prompt | {"max_length": max_length}
+    return GenerationConfig.from_dict(model.generation_config.to_dict() | values)
+
+
+# ---- encoder cache ---------------------------------------------------------------------------------------------------
+
+
+def block_path(cache: Path, block: int) -> Path:
+    return cache / str(block // 1000) / f"{block}.safetensors"
+
+
+def read_outputs(cache: Path, index: int) -> dict[str, Tensor]:
+    """Encoder outputs and the teacher's hidden states of one row, from a memory map."""
+    block, place = divmod(index, CACHE_BLOCK)
+    with safetensors.safe_open(block_path(cache, block), "pt") as file:
+        return {name: file.get_tensor(f"{name}.{place}") for name in ("states", "teacher_hidden")}
+
+
+def find_missing_blocks(rows: Rows, cache: Path, models: Models) -> list[int]:
+    """The blocks that no earlier run has written. Fails where the disk has no room for them."""
+    cache.mkdir(parents=True, exist_ok=True)
+    written = {int(path.stem) for path in cache.glob("*/*.safetensors")}
+    num_blocks = math.ceil(len(rows) / CACHE_BLOCK)
+    missing = [block for block in range(num_blocks) if block not in written]
+    num_rows = min(len(rows), len(missing) * CACHE_BLOCK)
+    config = models.teacher.config
+    values = config.max_source_positions * models.student.config.d_model  # of a row
+    values += rows.token_counts.mean() * config.d_model
+    needed = num_rows * values * models.teacher.dtype.itemsize / 1e9
+    free = shutil.disk_usage(cache).free / 1e9
+    logger.info("encoder cache of %s: %.2f GB to write, %.2f GB free in %s", rows.name, needed, free, cache.parent)
+    if needed > free:
+        fail(f"--cache_encoder_outputs needs {needed:.2f} GB for {rows.name}; {cache.parent} has {free:.2f} free")
+    return missing
+
+
+def encode_block(batch: dict, models: Models, accelerator: Accelerator) -> dict[str, Tensor]:
+    """What a file of the cache holds: of each of its rows the encoder outputs and the teacher's hidden states."""
+    batch = send_to_device(batch, accelerator.device)
+    with accelerator.autocast():
+        states, teacher_hidden = run_frozen(models, batch)
+    num_rows, width = batch["decoder_input_ids"].shape
+    token_counts = torch.bincount(batch["positions"] // width, minlength=num_rows).tolist()
+    dtype = models.teacher.dtype
+    tensors = {}
+    for place, hidden in enumerate(teacher_hidden.split(token_counts)):
+        tensors[f"states.{place}"] = states[place].to("cpu", dtype).clone()
+        tensors[f"teacher_hidden.{place}"] = hidden.to("cpu", dtype).clone()
+    return tensors
+
+
+def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argparse.Namespace) -> Path:
+    """Encode the rows that no earlier run has encoded; gives their directory.
+
+    Each process takes blocks of its own. They are the same whoever encodes them: a cache that another run finishes has
+    the same bytes.
+    """
+    directory = Path(args.cache_encoder_outputs).expanduser()
+    encoder_digest = weights_digest(models.student.model.encoder)
+    key = json.dumps([encoder_digest, models.digests["teacher"], rows.digest, args.dtype])
+    name = hashlib.sha256(key.encode()).hexdigest()
+    cache = directory / name[:16]
+    missing = find_missing_blocks(rows, cache, models) if accelerator.is_main_process else []
+    missing = broadcast_object_list([missing])[0]
+    if not cache.is_dir():
+        fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
+    blocks = missing[accelerator.process_index :: accelerator.num_processes]
+    all_rows = range(len(rows))
+    indices = [all_rows[block * CACHE_BLOCK :][:CACHE_BLOCK] for block in blocks]
+    batches = read_batches(rows, indices, args.dataloader_num_workers if blocks else 0)
+    for block in show_progress("encoding", accelerator, blocks):
+        tensors = encode_block(next(batches), models, accelerator)
+        path = block_path(cache, block)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, safetensors.torch.save(tensors))
+    accelerator.wait_for_everyone()
+    return cache
+
+
+# ---- held-out evaluation ---------------------------------------------------------------------------------------------
+
+
+def show_progress(title: str, accelerator: Accelerator, items: Sequence | None = None, **options) -> tqdm:
+    """A progress bar of the main process, over items or to be moved by hand."""
+    is_silent = items == [] or not accelerator.is_main_process
+    return tqdm(items, title, disable=is_silent, mininterval=PROGRESS_SECONDS, **options)
+
+
+@torch.no_grad()
+def evaluate(
+    model: WhisperForConditionalGeneration,
+    models: Models,
+    rows: Rows,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Loss per token, and WER and CER of greedy decoding in per cent, of the teacher or the student."""
+    teacher = models.teacher
+    normalise = text_normaliser(args.language, models.tokenizer.english_spelling_normalizer)
+    generation_config = greedy_config(model, models, args.max_label_length)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, tokens
+    pairs = []
+    size = args.per_device_train_batch_size
+    batches = [range(len(rows))[start : start + size] for start in range(0, len(rows), size)]
+    batches = batches[accelerator.process_index :: accelerator.num_processes]
+    for indices in show_progress("evaluating", accelerator, batches, leave=False):
+        batch = collate([rows[index] for index in indices])
+        batch = send_to_device(batch, accelerator.device)
+        targets = batch["targets"]
+        with accelerator.autocast():
+            teacher_states = encode_features(teacher.model.encoder, batch)
+            teacher_hidden = decode_labels(teacher.model.decoder, teacher_states, batch)
+            has_own_encoder = model.model.encoder is not teacher.model.encoder
+            states = encode_features(model.model.encoder, batch) if has_own_encoder else teacher_states
+            hidden = decode_labels(model.model.decoder, states, batch)
+            inputs = (hidden, model.proj_out.weight, teacher_hidden, teacher.proj_out.weight)
+            _, losses = DistillationLoss.apply(*inputs, targets, args.temperature, (1.0, 1.0))
+            token_ids = model.generate(
+                encoder_outputs=BaseModelOutput(states),
+                generation_config=generation_config,
+                force_unique_generate_call=True,
+            )
+        sums[:2] += losses
+        sums[2] += len(targets)
+        hypotheses = models.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        for index, hypothesis in zip(indices, hypotheses, strict=True):
+            reference = rows.reference_text(index, models.tokenizer)
+            pairs.append((normalise(reference), normalise(hypothesis)))
+    ce_sum, kl_sum, num_tokens = accelerator.reduce(sums).tolist()
+    rates = error_rates(gather_object(pairs))
+    return {
+        "eval_loss": (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens,
+        "eval_ce": ce_sum / num_tokens,
+        "eval_kl": kl_sum / num_tokens,
+        **rates,
+    }
+
+
+def error_rates(pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """WER and CER in per cent of pairs of reference and hypothesis; those with an empty reference do not count."""
+    pairs = [pair for pair in pairs if pair[0]] or [("-", "")]
+    references, hypotheses = map(list, zip(*pairs, strict=True))
+    return {
+        "eval_wer": 100 * jiwer.wer(references, hypotheses),
+        "eval_cer": 100 * jiwer.cer(references, hypotheses),
+    }
+
+
+# ---- where a run starts ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingState:
+    """Where training stands. Every checkpoint holds it."""
+
+    step: int = 0  # optimiser steps done
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])  # sums of CE, KL and tokens since the last entry
+    trend: float | None = None  # running mean of the loss
+    lowest: float | None = None  # the lowest that it was
+    best: dict | None = None  # step and figure of the best checkpoint
+    teacher: dict | None = None  # the teacher's held-out evaluation
+
+
+@dataclass
+class Start:
+    """How a run starts."""
+
+    state: TrainingState = field(default_factory=TrainingState)
+    checkpoint: Path | None = None  # to load; None = start from the student
+    finished: bool = False  # the result of these settings is there already
+    to_remove: list[Path] = field(default_factory=list)  # results to delete, with --overwrite_output_dir
+
+
+def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Steps and directories of the checkpoints in an output directory, oldest first, complete or not."""
+    found = []
+    for path in directory.glob("checkpoint-*"):
+        if match := CHECKPOINT_NAME.fullmatch(path.name):
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of an output directory by their step, oldest first, whole or not."""
-    found = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in directory.glob("checkpoint-*"))
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
 def read_checkpoint(directory: Path) -> dict | None:
-    """The manifest of a checkpoint, or None, said so, where anything of it is missing or damaged."""
+    """The manifest of a checkpoint; None, with a warning, where anything of the checkpoint is missing or damaged."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        if damaged := [name for name, expected in manifest["files"].items() if file_hash(directory / name) != expected]:
-            raise ValueError(f"{', '.join(damaged)} is damaged")
+        for name, expected in manifest["files"].items():
+            if file_hash(directory / name) != expected:
+                raise ValueError(f"{name} is damaged")
         return manifest
     except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s is not whole and is skipped: %s", directory.name, error)
+        logger.warning("%s is not complete and is skipped: %s", directory.name, error)
         return None
 
 
-def rotate(directory: Path, step: int, limit: int | None, best: int | None) -> None:
-    """Keep the newest `limit` checkpoints up to `step`, and the best. What is beyond `step` was found damaged."""
-    for path in directory.glob(".checkpoint-*.partial"):  # a kill's
+def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> Start:
+    """Decide whether a run resumes: from which checkpoint, or from the student, and what is to be removed for it."""
+    output_dir = args.output_dir
+    wish = args.resume_from_checkpoint
+    if wish.lower() not in ("auto", "true", "false", "none"):
+        return start_from_named(Path(wish), settings, args)
+    record = read_json(output_dir / RECORD)
+    if record is None or wish.lower() in ("false", "none"):
+        return Start(to_remove=results_to_remove(args))
+    if not args.overwrite_output_dir:
+        refuse_other_settings(output_dir, record["settings"], settings)
+    elif changed_setting(record["settings"], settings):
+        return Start(to_remove=results_to_remove(args))
+
+    is_complete = record["status"] == "complete" and (output_dir / "model.safetensors").exists()
+    if is_complete and record["steps"] >= total_steps:
+        return Start(finished=True)
+    for _, directory in reversed(list_checkpoints(output_dir)):
+        manifest = read_checkpoint(directory)
+        if manifest and not changed_setting(manifest["settings"], settings):
+            return Start(TrainingState(**manifest["state"]), directory)
+    if is_complete:  # with fewer steps, and no checkpoint to go on from
+        return Start(to_remove=results_to_remove(args))
+    return Start()
+
+
+def start_from_named(checkpoint: Path, settings: dict, args: argparse.Namespace) -> Start:
+    """Go on from the checkpoint that --resume_from_checkpoint names."""
+    manifest = read_checkpoint(checkpoint)
+    if manifest is None:
+        fail(f"--resume_from_checkpoint {checkpoint} is no complete checkpoint")
+    if changed := changed_setting(manifest["settings"], settings):
+        fail(f"--resume_from_checkpoint {checkpoint} was made with other settings: {changed}. Pass the same ones")
+    state = TrainingState(**manifest["state"])
+    is_own = checkpoint.resolve().parent == args.output_dir.resolve()
+    to_remove = results_to_remove(args, after_step=state.step if is_own else None)
+    return Start(state, checkpoint, to_remove=to_remove)
+
+
+def results_to_remove(args: argparse.Namespace, after_step: int | None = None) -> list[Path]:
+    """The results of earlier runs, or the checkpoints after a step; fails unless --overwrite_output_dir is given."""
+    output_dir = args.output_dir
+    results = [path for step, path in list_checkpoints(output_dir) if after_step is None or step > after_step]
+    if after_step is None:
+        results += [output_dir / name for name in TRAINING_FILES if (output_dir / name).exists()]
+    if results and not args.overwrite_output_dir:
+        names = ", ".join(path.name for path in results)
+        remedy = "pass --overwrite_output_dir to replace them, or choose another --output_dir"
+        fail(f"{output_dir} holds later results ({names}): {remedy}")
+    return results
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """The rows to train on and to evaluate on, and in which order."""
+
+    train: list[Rows]
+    held_out: Rows | None
+    plan: Plan
+    total_steps: int
+
+    @functools.cached_property
+    def token_counts(self) -> np.ndarray:
+        """Tokens of each training row that the loss counts."""
+        return np.concatenate([rows.token_counts for rows in self.train])
+
+
+@dataclass
+class Training:
+    """What a training consists of, beside models and data."""
+
+    accelerator: Accelerator
+    model: nn.Module  # the trained part, as accelerate wraps it
+    optimizer: Optimizer
+    scheduler: Any  # of the learning rate
+    state: TrainingState
+    record: dict
+    repo_id: str | None  # where the main process pushes to
+    push: Future | None = None  # the one that is running in the background
+    stop_status: int = 0  # exit status, once a signal has come
+
+    def stop(self, number: int, _frame) -> None:
+        """End the training after this step because of SIGTERM or Ctrl-C; end it at once at the second."""
+        if self.stop_status:
+            sys.exit(128 + number)
+        self.stop_status = 128 + number
+
+
+def make_scheduler(args: argparse.Namespace, optimizer: Optimizer, total_steps: int) -> Any:
+    """The learning-rate schedule of --lr_scheduler_type."""
+    return transformers.get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+
+
+def load_weights(models: list[nn.Module], directory: str) -> None:
+    """Load hook for accelerate, whose own loader fails if the number of processes has changed."""
+    weights = safetensors.torch.load_file(Path(directory) / "model.safetensors")
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    extract_model_from_parallel(models.pop()).load_state_dict(weights)
+
+
+def make_optimizer(models: Models, device: torch.device, args: argparse.Namespace) -> Optimizer:
+    """AdamW for what is trained, with weight decay for matrices."""
+    trained = [parameter for parameter in models.trained.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def optimiser_step(
+    training: Training, models: Models, data: Data, batches: Iterator[dict], args: argparse.Namespace
+) -> tuple[list[float], float, bool]:
+    """One step over a global batch, of which each process has its micro-batches.
+
+    Returns:
+        the sums of cross-entropy, KL and tokens; the gradient's norm; whether a process was told to stop.
+    """
+    accelerator = training.accelerator
+    model = training.model
+    teacher_head = models.teacher.proj_out.weight
+    step = training.state.step
+    rows = data.plan.rows(step)
+    num_tokens = int(data.token_counts[rows].sum())
+    # DDP takes the mean over processes, and accelerate the mean over micro-batches. Ours is the mean over tokens.
+    scale = accelerator.num_processes * args.gradient_accumulation_steps / num_tokens
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, processes to be stopped
+    for start in data.plan.starts(accelerator.process_index):
+        is_counted = start < len(rows)
+        batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        # Dropout is seeded by the position in the data, so no random state has to be saved.
+        place = np.random.SeedSequence([args.seed, step, start])
+        torch.manual_seed(int(place.generate_state(1)[0]))
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                inputs, teacher_hidden = run_frozen(models, batch)
+                loss, losses = model(inputs, teacher_hidden, teacher_head, batch)
+            accelerator.backward(loss * (is_counted * scale))
+        sums[:2] += is_counted * losses
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    grad_norm = 0.0 if grad_norm is None else float(grad_norm)
+    sums[2] = bool(training.stop_status)
+    ce_sum, kl_sum, num_stopped = accelerator.reduce(sums).tolist()
+    mean_loss = (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens
+    check_loss(training, mean_loss, grad_norm, args)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    if args.lr_scheduler_type not in LED_BY_LOSS:
+        training.scheduler.step()
+    return [ce_sum, kl_sum, num_tokens], grad_norm, num_stopped > 0
+
+
+def check_loss(training: Training, loss: float, grad_norm: float, args: argparse.Namespace) -> None:
+    """End the run before a loss that is not a number, or explodes, gets into the weights and the checkpoints."""
+    state = training.state
+    state.trend = loss if state.trend is None else 0.95 * state.trend + 0.05 * loss
+    state.lowest = min(state.lowest or math.inf, state.trend)
+    has_scaler = training.accelerator.scaler is not None  # it leaves out steps whose gradient is not finite
+    if not math.isfinite(loss) or not (has_scaler or math.isfinite(grad_norm)):
+        problem = f"the loss is {loss} and the gradient's norm {grad_norm}"
+    elif state.trend > 3 * state.lowest + 1:
+        problem = f"the loss has exploded from {state.lowest:.3f} to {state.trend:.3f}"
+    else:
+        return
+    kept = [path.name for _, path in list_checkpoints(args.output_dir)] or ["none yet"]
+    fail(
+        f"step {state.step + 1}: {problem}; the last checkpoint from before: {kept[-1]}. "
+        f"Lower --learning_rate ({args.learning_rate}) or raise --warmup_steps ({args.warmup_steps})"
+    )
+
+
+def evaluate_training(training: Training, models: Models, data: Data, args: argparse.Namespace) -> bool:
+    """Evaluate the student on the held-out rows, and the teacher once; returns whether the student is the best yet."""
+    state = training.state
+    if data.held_out is None:
+        return False
+    models.trained.eval()
+    if state.teacher is None:
+        state.teacher = evaluate(models.teacher, models, data.held_out, training.accelerator, args)
+        log_evaluation("teacher", state.teacher)
+    figures = evaluate(models.student, models, data.held_out, training.accelerator, args)
+    models.trained.train()
+    log_evaluation(f"step {state.step}", figures)
+    log_figures(training, figures, data.plan, args)
+    if args.lr_scheduler_type in LED_BY_LOSS:
+        training.scheduler.step(figures["eval_loss"])
+    figure = figures[f"eval_{args.metric_for_best_model}"]
+    if state.step == 0 or (state.best and figure >= state.best["figure"]):
+        return False
+    state.best = {"step": state.step, "figure": figure}
+    return True
+
+
+def log_evaluation(name: str, figures: dict[str, float]) -> None:
+    text = "held-out rows, %s: CER %.2f, WER %.2f, loss %.3f"
+    logger.info(text, name, figures["eval_cer"], figures["eval_wer"], figures["eval_loss"])
+
+
+def log_figures(training: Training, figures: dict, plan: Plan, args: argparse.Namespace) -> None:
+    """Add an entry to metrics.jsonl, and report it to the tracker."""
+    step = training.state.step
+    if training.accelerator.is_main_process:
+        entry = {"step": step, "epoch": round(step / plan.steps_per_epoch, 4), **figures}
+        with open(args.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        track(training.accelerator, figures, step)
+
+
+def train(training: Training, models: Models, data: Data, args: argparse.Namespace) -> int:
+    """Train from where the state stands to the end; 0, or the exit status where a signal ended it early."""
+    accelerator = training.accelerator
+    state = training.state
+    plan = data.plan
+    indices = plan.micro_batches(state.step, data.total_steps, accelerator.process_index)
+    has_gpu = accelerator.device.type == "cuda"
+    batches = read_batches(ConcatDataset(data.train), indices, args.dataloader_num_workers, pin_memory=has_gpu)
+    bar = show_progress("training", accelerator, total=data.total_steps, initial=state.step)
+    training.model.train()
+    if state.step == 0:
+        evaluate_training(training, models, data, args)
+    started = time.monotonic()
+    num_clips = 0
+    is_stopped = False
+    while state.step < data.total_steps and not is_stopped:
+        sums, grad_norm, is_stopped = optimiser_step(training, models, data, batches, args)
+        num_clips += len(plan.rows(state.step))
+        for place, value in enumerate(sums):
+            state.window[place] += value
+        state.step += 1
+        is_last = state.step == data.total_steps
+        bar.update()
+
+        if state.step % args.logging_steps == 0 or is_last:
+            ce_sum, kl_sum, num_tokens = state.window
+            figures = {
+                "loss": (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens,
+                "ce_loss": ce_sum / num_tokens,
+                "kl_loss": kl_sum / num_tokens,
+                "learning_rate": training.optimizer.param_groups[0]["lr"],
+                "grad_norm": grad_norm,
+                "samples_per_second": round(num_clips / (time.monotonic() - started), 3),
+            }
+            bar.set_postfix({name: figures[name] for name in ("loss", "learning_rate", "samples_per_second")})
+            log_figures(training, figures, plan, args)
+            state.window = [0.0, 0.0, 0]
+            started = time.monotonic()
+            num_clips = 0
+
+        paused = time.monotonic()
+        is_best = False
+        if state.step % args.eval_steps == 0 or is_last:
+            is_best = evaluate_training(training, models, data, args)
+        if is_best or is_stopped or is_last or state.step % args.save_steps == 0:
+            save_checkpoint(training, plan, args)
+            if not is_last:
+                push_progress(training, models, args)
+        started += time.monotonic() - paused
+    bar.close()
+    if state.step == data.total_steps:
+        return 0
+    logger.warning("stopped at step %d of %d, which is saved. %s", state.step, data.total_steps, CONTINUE)
+    return training.stop_status or 128 + signal.SIGTERM
+
+
+# ---- files, record, card, push ---------------------------------------------------------------------------------------
+
+
+def sync_file(path: Path) -> None:
+    """Return when a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def save_checkpoint(training: Training, plan: Plan, args: argparse.Namespace) -> None:
+    """Save a checkpoint, which appears under its name when all of it is on the disk."""
+    accelerator = training.accelerator
+    state = training.state
+    output_dir = args.output_dir
+    directory = output_dir / f"checkpoint-{state.step}-epoch-{(state.step - 1) // plan.steps_per_epoch}"
+    partial = output_dir / f".{directory.name}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        hashes = {}
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                sync_file(path)
+                hashes[str(path.relative_to(partial))] = file_hash(path)
+        manifest = {"state": asdict(state), "settings": training.record["settings"], "files": hashes}
+        write_json(partial / MANIFEST, manifest)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(partial, directory)
+        best_step = state.best["step"] if state.best else None
+        rotate_checkpoints(output_dir, state.step, args.save_total_limit, best_step)
+
+
+def rotate_checkpoints(directory: Path, step: int, limit: int | None, best_step: int | None) -> None:
+    """Keep the newest `limit` checkpoints up to a step, and the best. Those after the step were found damaged."""
+    for path in directory.glob(".checkpoint-*.partial"):  # left by a kill
         shutil.rmtree(path, ignore_errors=True)
-    past = [number for number, _ in checkpoints(directory) if number <= step]
-    keep = {*(past if limit is None else past[-max(1, limit) :]), best}
-    for number, path in checkpoints(directory):
-        if number not in keep:
+    found = list_checkpoints(directory)
+    newest = [number for number, _ in found if number <= step]
+    if limit is not None:
+        newest = newest[-max(1, limit) :]
+    for number, path in found:
+        if number not in newest and number != best_step:
             shutil.rmtree(path)
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
-    """The entries up to a step. A kill may have cut the last line short: it is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    """The entries of metrics.jsonl up to a step. A last line that a kill has cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     entries = [json.loads(line) for line in lines if line.endswith("}\n")]
     return [entry for entry in entries if entry["step"] <= last_step]
+
+
+def write_model(training: Training, models: Models, record: dict, args: argparse.Namespace) -> None:
+    """Write the model repository into the output directory, each file complete or not at all."""
+    weights = training.accelerator.get_state_dict(training.model)
+    if training.accelerator.is_main_process:
+        output_dir = args.output_dir
+        partial = output_dir / ".model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_student(partial, models, weights)
+        entries = read_metrics(output_dir / "metrics.jsonl")
+        draw_curves(entries, partial / "training_curves.png")
+        card = distillation_card(record, entries, args)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        for script in SCRIPTS:
+            path = Path(__file__).resolve().with_name(script)
+            if path.exists() and not (output_dir / script).exists():
+                shutil.copy(path, partial)
+        for path in partial.iterdir():
+            sync_file(path)
+            os.replace(path, output_dir / path.name)
+        partial.rmdir()
+        write_json(output_dir / RECORD, record)  # last: its "complete" means that all is there
+    training.accelerator.wait_for_everyone()
+
+
+def save_student(directory: Path, models: Models, trained_weights: dict[str, Tensor]) -> None:
+    """Write weights in float32, configurations, tokenizer and feature extractor."""
+    student = models.student
+    weights = {f"model.encoder.{name}": tensor for name, tensor in models.frozen_weights.items()}
+    for name, tensor in trained_weights.items():
+        full_name = name if name.startswith("proj_out") else f"model.{name}"
+        weights[full_name] = tensor.float().cpu()
+    safetensors.torch.save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    student.config.save_pretrained(directory)
+    greedy_config(student, models, student.config.max_target_positions).save_pretrained(directory)
+    WhisperProcessor(models.extractor, models.tokenizer).save_pretrained(directory)
+    models.extractor.save_pretrained(directory)  # preprocessor_config.json
+    for name in TOKENIZER_FILES:  # the student's own, made for CTranslate2 and whisper.cpp as well
+        if (models.tokenizer_directory / name).exists():
+            shutil.copyfile(models.tokenizer_directory / name, directory / name)
 
 
 def draw_curves(entries: list[dict], path: Path) -> None:
     """Training loss and its parts, held-out figures and the learning rate over the steps, as a PNG."""
     panels = {
-        "loss per token": ("loss", "ce_loss", "kl_loss", "eval_loss"),
-        "held-out errors, %": ("eval_cer", "eval_wer"),
-        "learning rate": ("learning_rate",),
+        "loss per token": ["loss", "ce_loss", "kl_loss", "eval_loss"],
+        "held-out errors, %": ["eval_cer", "eval_wer"],
+        "learning rate": ["learning_rate"],
     }
-    drawn = [what for what, names in panels.items() if any(name in entry for entry in entries for name in names)]
-    figure = Figure(figsize=(5 * max(1, len(drawn)), 4), layout="constrained")
-    for number, what in enumerate(drawn, start=1):
-        axes = figure.add_subplot(1, len(drawn), number, title=what, xlabel="optimiser step")
-        for name in panels[what]:
-            steps = [entry["step"] for entry in entries if name in entry]
-            axes.plot(steps, [entry[name] for entry in entries if name in entry], label=name, marker=".")
+    known = set().union(*entries)
+    titles = [title for title, names in panels.items() if known.intersection(names)]
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    for number, title in enumerate(titles, start=1):
+        axes = figure.add_subplot(1, len(titles), number, title=title, xlabel="optimiser step")
+        for name in panels[title]:
+            points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, label=name, marker=".")
         axes.legend()
     figure.savefig(path, format="png", dpi=100)
 
 
-def model_card(args: argparse.Namespace, record: dict, entries: list[dict]) -> str:
+def card_table(columns: list[str], rows: Iterable[Sequence]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def shown_name(reference: str) -> str:
+    """A repository reference for the card, which shows no local paths."""
+    directory = local_directory(reference)
+    return directory.resolve().name if directory else reference
+
+
+def distillation_card(record: dict, entries: list[dict], args: argparse.Namespace) -> str:
     """README.md: what the model was made from and how, its curves, and what was measured while it was made."""
-    name, teacher = Path(args.output_dir).resolve().name, args.teacher_model_name_or_path
-    trained_on, held_out = args.train_dataset_name.split("+"), args.eval_dataset_name or ""
-    here = {reference: local_directory(reference) for reference in (teacher, *trained_on, held_out or teacher)}
-    shown = {reference: path.resolve().name if path else reference for reference, path in here.items()}  # no paths
-    data = ModelCardData(
+    teacher = args.teacher_model_name_or_path
+    trained_on = args.train_dataset_name.split("+")
+    metadata = ModelCardData(
         language=args.language,
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "distillation"],
-        base_model=None if here[teacher] else teacher,
-        datasets=[reference for reference in trained_on if not here[reference]] or None,
+        base_model=None if local_directory(teacher) else teacher,
+        datasets=[reference for reference in trained_on if not local_directory(reference)] or None,
     )
-    measured = [{"step": "teacher", **(record.get("teacher_evaluation") or {})}, *entries]
-    columns = {"eval_loss": "loss", "eval_cer": "CER %", "eval_wer": "WER %"}
-    rows = [[entry["step"], *(f"{entry[key]:.3f}" for key in columns)] for entry in measured if "eval_loss" in entry]
-    what = f"Held out, on {shown.get(held_out)} ({args.eval_split_name}), greedy, normalised as Whisper does:"
-    evaluation = f"\n{what}\n\n{table(['step', *columns.values()], rows)}\n" if rows else ""
+    evaluations = []
+    teacher_entry = {"step": "teacher", **(record.get("teacher_evaluation") or {})}
+    for entry in [teacher_entry, *entries]:
+        if "eval_loss" in entry:
+            figures = [f"{entry[name]:.3f}" for name in ("eval_loss", "eval_cer", "eval_wer")]
+            evaluations.append([entry["step"], *figures])
+    evaluation = ""
+    if evaluations:
+        held_out = f"{shown_name(args.eval_dataset_name)} ({args.eval_split_name})"
+        columns = ["step", "loss", "CER %", "WER %"]
+        evaluation = f"Held out, on {held_out}, greedy, normalised:\n\n{card_table(columns, evaluations)}\n"
+    epochs = record["steps"] / record["steps_per_epoch"]
     return f"""---
-{data.to_yaml()}
+{metadata.to_yaml()}
 ---
 
-# {name}
+# {args.output_dir.resolve().name}
 
 A Whisper with {record["layers"]["encoder"]} encoder and {record["layers"]["decoder"]} decoder layers, distilled from \
-{shown[teacher]} on {record["rows"]:,} rows of {" and ".join(map(shown.get, trained_on))}: \
-{record["steps"]:,} steps of {record["settings"]["global_batch_size"]} rows, \
-{record["steps"] / record["steps_per_epoch"]:.2f} epochs.
+{shown_name(teacher)} on {record["rows"]:,} rows of {" and ".join(map(shown_name, trained_on))}: \
+{record["steps"]:,} steps of {record["settings"]["global_batch_size"]} rows, {epochs:.2f} epochs.
 The loss is {args.ce_weight} · CE + {args.kl_weight} · T² · KL(teacher ‖ student) at T = {args.temperature}.
 Weights are float32.
 
 ![training curves](training_curves.png)
+
 {evaluation}
-{table(["setting", "value"], record["settings"].items())}
+{card_table(["setting", "value"], record["settings"].items())}
 
 Made by `run_distillation.py`: `{RECORD}` has all arguments and library versions, `metrics.jsonl` every figure.
 """
-
-
-def table(columns: list[str], rows) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [columns, ["---"] * len(columns), *rows])
-
-
-def choose_start(output_dir: Path, args, settings: dict, total: int) -> tuple[str | None, dict, list[Path]]:
-    """The checkpoint to go on from, if any, and its state; "done" where the result of these settings is there already.
-
-    And what is to be removed, where --overwrite_output_dir allows that: what a run with other settings left there, or
-    any run where --resume_from_checkpoint is False.
-    """
-    wish, path, start, limit = args.resume_from_checkpoint, output_dir / RECORD, (None, {}), -1
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    changed = differences(record["settings"], settings) if record else ""
-    if wish.lower() not in ("auto", "true", "false", "none"):
-        manifest = read_checkpoint(Path(wish)) or fail(f"--resume_from_checkpoint {wish} is no whole checkpoint")
-        if other := differences(manifest["settings"], settings):
-            fail(f"--resume_from_checkpoint {wish} was made with other settings: {other}")
-        start = (wish, manifest["state"])
-        limit = manifest["state"]["step"] if Path(wish).resolve().parent == output_dir.resolve() else -1
-    elif record and not changed and wish.lower() in ("auto", "true"):
-        finished = record["status"] == "complete" and (output_dir / "model.safetensors").exists()
-        if finished and record["steps"] >= total:
-            return "done", {}, []
-        for _, directory in reversed(checkpoints(output_dir)):
-            manifest = read_checkpoint(directory)
-            if manifest and not differences(manifest["settings"], settings):
-                return str(directory), manifest["state"], []
-        if not finished:
-            return *start, []
-        changed = f"{record['steps']} steps of {total}, and no checkpoint to go on from"
-    there = [directory for step, directory in checkpoints(output_dir) if step > limit]
-    if limit < 0:
-        there += [output_dir / name for name in TRAINING_FILES if (output_dir / name).exists()]
-    if there and not args.overwrite_output_dir:
-        why = f"another run ({changed})" if changed else f"later results ({', '.join(path.name for path in there)})"
-        fail(f"{output_dir} holds {why}: pass --overwrite_output_dir to replace them, or choose another --output_dir")
-    return *start, there
-
-
-# ---- the world outside -----------------------------------------------------------------------------------------------
 
 
 def home_repository(directory: Path) -> str:
@@ -675,741 +2078,336 @@ def home_repository(directory: Path) -> str:
     """
     if shutil.which("git"):
         command = ["git", "-C", str(directory), "config", "remote.origin.url"]
-        remote = urlsplit(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        url = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        remote = urlsplit(url)
         name = remote.path.strip("/").removesuffix(".git")
         if remote.hostname == urlsplit(constants.ENDPOINT).hostname and name.count("/") == 1:
             return name
     name = "/".join(directory.resolve().parts[-2:])
-    with contextlib.suppress(HFValidationError):
+    try:
         if HfApi().repo_exists(name):
             return name
+    except HFValidationError:  # such a path cannot be the name of a repository
+        pass
+    except HUB_ERRORS as error:
+        hub_fail(f"looking for the repository {name}", error)
     return directory.resolve().name
 
 
-class Publisher:
-    """Pushes the model repository: in the background while training goes on, and once more, checked, at the end."""
-
-    def __init__(self, args: argparse.Namespace, output_dir: Path):
-        self.api, self.output_dir, self.push = HfApi(), output_dir, None
-        try:
-            name = args.hub_model_id or home_repository(output_dir)
-            if args.dry_run:
-                account = self.api.whoami()
-                self.repo_id = name if "/" in name else f"{account['name']}/{name}"
-                if self.api.repo_exists(self.repo_id):
-                    self.api.auth_check(self.repo_id, write=True)
-                elif self.repo_id.split("/")[0] not in (account["name"], *(each["name"] for each in account["orgs"])):
-                    raise RuntimeError(f"{account['name']} can't create {self.repo_id}")
-            else:
-                self.repo_id = self.api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-        except HUB_ERRORS as error:
-            hub_fail(f"--push_to_hub: creating the repository {args.hub_model_id or ''}", error)
-        self.patterns = list(OWN_FILES)
-        student, here = Path(args.model_name_or_path).resolve(), output_dir.resolve()
-        if student.is_relative_to(here):
-            self.patterns.append(f"{student.relative_to(here)}/*")
-
-    def upload(self, message: str, background: bool):
-        options = {"allow_patterns": self.patterns, "ignore_patterns": [".*", "*.partial"], "commit_message": message}
-        return self.api.upload_folder(
-            repo_id=self.repo_id, folder_path=self.output_dir, run_as_future=background, **options
-        )
-
-    def idle(self) -> bool:
-        """Whether no push is under way. One that failed is reported, and made up for by the next."""
-        if self.push and self.push.done():
-            if error := self.push.exception():
-                logger.warning("a push to %s failed, training goes on: %s", self.repo_id, reason(error))
-            self.push = None
-        return self.push is None
-
-    def finish(self) -> None:
-        """Push, and compare what is there with what is here."""
-        try:
-            self.upload("Distilled model", background=False)
-            tree = self.api.list_repo_tree(self.repo_id, recursive=True)
-            there = {entry.path: getattr(entry, "size", None) for entry in tree}
-            paths = [self.output_dir / name for name in OWN_FILES if (self.output_dir / name).exists()]
-            if missing := [path.name for path in paths if there.get(path.name) != path.stat().st_size]:
-                raise RuntimeError(f"{', '.join(missing)} did not arrive whole")
-        except HUB_ERRORS as error:
-            whole = f"{self.output_dir} is whole: the same command pushes it"
-            fail(f"pushing to {self.repo_id} failed: {reason(error)}; {whole}")
-        logger.info("pushed to %s/%s", constants.ENDPOINT, self.repo_id)
+def published_files(args: argparse.Namespace) -> list[str]:
+    """Patterns of what is pushed: what this script writes, and the student where it lies in the output directory."""
+    output_dir = args.output_dir.resolve()
+    student = Path(args.model_name_or_path).resolve()
+    patterns = [*TRAINING_FILES, *TOKENIZER_FILES, *SCRIPTS, *MODEL_FILES]
+    if student.is_relative_to(output_dir):
+        patterns.append(f"{student.relative_to(output_dir)}/*")
+    return patterns
 
 
-def start_tracker(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Start the tracker. Whatever is wrong with it gives one warning and never stops the training."""
-    mode = os.environ.get("WANDB_MODE")
+def push_model(repo_id: str, message: str, args: argparse.Namespace, run_as_future: bool = False) -> Any:
+    """Upload the model repository; as a future, in the background."""
+    return HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=published_files(args),
+        ignore_patterns=[".*", "*.partial"],
+        commit_message=message,
+        run_as_future=run_as_future,
+    )
+
+
+def is_pushing(training: "Training") -> bool:
+    """Whether a push is running. One that failed is reported, and made up for by the next."""
+    if training.push and training.push.done():
+        if error := training.push.exception():
+            logger.warning("a push to %s failed, training goes on: %s", training.repo_id, first_line(error))
+        training.push = None
+    return training.push is not None
+
+
+def push_progress(training: "Training", models: Models, args: argparse.Namespace) -> None:
+    """Push the model as it is now in the background, unless the push before is still running."""
+    is_ready = training.repo_id is not None and not is_pushing(training)
+    if broadcast_object_list([is_ready])[0]:
+        step = training.state.step
+        write_model(training, models, training.record | {"steps": step}, args)
+        if training.repo_id:
+            training.push = push_model(training.repo_id, f"Training in progress, step {step}", args, run_as_future=True)
+
+
+def push_result(repo_id: str, args: argparse.Namespace) -> None:
+    """Push what is not on the Hub yet."""
     try:
-        if args.report_to == "wandb" and not mode:
-            import wandb  # only here: it need not be installed
-
-            try:
-                mode = "online" if wandb.login(prompt=False, timeout=20) else "offline"
-            except Exception:
-                mode = "offline"
-            if mode == "offline":
-                logger.warning("wandb: not logged in (`wandb login`); its files stay in %s/wandb", args.output_dir)
-        values = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
-        options = {"wandb": {"dir": args.output_dir, "name": args.wandb_name, "mode": mode}}
-        accelerator.init_trackers(args.wandb_project, values, options)
-        if not accelerator.trackers:
-            raise ImportError("it is not installed")
-    except Exception as error:
-        accelerator.trackers = []
-        logger.warning("--report_to %s: %s; metrics.jsonl has all figures", args.report_to, reason(error))
+        push_again(lambda: push_model(repo_id, "Distilled model", args))
+    except HUB_ERRORS as error:
+        fail(f"the push to {repo_id} failed: {first_line(error)}. All is in {args.output_dir}. {CONTINUE}")
+    logger.info("pushed to %s/%s", constants.ENDPOINT, repo_id)
 
 
-class Stop:
-    """SIGTERM and Ctrl-C: at once before training, at the end of the step during it, at once when it comes again."""
-
-    def __init__(self):
-        self.status, self.deferred = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self)
-
-    def __call__(self, number: int, _frame) -> None:
-        if self.status or not self.deferred:
-            sys.exit(128 + number)
-        self.status = 128 + number
-
-
-# ---- one run ---------------------------------------------------------------------------------------------------------
+def finish_training(training: Training, models: Models, data: Data, began: float, args: argparse.Namespace) -> None:
+    """Write the trained model, its card and the record that it is complete."""
+    while is_pushing(training):
+        time.sleep(0.1)
+    result = {
+        "status": "complete",
+        "steps": data.total_steps,
+        "best": training.state.best,
+        "teacher_evaluation": training.state.teacher,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    write_model(training, models, training.record | result, args)
+    logger.info("the trained model is in %s", args.output_dir.resolve())
 
 
-class Distillation:
-    """The processes, the models, the data, and where training stands."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.output_dir, self.started = args, Path(args.output_dir), time.monotonic()
-        if not args.dry_run:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(
-            mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype],
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(days=30)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
-        )
-        self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started != self.accelerator.num_processes:  # each would take itself for the only one
-            fail(
-                f"{started} processes were started and accelerate sees {self.accelerator.num_processes}: on CPUs "
-                "set ACCELERATE_USE_CPU=true"
-            )
-        self.stride = args.per_device_train_batch_size * self.accelerator.num_processes  # clips of a micro-step
-        self.offset = args.per_device_train_batch_size * self.accelerator.process_index
-        level = logging.INFO if self.is_main else logging.WARNING
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-        for noisy in ("httpx2", "accelerate"):  # a line for every request, and for every file of a checkpoint
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        transformers.logging.disable_progress_bar()
-        if self.device.type == "cpu":  # accelerate launch --cpu gives a process one thread
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-        self.publisher = Publisher(args, self.output_dir) if args.push_to_hub and self.is_main else None
-        self.load_models()
-        with self.accelerator.local_main_process_first():  # the others find the Arrow files in the cache
-            self.train_rows = [Rows(source, self.processor, args) for source in split_sources(args)]
-            self.held_out = None
-            if args.eval_dataset_name:
-                source = (args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name)
-                self.held_out = Rows(source, self.processor, args, held_out=True)
-        sizes, batch_size = [len(rows) for rows in self.train_rows], self.stride * args.gradient_accumulation_steps
-        self.plan = Plan(sizes, args.train_dataset_samples, args.seed, batch_size)
-        self.counts = np.concatenate([rows.counts for rows in self.train_rows])
-        epochs = math.ceil(args.num_train_epochs * self.plan.steps_per_epoch)
-        self.total = args.max_steps if args.max_steps > 0 else epochs
-        self.settings = json.loads(json.dumps(self.run_settings()))
-
-    def load_models(self) -> None:
-        args, name = self.args, self.args.model_name_or_path
-        try:
-            self.source = local_directory(name) or Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
-            self.processor = WhisperProcessor.from_pretrained(self.source)
-        except (*HUB_ERRORS, ValueError) as error:
-            hub_fail(f"loading the tokenizer of {name}", error)
-        if args.language and f"<|{args.language}|>" not in self.processor.tokenizer.get_vocab():
-            fail(f"--language {args.language}: {name} has no token for that language")
-        self.student = load_model(name, torch.float32, args)
-        teacher = load_model(args.teacher_model_name_or_path, getattr(torch, args.dtype), args)
-        for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
-            ours, theirs = getattr(self.student.config, key), getattr(teacher.config, key)
-            if ours != theirs:
-                fail(f"{key} is {ours} in the student, {theirs} in the teacher: distil from the teacher it came from")
-        args.max_label_length = min(args.max_label_length, self.student.config.max_target_positions)
-        encoder = None
-        if args.freeze_encoder:
-            encoder = self.student.model.encoder.requires_grad_(False).eval()
-        self.frozen = Frozen(teacher, encoder)
-        self.trained = self.model = Trained(self.student, args)
-        if args.dry_run:
-            return
-        transformers.logging.set_verbosity_error()  # from here on it warns only of what is meant so
-        self.names = {"student": digest(self.student), "teacher": digest(teacher)}
-        teacher.to(self.device)
-        self.encoder = self.student.model.encoder  # to be saved as it is
-        if encoder and equal_weights(encoder, teacher.model.encoder):
-            self.frozen.encoder = self.student.model.encoder = teacher.model.encoder
-        elif encoder:
-            logger.warning("the student's frozen encoder is not the teacher's: both run")
-            encoder.to(self.device)
-        if args.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.torch_compile:
-            for module in (teacher.model.encoder, teacher.model.decoder, self.trained.encoder, self.trained.decoder):
-                if module is not None:
-                    module.compile()
-
-    def run_settings(self) -> dict:
-        """The settings that change the trained weights. A run goes on only where all of them are as they were."""
-        names = (
-            "train_dataset_samples max_label_length language task freeze_encoder dtype learning_rate lr_scheduler_type "
-            "lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ce_weight "
-            "kl_weight temperature seed"
-        )
-        settings = {name: getattr(self.args, name) for name in names.split()}
-        settings |= {"train_data": [rows.fingerprint for rows in self.train_rows]}
-        settings |= {"global_batch_size": self.plan.batch_size}
-        if not self.args.lr_scheduler_type.startswith("constant"):  # only then the rate depends on where the run ends
-            settings["steps"] = self.total
-        return settings if self.args.dry_run else settings | self.names  # a dry run does not know the weights
-
-    def run(self, stop: Stop) -> int:
-        """Train and publish; the exit status."""
-        args, start = self.args, [None]
-        if self.is_main:
-            checkpoint, state, there = choose_start(self.output_dir, args, self.settings, self.total)
-            if args.dry_run:
-                self.describe(checkpoint, state, there)
-            elif there:
-                logger.warning("replacing %s in %s", ", ".join(path.name for path in there), self.output_dir)
-                for path in there:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            start = [(checkpoint, state)]
-        if args.dry_run:
-            return 0
-        checkpoint, state = broadcast_object_list(start)[0]
-        nothing = {"trend": None, "lowest": None, "best": None, "teacher": None}
-        self.state = {"step": 0, "window": [0.0, 0.0, 0], **nothing, **state}
-        if checkpoint == "done":
-            logger.info("%s holds the finished result of this command: nothing is trained", self.output_dir)
-        else:
-            self.prepare(checkpoint)
-            stop.deferred = True
-            status = self.train(stop)
-            stop.deferred = False
-            if not status:
-                self.finish()
-            self.accelerator.end_training()
-            if status:
-                return status
-        if self.publisher:
-            self.publisher.finish()
-        return 0
-
-    def describe(self, checkpoint: str | None, state: dict, there: list[Path]) -> None:
-        """What a dry run prints."""
-        args, plan, teacher, gb = self.args, self.plan, self.frozen.teacher, 1e-9
-        trained = sum(parameter.numel() for parameter in self.trained.parameters() if parameter.requires_grad)
-        width, rows = getattr(torch, args.dtype).itemsize, self.train_rows[0]
-        started = time.perf_counter()
-        for value in rows.head:
-            rows.log_mel(value)
-        rate = len(rows.head) / (time.perf_counter() - started)
-        step = self.total if checkpoint == "done" else state.get("step", 0)
-        model, kept = 4 * self.student.num_parameters() * gb, math.ceil(self.total / args.save_steps)
-        memory = (16 * trained + width * teacher.num_parameters()) * gb
-        cached = int(self.counts.sum()) * teacher.config.d_model
-        cached += len(self.counts) * teacher.config.max_source_positions * self.student.config.d_model
-        for rows in [*self.train_rows, *([self.held_out] if self.held_out else [])]:
+def print_inputs(data: Data) -> None:
+    """Print the dry run's lines about the rows."""
+    for rows in [*data.train, data.held_out]:
+        if rows is not None:
             hours = f"{rows.hours:.2f} h, " if rows.hours else ""
-            print(f"input: {rows.name}, {len(rows)} rows, {hours}{rows.counts.mean():.1f} tokens a label", end="")
-            print(f", {len(rows.left_out)} rows left out" if len(rows.left_out) else "")
-        print(f"work: {self.total} steps of {plan.batch_size} rows, {plan.steps_per_epoch} an epoch")
-        print(f"done: {step} of {self.total} steps{f' ({Path(checkpoint).name})' if state else ''}")
-        if there:
-            print(f"removes: {', '.join(path.name for path in there)} in {self.output_dir}")
-        print(
-            f"writes: {self.output_dir}, the model of {model:.2f} GB, {min(kept, args.save_total_limit or kept)} "
-            f"checkpoints of {12 * trained * gb:.2f} GB each"
-        )
-        if args.cache_encoder_outputs:
-            print(f"cache: {args.cache_encoder_outputs}, {cached * width * gb:.2f} GB less what is there already")
-        print(f"pushes: {f'{self.publisher.repo_id}, {model:.2f} GB at every save' if self.publisher else 'nothing'}")
-        print(f"memory: {memory:.2f} GB a process for weights, gradients and optimiser; activations come on top")
-        print(
-            f"time: {self.total - step} steps at this device's speed; a process reads {rate:.0f} rows/s "
-            f"(from a sample of {len(self.train_rows[0].head)})"
-        )
-
-    def prepare(self, checkpoint: str | None) -> None:
-        """Everything that trains, as it was."""
-        args, accelerator = self.args, self.accelerator
-        parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        fused = self.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused, **options)
-        self.scheduler = make_scheduler(args, optimizer, self.total)
-        self.model, self.optimizer = accelerator.prepare(self.trained, optimizer)
-        accelerator.register_for_checkpointing(self.scheduler)
-        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            # The names of weights tell how many processes wrote them, which may be others now.
-            def load(models: list, directory: str) -> None:
-                weights = safetensors.torch.load_file(Path(directory) / "model.safetensors")
-                weights = {name.removeprefix("module."): value for name, value in weights.items()}
-                accelerator.unwrap_model(models.pop()).load_state_dict(weights)
-
-            accelerator.register_load_state_pre_hook(load)
-        if checkpoint:
-            accelerator.load_state(checkpoint)
-            accelerator.step = 0  # of accumulation, which starts anew and may have changed
-            logger.info("going on from step %d of %d (%s)", self.state["step"], self.total, Path(checkpoint).name)
-        self.record = {
-            "status": "running",
-            "settings": self.settings,
-            "rows": sum(self.plan.sizes),
-            "rows_left_out": {rows.name: rows.reasons for rows in self.train_rows},
-            "hours": round(sum(rows.hours for rows in self.train_rows), 2),
-            "steps": self.state["step"],
-            "steps_per_epoch": self.plan.steps_per_epoch,
-            "layers": {side: getattr(self.student.config, f"{side}_layers") for side in ("encoder", "decoder")},
-            "processes": accelerator.num_processes,
-            "arguments": vars(args),
-            "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")},
-        }
-        if self.is_main:
-            rotate(self.output_dir, self.state["step"], None, None)
-            write_json(self.output_dir / RECORD, self.record)
-            entries = read_metrics(self.output_dir / "metrics.jsonl", self.state["step"])
-            write_file(self.output_dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
-        accelerator.wait_for_everyone()
-        if not (self.output_dir / RECORD).exists():
-            fail(f"--output_dir {self.output_dir} must be on a file system that all machines see")
-        if args.cache_encoder_outputs:
-            for rows in self.train_rows:
-                rows.cache = self.fill_cache(rows, Path(args.cache_encoder_outputs).expanduser())
-        sizes = (sum(self.plan.sizes), self.total, self.plan.steps_per_epoch, self.plan.batch_size)
-        trained = sum(parameter.numel() for parameter in parameters) / 1e6
-        logger.info("%d clips; %d steps, %d an epoch, of %d clips; %.1f M trained weights, in float32", *sizes, trained)
-        if self.is_main and args.report_to != "none":
-            start_tracker(accelerator, args)
-
-    def fill_cache(self, rows: Rows, directory: Path) -> Path:
-        """Write what no earlier run has: encoder outputs and the teacher's hidden states, a file for CACHE_BLOCK rows.
-
-        Each process takes blocks of its own. They are the same whoever encodes them: a cache finished by another run
-        has the same bytes.
-        """
-        teacher, encoder, accelerator = self.frozen.teacher, self.frozen.encoder, self.accelerator
-        key = [digest(encoder), self.names["teacher"], rows.fingerprint, self.args.dtype]
-        cache, missing = directory / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16], []
-        if self.is_main:
-            cache.mkdir(parents=True, exist_ok=True)
-            there = {int(path.stem) for path in cache.glob("*/*.safetensors")}
-            missing = [block for block in range(math.ceil(len(rows) / CACHE_BLOCK)) if block not in there]
-            values = teacher.config.max_source_positions * encoder.config.d_model
-            values += rows.counts.mean() * teacher.config.d_model
-            needed = min(len(rows), len(missing) * CACHE_BLOCK) * values * teacher.dtype.itemsize / 1e9
-            free = shutil.disk_usage(directory).free / 1e9
-            logger.info("encoder cache of %s: %.2f GB to write, %.2f GB free in %s", rows.name, needed, free, directory)
-            if needed > free:
-                fail(f"--cache_encoder_outputs needs {needed:.2f} GB for {rows.name}; {directory} has {free:.2f} free")
-        missing = broadcast_object_list([missing])[0]
-        if not cache.is_dir():
-            fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
-        blocks = missing[accelerator.process_index :: accelerator.num_processes]
-        batches = [range(block * CACHE_BLOCK, min(len(rows), (block + 1) * CACHE_BLOCK)) for block in blocks]
-        batches = read_batches(rows, batches, self.args.dataloader_num_workers if batches else 0, pin=False)
-        bar = tqdm(blocks, "encoding", unit="block", disable=not (self.is_main and blocks), mininterval=PACE)
-        for block, batch in zip(bar, batches, strict=True):
-            batch = send_to_device(batch, self.device, non_blocking=True)
-            with accelerator.autocast():
-                states, hidden = (each.to(teacher.dtype) for each in self.frozen(batch))
-            counts = torch.bincount(batch["positions"] // batch["decoder_input_ids"].shape[1], minlength=len(states))
-            parts = {"states": states, "teacher_hidden": hidden.split(counts.tolist())}
-            tensors = {f"{name}.{i}": row.cpu().clone() for name, each in parts.items() for i, row in enumerate(each)}
-            block_path(cache, block).parent.mkdir(exist_ok=True)
-            write_file(block_path(cache, block), safetensors.torch.save(tensors))
-        accelerator.wait_for_everyone()
-        return cache
-
-    def train(self, stop: Stop) -> int:
-        """From where training stands to its end; 0, or the exit status where a signal ended it early."""
-        args, state, plan, step = self.args, self.state, self.plan, self.state["step"]
-        batches = plan.micro_batches(step, self.total, args.per_device_train_batch_size, self.stride, self.offset)
-        rows = torch.utils.data.ConcatDataset(self.train_rows)
-        batches = read_batches(rows, batches, args.dataloader_num_workers, pin=self.device.type == "cuda")
-        look = {"desc": "training", "unit": "step", "mininterval": PACE, "disable": not self.is_main}
-        bar = tqdm(total=self.total, initial=step, **look)
-        self.model.train()
-        if step == 0:
-            self.assess(0)
-        since, clips, stopping = time.monotonic(), 0, False
-        while state["step"] < self.total and not stopping:
-            ce, kl, tokens, norm, stopping = self.optimiser_step(batches, stop)
-            clips += len(plan.rows(state["step"]))
-            state["window"] = [before + now for before, now in zip(state["window"], (ce, kl, tokens), strict=True)]
-            state["step"] = step = state["step"] + 1
-            bar.update()
-            last = step == self.total
-            if step % args.logging_steps == 0 or last:
-                rate, since, clips = clips / (time.monotonic() - since), time.monotonic(), 0
-                ce, kl = (value / state["window"][2] for value in state["window"][:2])
-                loss, lr = args.ce_weight * ce + args.kl_weight * kl, self.optimizer.param_groups[0]["lr"]
-                state["window"] = [0.0, 0.0, 0]
-                bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:.1f} clips/s")
-                figures = {"loss": loss, "ce_loss": ce, "kl_loss": kl, "learning_rate": lr, "grad_norm": norm}
-                self.log(step, figures | {"samples_per_second": round(rate, 3)})
-            paused = time.monotonic()
-            best = self.assess(step) if step % args.eval_steps == 0 or last else False
-            if best or stopping or last or step % args.save_steps == 0:
-                self.save(step)
-            since += time.monotonic() - paused
-        bar.close()
-        if step == self.total:
-            return 0
-        logger.warning("stopped at step %d of %d, which is saved: the same command goes on", step, self.total)
-        return stop.status or 128 + signal.SIGTERM
-
-    def optimiser_step(self, batches: Iterator[dict], stop: Stop) -> tuple[float, float, int, float, bool]:
-        """One step: the sums of cross-entropy and KL, the tokens, the gradient's norm, whether a signal has come."""
-        args, accelerator, step = self.args, self.accelerator, self.state["step"]
-        rows, head = self.plan.rows(step), self.frozen.teacher.proj_out.weight
-        tokens = int(self.counts[rows].sum())
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # cross-entropy, KL, processes with a signal
-        scale = accelerator.num_processes * args.gradient_accumulation_steps / tokens
-        for start in range(self.offset, self.plan.batch_size, self.stride):
-            batch, counted = send_to_device(next(batches), self.device, non_blocking=True), start < len(rows)
-            # Dropout is a function of the place in the data: there is no random state to keep.
-            torch.manual_seed(int(np.random.SeedSequence([args.seed, step, start]).generate_state(1)[0]))
-            with accelerator.accumulate(self.model):
-                with accelerator.autocast():
-                    inputs, teacher_hidden = self.frozen(batch)
-                    loss, parts = self.model(inputs, teacher_hidden, head, batch)
-                # DDP takes the mean over processes and accelerate over micro-batches; ours is the one over tokens.
-                accelerator.backward(loss * (counted * scale))
-                sums[:2] += counted * parts
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm or math.inf)
-                    norm, sums[2] = float(norm if norm is not None else 0.0), float(stop.status != 0)
-                    ce, kl, signals = accelerator.reduce(sums).tolist()
-                    self.watch((args.ce_weight * ce + args.kl_weight * kl) / tokens, norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        if args.lr_scheduler_type not in LED_BY_LOSS:
-            self.scheduler.step()
-        return ce, kl, tokens, norm, signals > 0
-
-    def watch(self, loss: float, norm: float) -> None:
-        """End the run before a loss that is not a number, or explodes, gets into the weights and the checkpoints."""
-        args, state, trouble = self.args, self.state, None
-        state["trend"] = loss if state["trend"] is None else 0.95 * state["trend"] + 0.05 * loss
-        state["lowest"] = min(state["lowest"] or math.inf, state["trend"])
-        if not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(norm)):
-            trouble = f"the loss is {loss} and the gradient's norm {norm}"
-        elif state["trend"] > 3 * state["lowest"] + 1:
-            trouble = f"the loss has exploded from {state['lowest']:.3f} to {state['trend']:.3f}"
-        if trouble:
-            kept = [path.name for _, path in checkpoints(self.output_dir)] or ["none yet"]
-            fail(
-                f"step {state['step'] + 1}: {trouble}; the last checkpoint from before: {kept[-1]}. "
-                f"Lower --learning_rate ({args.learning_rate}) or raise --warmup_steps ({args.warmup_steps})"
-            )
-
-    def log(self, step: int, figures: dict) -> None:
-        if self.is_main:
-            entry = {"step": step, "epoch": round(step / self.plan.steps_per_epoch, 4), **figures}
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            try:
-                self.accelerator.log(figures, step=step)
-            except Exception as error:  # whatever a tracker may raise
-                logger.warning("--report_to %s: %s; it is left out from now on", self.args.report_to, error)
-                self.accelerator.trackers = []
-
-    def assess(self, step: int) -> bool:
-        """Evaluate on the held-out rows, the teacher once; whether the student is better than ever."""
-        if self.held_out is None:
-            return False
-        what = "held-out rows, %s: CER %.2f, WER %.2f, loss %.3f"
-        if self.state["teacher"] is None:
-            self.state["teacher"] = figures = self.evaluate(self.frozen.teacher)
-            logger.info(what, "teacher", *(figures[f"eval_{name}"] for name in ("cer", "wer", "loss")))
-        figures = self.evaluate(self.student)
-        logger.info(what, f"step {step}", *(figures[f"eval_{name}"] for name in ("cer", "wer", "loss")))
-        self.log(step, figures)
-        if self.args.lr_scheduler_type in LED_BY_LOSS:
-            self.scheduler.step(figures["eval_loss"])
-        figure, best = figures[f"eval_{self.args.metric_for_best_model}"], self.state["best"]
-        if step == 0 or (best and figure >= best["figure"]):
-            return False
-        self.state["best"] = {"step": step, "figure": figure}
-        return True
-
-    @torch.no_grad()
-    def evaluate(self, model: WhisperForConditionalGeneration) -> dict[str, float]:
-        """Loss per token, and WER and CER of greedy decoding in per cent, of teacher or student on held-out rows."""
-        args, teacher, tokenizer, rows = self.args, self.frozen.teacher, self.processor.tokenizer, self.held_out
-        sums, pairs, normalise = torch.zeros(3, dtype=torch.float64, device=self.device), [], BasicTextNormalizer()
-        size = args.per_device_train_batch_size
-        starts = range(self.accelerator.process_index * size, len(rows), self.accelerator.num_processes * size)
-        self.model.eval()
-        for start in tqdm(starts, "evaluating", leave=False, disable=not self.is_main, mininterval=PACE):
-            indices = range(start, min(start + size, len(rows)))
-            batch = send_to_device(collate([rows[index] for index in indices]), self.device)
-            with self.accelerator.autocast():
-                inputs, hidden = self.frozen(batch)
-                head = teacher.proj_out.weight
-                if model is teacher:
-                    sums[:2] += DistillationLoss.apply(
-                        hidden, head, hidden, head, batch["targets"], *self.trained.loss
-                    )[1]
-                else:
-                    sums[:2] += self.model(inputs, hidden, head, batch)[1]
-                sequences = model.generate(
-                    batch["features"].to(model.model.encoder.conv1.weight.dtype),
-                    generation_config=generation_config(model, args, args.max_label_length),
-                    force_unique_generate_call=True,
-                )
-            sums[2] += len(batch["targets"])
-            hypotheses = map(normalise, tokenizer.batch_decode(sequences, skip_special_tokens=True))
-            references = (normalise(rows.reference(index, tokenizer)) for index in indices)
-            pairs += [pair for pair in zip(references, hypotheses, strict=True) if pair[0].strip()]
-        self.model.train()
-        ce, kl, tokens = self.accelerator.reduce(sums).tolist()
-        texts = [list(each) for each in zip(*gather_object(pairs), strict=True)] or [["-"], [""]]
-        bare = [[text.replace(" ", "") for text in each] for each in texts] if args.language in UNSPACED else texts
-        figures = {"loss": (args.ce_weight * ce + args.kl_weight * kl) / tokens, "ce": ce / tokens, "kl": kl / tokens}
-        figures |= {"wer": 100 * jiwer.wer(*texts), "cer": 100 * jiwer.cer(*bare)}
-        return {f"eval_{name}": value for name, value in figures.items()}
-
-    def save(self, step: int) -> None:
-        """Save a checkpoint, which appears under its name when all of it is on the disk, and push the model."""
-        directory = self.output_dir / f"checkpoint-{step}-epoch-{(step - 1) // self.plan.steps_per_epoch}"
-        partial = self.output_dir / f".{directory.name}.partial"
-        if self.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            paths = sorted(path for path in partial.rglob("*") if path.is_file())
-            files = {str(path.relative_to(partial)): file_hash(path, sync=True) for path in paths}
-            write_json(partial / MANIFEST, {"state": self.state, "settings": self.settings, "files": files})
-            shutil.rmtree(directory, ignore_errors=True)
-            os.replace(partial, directory)
-            best = self.state["best"]
-            rotate(self.output_dir, step, self.args.save_total_limit, best and best["step"])
-        idle = [self.publisher is not None and self.publisher.idle() and step < self.total]
-        if broadcast_object_list(idle)[0]:
-            self.write_result(self.record | {"steps": step})
-            if self.publisher:
-                self.publisher.push = self.publisher.upload(f"Training in progress, step {step}", background=True)
-
-    def write_result(self, record: dict) -> None:
-        """Write the model repository into the output directory, each file whole or not at all."""
-        weights = self.accelerator.get_state_dict(self.model)
-        if self.args.freeze_encoder:
-            weights |= self.encoder.state_dict(prefix="encoder.")
-        if self.is_main:
-            names = {name: name if name.startswith("proj_out") else f"model.{name}" for name in weights}
-            weights = {names[name]: value.float().cpu() for name, value in weights.items()}
-            partial = self.output_dir / ".model.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self.student.generation_config = generation_config(
-                self.student, self.args, self.student.config.max_target_positions
-            )
-            shared, self.student.model.encoder = self.student.model.encoder, self.encoder
-            self.student.save_pretrained(partial, state_dict=weights)
-            self.student.model.encoder = shared  # the teacher's where they agree, in its precision
-            self.processor.save_pretrained(partial)
-            self.processor.feature_extractor.save_pretrained(partial)  # preprocessor_config.json
-            for name in TOKENIZER_FILES:  # the student's own, made for CTranslate2 and whisper.cpp as well
-                if (self.source / name).exists():
-                    shutil.copyfile(self.source / name, partial / name)
-            entries = read_metrics(self.output_dir / "metrics.jsonl")
-            draw_curves(entries, partial / "training_curves.png")
-            write_file(partial / "README.md", model_card(self.args, record, entries))
-            write_json(partial / RECORD, record)
-            for script in (Path(__file__).resolve().with_name(name) for name in SCRIPTS):
-                if script.exists() and not (self.output_dir / script.name).exists():
-                    shutil.copy(script, partial)
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):  # the record, "complete", last
-                file_hash(path, sync=True)
-                os.replace(path, self.output_dir / path.name)
-            partial.rmdir()
-        self.accelerator.wait_for_everyone()
-
-    def finish(self) -> None:
-        """Write the trained model and the record that it is complete."""
-        best = self.state["best"]
-        while self.publisher and not self.publisher.idle():
-            time.sleep(0.1)
-        done = {"status": "complete", "steps": self.total, "best": best, "teacher_evaluation": self.state["teacher"]}
-        self.write_result(self.record | done | {"seconds": round(time.monotonic() - self.started, 1)})
-        logger.info("the trained model is in %s", self.output_dir.resolve())
+            counts = f"{len(rows)} rows, {hours}{rows.token_counts.mean():.1f} tokens a label"
+            print(f"input: {rows.name}, {counts}, {sum(rows.left_out.values())} rows left out")
 
 
-def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, total: int):
-    options = {"num_warmup_steps": args.warmup_steps, "num_training_steps": total}
-    extra = args.lr_scheduler_kwargs
-    return transformers.get_scheduler(args.lr_scheduler_type, optimizer, scheduler_specific_kwargs=extra, **options)
+def print_training_plan(
+    start: Start, models: Models, data: Data, repo_id: str | None, args: argparse.Namespace
+) -> None:
+    """Print what a run would read, do, write and push."""
+    print_inputs(data)
+    print(f"work: {data.total_steps} steps of {data.plan.batch_size} rows, {data.plan.steps_per_epoch} an epoch")
+    step = data.total_steps if start.finished else start.state.step
+    print(f"done: {step} of {data.total_steps} steps{f' ({start.checkpoint.name})' if start.checkpoint else ''}")
+    if start.to_remove:
+        print(f"removes: {', '.join(path.name for path in start.to_remove)} in {args.output_dir}")
+    size = sum(weight.nbytes for weight in models.student.parameters()) / 1e9
+    trained_size = sum(weight.nbytes for weight in models.trained.parameters()) / 1e9
+    saved = math.ceil(data.total_steps / args.save_steps)
+    kept = min(saved, args.save_total_limit or saved)
+    checkpoints = f"{kept} checkpoints of {3 * trained_size:.2f} GB each"  # weights, and AdamW's two averages
+    print(f"writes: {args.output_dir}, the model of {size:.2f} GB, {checkpoints}")
+    print(f"pushes: {f'{repo_id}, {size:.2f} GB at every save' if repo_id else 'nothing'}")
+    inputs = data.train[0].first_inputs
+    started = time.perf_counter()
+    for value in inputs:
+        with contextlib.suppress(ValueError):
+            read_log_mel(value, models.extractor)
+    rate = len(inputs) / (time.perf_counter() - started)
+    print(f"left: {data.total_steps - step} steps; a process reads {rate:.0f} rows/s (from a sample of {len(inputs)})")
 
 
-def generation_config(model: WhisperForConditionalGeneration, args, max_length: int) -> GenerationConfig:
-    """Greedy, in the language and the task trained for."""
-    values = {"forced_decoder_ids": None, "return_timestamps": False, "num_beams": 1, "do_sample": False}
-    values |= {"language": args.language, "task": args.task} if args.language else {}
-    return GenerationConfig.from_dict(model.generation_config.to_dict() | values | {"max_length": max_length})
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def split_sources(args: argparse.Namespace) -> list[tuple[str, str | None, str]]:
-    """Name, configuration and split of each training dataset; one configuration or split stands for all."""
-    names = args.train_dataset_name.split("+")
-    columns = [names]
-    for flag in ("train_dataset_config_name", "train_split_name"):
-        values = [value or None for value in (getattr(args, flag) or "").split("+")]
-        if len(values) not in (1, len(names)):
-            fail(f"--{flag} {getattr(args, flag)} names {len(values)} for {len(names)} datasets")
-        columns.append(values * len(names) if len(values) == 1 else values)
-    weights = args.train_dataset_samples
-    if weights and (len(weights) != len(names) or min(weights) <= 0):
-        fail(f"--train_dataset_samples {weights} must be one positive number for each dataset")
-    return list(zip(*columns, strict=True))
-
-
-def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split("+")]
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    count = {"type": int, "metavar": "N"}
-    add = parser.add_argument_group("models").add_argument
-    add("--model_name_or_path", required=True, help="student: Hub id or directory")
-    add("--teacher_model_name_or_path", required=True, help="teacher: Hub id or directory")
-    add("--freeze_encoder", **switch, help="no training of the encoder; equal to the teacher's, it runs once for both")
-    dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, default="bfloat16", help="compute precision; what is trained stays float32")
-    add("--attn_type", choices=["eager", "sdpa", "flash_attn"], default="sdpa", help="attention")
-    add("--gradient_checkpointing", **switch, help="activations computed again, not kept: less memory, slower")
-    add("--torch_compile", **switch, help="compiled models (for GPUs)")
-    add = parser.add_argument_group("data").add_argument
-    add("--train_dataset_name", help="datasets, Hub ids or directories, joined by +")
-    add("--train_dataset_config_name", help="their configurations joined by +, or one for all")
-    add("--train_split_name", default="train", help="their splits joined by +, or one for all")
-    add(
-        "--train_dataset_samples",
-        type=numbers,
-        help="their sampling weights joined by +; without them every row once an epoch",
-    )
-    add("--audio_column_name", default="audio", help="column with audio, where input_features is none")
-    add("--text_column_name", help="column with the reference of held-out rows (text, transcription, else the label)")
-    add("--language", help="language of the labels, such as ja")
-    add("--task", choices=["transcribe", "translate"], default="transcribe", help="task of the labels")
-    add("--max_label_length", **count, default=448, help="tokens of the longest label; longer ones are left out")
-    add("--preprocessing_num_workers", **count, default=1, help="processes that convert datasets to Arrow")
-    add("--dataloader_num_workers", **count, default=0, help="processes that load batches; 0 = the training process")
-    add("--cache_encoder_outputs", metavar="DIR", help="cache of what is frozen, to compute it once; ~4 MB a clip")
-    add = parser.add_argument_group("training").add_argument
-    add("--do_train", **switch, help="training; without it, only an evaluation on the held-out rows")
-    add("--num_train_epochs", type=float, default=3.0, help="epochs")
-    add("--max_steps", **count, default=-1, help="optimiser steps instead of epochs; -1 = epochs")
-    add("--per_device_train_batch_size", **count, default=16, help="clips a process and micro-batch")
-    add("--gradient_accumulation_steps", **count, default=1, help="micro-batches an optimiser step")
-    add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
-    schedules = [schedule.value for schedule in transformers.SchedulerType]
-    add("--lr_scheduler_type", choices=schedules, default="constant_with_warmup", help="learning rate's schedule")
-    add("--lr_scheduler_kwargs", type=json.loads, default="{}", metavar="JSON", help="the schedule's own arguments")
-    add("--warmup_steps", **count, default=50, help="optimiser steps of warm-up")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's weight decay, of matrices only")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta 1")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta 2")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
-    add("--max_grad_norm", type=float, default=1.0, help="largest norm of a gradient; 0 = any")
-    add("--ce_weight", type=float, default=0.8, help="weight of the cross-entropy with the labels")
-    add("--kl_weight", type=float, default=1.0, help="weight of the KL divergence from the teacher")
-    add("--temperature", type=float, default=2.0, help="temperature of the KL term")
-    add("--seed", type=int, default=42, help="seed of the order of the rows and of dropout")
-    add = parser.add_argument_group("evaluation while training").add_argument
-    add("--eval_dataset_name", help="held-out dataset: Hub id or directory")
-    add("--eval_dataset_config_name", help="its configuration")
-    add("--eval_split_name", default="test", help="its split")
-    add("--eval_steps", **count, default=1000, help="optimiser steps between evaluations")
-    add("--eval_max_samples", **count, default=256, help="rows, evenly spaced; 0 = all")
-    add("--metric_for_best_model", choices=["loss", "cer", "wer"], default="cer", help="figure of the best checkpoint")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", required=True, help="directory of the result, also a clone of the model's repository")
-    overwrite = "what a run with other settings left there is replaced; with the same settings a run goes on"
-    add("--overwrite_output_dir", **switch, help=overwrite)
-    resume = "auto = the newest whole checkpoint, False = none: start afresh, or the path of one"
-    add("--resume_from_checkpoint", nargs="?", const="auto", default="auto", metavar="CHOICE", help=resume)
-    add("--save_steps", **count, default=500, help="optimiser steps between checkpoints")
-    add("--save_total_limit", **count, help="newest checkpoints to keep, beside the best (all)")
-    add("--logging_steps", **count, default=50, help="optimiser steps between entries of metrics.jsonl")
-    trackers = ["wandb", "tensorboard", "trackio", "none"]
-    add("--report_to", choices=trackers, default="wandb", help="tracker beside metrics.jsonl")
-    add("--wandb_project", default="distillation", help="tracker's project")
-    add("--wandb_name", help="tracker's name for the run")
-    add("--push_to_hub", **switch, help="push of the result, at every save in the background and at the end")
-    add("--hub_model_id", help="repository to push to (that of the clone, or named as the end of --output_dir)")
-    add("--hub_private_repo", **switch, help="a private repository, where it has to be made")
-    dry_run = "say what would be read, written and pushed, how much, and what is done already; change nothing"
-    add("--dry_run", **switch, help=dry_run)
-    args = parser.parse_args(argv)
-    args.output_dir = str(Path(args.output_dir).expanduser())
-    sizes = "per_device_train_batch_size gradient_accumulation_steps save_steps logging_steps eval_steps"
-    for name in sizes.split():
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.language:
-        args.language = TO_LANGUAGE_CODE.get(args.language.lower(), args.language.lower())
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if not args.do_train or not args.train_dataset_name:
-        fail("nothing to do: pass --do_train and --train_dataset_name")
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    """Fail where flags do not go together."""
+    if args.do_train and not args.train_dataset_name:
+        fail("nothing to do: --do_train needs --train_dataset_name")
+    if not args.do_train and not args.eval_dataset_name:
+        fail("nothing to do: pass --do_train and --train_dataset_name, or --eval_dataset_name for an evaluation")
     if args.cache_encoder_outputs and not args.freeze_encoder:
         fail("--cache_encoder_outputs needs --freeze_encoder: the outputs of an encoder in training change")
     if args.lr_scheduler_type in LED_BY_LOSS and not args.eval_dataset_name:
         fail(f"--lr_scheduler_type {args.lr_scheduler_type} follows the held-out loss: it needs --eval_dataset_name")
     if args.dtype == "float16" and not torch.cuda.is_available():
         fail("--dtype float16 needs a GPU: use bfloat16 or float32")
-    if Path(args.output_dir).resolve() == Path(args.model_name_or_path).resolve():
+    if args.output_dir.resolve() == Path(args.model_name_or_path).resolve():
         fail(f"--output_dir {args.output_dir} is the student to start from: choose another")
+
+
+def load_data(models: Models, accelerator: Accelerator, args: argparse.Namespace) -> Data:
+    """The rows, and in which order they are trained on."""
+    train = []
+    held_out = None
+    with accelerator.local_main_process_first():  # the others find the Arrow files in the cache
+        if args.do_train:
+            train = [Rows(source, models, args) for source in training_sources(args)]
+        if args.eval_dataset_name:
+            source = Source(args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name)
+            held_out = Rows(source, models, args, held_out=True)
+    plan = Plan(
+        sizes=tuple(len(rows) for rows in train),
+        weights=tuple(args.train_dataset_samples) if args.train_dataset_samples else None,
+        seed=args.seed,
+        micro_batch_size=args.per_device_train_batch_size,
+        processes=accelerator.num_processes,
+        accumulation=args.gradient_accumulation_steps,
+    )
+    total_steps = args.max_steps
+    if total_steps <= 0:
+        total_steps = math.ceil(args.num_train_epochs * plan.steps_per_epoch)
+    return Data(train, held_out, plan, total_steps)
+
+
+def training_settings(models: Models, data: Data, args: argparse.Namespace) -> dict:
+    """The settings that change the trained weights. A dry run does not know the models' weights."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["train_data"] = [rows.digest for rows in data.train]
+    settings["global_batch_size"] = data.plan.batch_size
+    if not args.lr_scheduler_type.startswith("constant"):  # only then the rate depends on where the run ends
+        settings["steps"] = data.total_steps
+    return settings | models.digests
+
+
+def start_training(
+    start: Start,
+    models: Models,
+    data: Data,
+    settings: dict,
+    accelerator: Accelerator,
+    repo_id: str | None,
+    args: argparse.Namespace,
+) -> Training:
+    """Optimiser, schedule and weights, and the output directory, as they were at the step to start from."""
+    optimizer = make_optimizer(models, accelerator.device, args)
+    scheduler = make_scheduler(args, optimizer, data.total_steps)
+    model, optimizer = accelerator.prepare(models.trained, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        accelerator.register_load_state_pre_hook(load_weights)
+    if start.checkpoint:
+        accelerator.load_state(str(start.checkpoint))
+        accelerator.step = 0  # of accumulation, which begins anew and may have changed
+        logger.info("going on from step %d of %d (%s)", start.state.step, data.total_steps, start.checkpoint.name)
+    config = models.student.config
+    record = {
+        "status": "running",
+        "settings": settings,
+        "rows": sum(data.plan.sizes),
+        "rows_left_out": {rows.name: rows.left_out for rows in data.train},
+        "hours": round(sum(rows.hours for rows in data.train), 2),
+        "steps": start.state.step,
+        "steps_per_epoch": data.plan.steps_per_epoch,
+        "layers": {"encoder": config.encoder_layers, "decoder": config.decoder_layers},
+        "processes": accelerator.num_processes,
+        "arguments": vars(args),
+        "versions": library_versions("torch", "transformers", "datasets", "accelerate"),
+    }
+    if accelerator.is_main_process:
+        clean_output(start, args.output_dir)
+        write_json(args.output_dir / RECORD, record)
+    accelerator.wait_for_everyone()
+    if not (args.output_dir / RECORD).exists():
+        fail(f"--output_dir {args.output_dir} must be on a file system that all machines see")
+    schedule = (data.total_steps, data.plan.steps_per_epoch, data.plan.batch_size)
+    logger.info("%d rows; %d steps, %d an epoch, of %d rows", record["rows"], *schedule)
+    return Training(accelerator, model, optimizer, scheduler, start.state, record, repo_id)
+
+
+def clean_output(start: Start, output_dir: Path) -> None:
+    """Remove what is not of this run, and what is later than the step that it starts from."""
+    for path in start.to_remove:
+        logger.warning("removing %s", path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rotate_checkpoints(output_dir, start.state.step, limit=None, best_step=None)
+    metrics = output_dir / "metrics.jsonl"
+    lines = [json.dumps(entry) + "\n" for entry in read_metrics(metrics, start.state.step)]
+    write_atomically(metrics, "".join(lines))
+
+
+def evaluate_only(models: Models, data: Data, accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Evaluate teacher and student on the held-out rows, and write the figures."""
+    figures = {}
+    for name, model in (("teacher", models.teacher), ("student", models.student)):
+        figures[name] = evaluate(model.eval(), models, data.held_out, accelerator, args)
+        log_evaluation(name, figures[name])
+    if accelerator.is_main_process:
+        write_json(args.output_dir / EVALUATION, figures)
+
+
+@contextlib.contextmanager
+def one_line_for_faults() -> Iterator[None]:
+    """End with one line where the disk is full or nothing may be written, and leave no loader's process behind."""
     try:
-        return Distillation(args).run(Stop())
-    except (OSError, safetensors.SafetensorError, DatasetGenerationError) as error:  # no room, no right to write
+        yield
+    except (OSError, SafetensorError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno is None:  # not the system's
+        if isinstance(cause, OSError) and cause.errno is None:  # not the operating system's
             raise
-        fail(f"{reason(cause)}; when that is mended, the same command goes on from the last checkpoint")
+        fail(f"{first_line(cause)}. Fix this. {CONTINUE}")
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():  # the loader's get no SIGTERM: an exit would wait for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise for workers that are killed
+        for (
+            worker
+        ) in multiprocessing.active_children():  # they block SIGTERM, so the interpreter's exit would wait for them
             worker.kill()
             worker.join()
 
 
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    began = time.monotonic()
+    with one_line_for_faults():
+        # 1. Set up.
+        set_up_process(os.environ.get("RANK", "0") == "0")
+        transformers.logging.disable_progress_bar()
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        args.dtype = choose_dtype(args.dtype, device)
+        accelerator = start_accelerator(
+            args,
+            [DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            mixed_precision=MIXED_PRECISION[args.dtype],
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+        )
+
+        # 2. Refuse what can be refused.
+        refuse_contradictions(args)
+        if not args.dry_run:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+        repo_id = None
+        if args.push_to_hub and args.do_train and accelerator.is_main_process:
+            repository = args.hub_model_id or home_repository(args.output_dir)
+            repo_id = prepare_repository(repository, "model", args.hub_private_repo, args.dry_run)
+
+        # 3. Load.
+        models = load_models(args, accelerator.device)
+        data = load_data(models, accelerator, args)
+
+        # 4. Find what is left to do.
+        if not args.do_train:
+            if args.dry_run:
+                print_inputs(data)
+            else:
+                evaluate_only(models, data, accelerator, args)
+            return 0
+        settings = training_settings(models, data, args)
+        start = find_start(settings, data.total_steps, args) if accelerator.is_main_process else None
+        if args.dry_run:
+            if start:
+                print_training_plan(start, models, data, repo_id, args)
+            return 0
+        start = broadcast_object_list([start])[0]
+
+        if start.finished:
+            logger.info("%s holds the finished result of this command: nothing is trained", args.output_dir)
+        else:
+            # 5. Work.
+            training = start_training(start, models, data, settings, accelerator, repo_id, args)
+            if args.cache_encoder_outputs:
+                for rows in data.train:
+                    rows.cache = fill_cache(rows, models, accelerator, args)
+            start_tracker(accelerator, args, args.wandb_name)
+            handlers = {}
+            for number in (signal.SIGTERM, signal.SIGINT):
+                handlers[number] = signal.signal(number, training.stop)
+            status = train(training, models, data, args)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+            # 6. Write record and card.
+            if status == 0:
+                finish_training(training, models, data, began, args)
+            accelerator.end_training()
+            if status:
+                return status
+
+        # 7. Push.
+        if repo_id:
+            push_result(repo_id, args)
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"stopped. {CONTINUE}", file=sys.stderr)
+        sys.exit(130)

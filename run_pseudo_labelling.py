@@ -1,24 +1,24 @@
 #!/usr/bin/env python
 """Label a speech dataset with a Whisper teacher.
 
-In:  `--dataset_name`: a builder file such as reazonspeech_manual_dataloader.py, a local dataset directory (parquet as
-     on the Hub, or audio files with metadata.csv or .jsonl) or a Hub id; any audio that soundfile reads.
-Out: <output_dir>/<config>/<split>-000ii-of-000NN.parquet: the input's columns, the audio bytes untouched, and
-     `whisper_transcript`: the ids of <|startoftranscript|><|ja|><|transcribe|>, then <|notimestamps|> or timestamps
-     with the text, then one <|endoftext|>; with `--decode_token_ids` its text. `--scores` adds columns to filter by.
-     Beside them README.md (the card) and labelling.<config>.<split>.json (the record: counts, rows left out, speed).
+In:  `--dataset_name`: a dataset directory, a Hub id, a manifest, or a builder: reazonspeech_manual_dataloader.py.
+Out: <output_dir>/<config>/<split>-000ii-of-000NN.parquet, the input's columns and `whisper_transcript`: the ids of
+     <|startoftranscript|><|ja|><|transcribe|>, then <|notimestamps|> or timestamps with the text, then one
+     <|endoftext|>; with `--decode_token_ids`, the label's text instead. `--scores` adds columns to filter by. Next to
+     them are README.md (the card) and labelling.<config>.<split>.json (the record: counts, rows left out, speed).
 
     python run_pseudo_labelling.py --model_name_or_path openai/whisper-large-v3 --dataset_name org/speech \\
         --dataset_split_name train --language ja --return_timestamps --output_dir labelled
     accelerate launch --multi_gpu run_pseudo_labelling.py ... --hub_model_id org/speech-labelled
 
-Work is done in shards of `--shard_size` rows. A shard appears when it is complete, so the same command continues after
-any interruption, on any number of processes, and ends with the same bytes. Machines must see one `--output_dir`.
-A label that has not ended at `--max_label_length` tokens is cut there, ended, and counted as truncated.
+Run the same command again to resume: shards of `--shard_size` rows that are complete are kept, and the result has the
+same bytes whatever the number of processes. All machines must see the same `--output_dir`.
 """
 
 import argparse
-import collections
+import contextlib
+import csv
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -35,51 +35,62 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import datasets
+import fsspec
 import librosa
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 import soundfile
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from datasets import Audio, Dataset, Features, List, Value
-from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from datasets.packaged_modules.parquet.parquet import Parquet
 from filelock import FileLock, Timeout
-from huggingface_hub import DatasetCard, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import LogitsProcessor, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizerFast,
+)
+from transformers.cache_utils import EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 from transformers.utils import is_flash_attn_2_available
 
-logger = logging.getLogger(__name__)
-
-SAMPLING_RATE = 16_000
-WINDOW = 30 * SAMPLING_RATE  # what Whisper hears, in samples
-BATCHES_AHEAD = 3  # whose audio is decoded while the device works
-ROWS_PER_GROUP = 100  # of the parquet files, as `datasets` writes audio: ~10 MB to read for one row
-PLAN_SECONDS = 20  # in which --dry_run counts clips
-LABEL = "whisper_transcript"
-SCORES = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as openai-whisper's `transcribe` names them
+LABEL_COLUMN = "whisper_transcript"
+SCORE_COLUMNS = ("avg_logprob", "compression_ratio", "no_speech_prob")  # as openai-whisper's `transcribe` names them
+SETTINGS = (  # flags that change the labels, besides those that choose teacher and dataset
+    "audio_column_name",
+    "id_column_name",
+    "shard_size",
+    "dtype",
+    "return_timestamps",
+    "generation_num_beams",
+    "max_label_length",
+    "decode_token_ids",
+    "scores",
+)
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "accelerate", "soundfile", "librosa")
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: Xet's uploads
+APPEAR_SECONDS = 60  # how long a shared file system may take to show other machines' files
+PLAN_SECONDS = 20  # how long --dry_run reads the input at most
 NEW_CARD = """---
 license: other
 task_categories:
@@ -87,9 +98,95 @@ task_categories:
 ---
 # Speech with labels by Whisper
 
-The labels come with the terms of the audio. Those of ReazonSpeech: use only for information analysis under Article 30-4
-of the Japanese Copyright Act.
+The terms of the audio also apply to the labels. ReazonSpeech may only be used for information analysis under Article
+30-4 of the Japanese Copyright Act.
 """
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    group = parser.add_argument_group("input")
+    group.add_argument("--dataset_name", required=True, help="directory, Hub id, .csv, .tsv, .jsonl or builder .py")
+    group.add_argument("--dataset_config_name", help="configuration; unset = the default one")
+    group.add_argument(
+        "--dataset_dir_suffix", metavar="START_END", help="which range of a download in ranges to read; unset = all"
+    )
+    group.add_argument("--dataset_split_name", default="train", help="split")
+    group.add_argument("--audio_column_name", default="audio", help="column of audio")
+    group.add_argument("--text_column_name", help="column of reference texts, checked to exist; unset = no check")
+    group.add_argument("--id_column_name", help="column that names rows; unset = rows are numbered")
+    group.add_argument("--max_samples", type=int, help="rows to take from the start; unset = all")
+    group = parser.add_argument_group("teacher and labels")
+    group.add_argument("--model_name_or_path", required=True, help="Whisper, a local directory or Hub id")
+    group.add_argument("--language", type=language_code, help="language, code or name; unset = detected per clip")
+    group.add_argument("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
+    group.add_argument("--return_timestamps", default=False, help="labels with timestamps", **flag)
+    group.add_argument("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
+    group.add_argument(
+        "--max_label_length",
+        type=int,
+        default=128,
+        help="maximum label length in tokens, special tokens included; longer labels are cut and counted as truncated",
+    )
+    group.add_argument("--decode_token_ids", default=False, help="store text in place of token ids", **flag)
+    group.add_argument("--scores", default=False, help=f"add the columns {', '.join(SCORE_COLUMNS)}", **flag)
+    group = parser.add_argument_group("work")
+    group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="clips per batch")
+    group.add_argument("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
+    group.add_argument("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
+    group.add_argument(
+        "--shard_size", type=int, default=1000, help="rows per shard; a crash loses only the shards in progress"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision; unset = bfloat16 where the device computes it natively, else float32",
+    )
+    group.add_argument("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
+    group.add_argument(
+        "--torch_compile", default=False, help="decode with fixed shapes and a static cache; compiled on a GPU", **flag
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True, type=Path, help="dataset directory to write")
+    group.add_argument(
+        "--overwrite_output_dir", default=False, help="delete output that was made with different settings", **flag
+    )
+    group.add_argument("--hub_model_id", metavar="ORG/NAME", help="dataset repository to push to; unset = none")
+    group.add_argument("--push_to_hub", help="push the result; unset = push if --hub_model_id is a Hub id", **flag)
+    group.add_argument("--hub_private_repo", default=True, help="make a new repository private", **flag)
+    group.add_argument("--dry_run", default=False, help="print what a run would do and how long it would take", **flag)
+    group = parser.add_argument_group("tracking")
+    group.add_argument("--report_to", choices=TRACKERS, default="wandb", help="tracker")
+    group.add_argument("--wandb_project", default="kotoba-whisper-labelling", help="project of the tracker")
+    group.add_argument(
+        "--logging_steps", type=int, default=100, help="report to the tracker after every so many batches"
+    )
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir.expanduser()
+    for name in ("generation_num_beams", "per_device_eval_batch_size", "shard_size", "logging_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return args
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+CONTINUE = "Run the same command again to continue."
+
+logger = logging.getLogger(__name__)
+
+
+def fail(message: str) -> NoReturn:
+    """End the script with one line for the user: what was wrong, with which value, what to do."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
 def boolean(value: str) -> bool:
@@ -101,15 +198,205 @@ def boolean(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is neither True nor False")
 
 
-def fail(message: str) -> NoReturn:
-    """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag in its help, unless it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def set_up_process(is_main_process: bool = True) -> None:
+    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    level = logging.INFO if is_main_process else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when it is complete and on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+# ---- common: records -------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file; what JSON does not know, such as a path, is written as its text."""
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Version of each of these installed packages, for a record."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def changed_setting(earlier: dict, settings: dict) -> str | None:
+    """The first setting in which an earlier run differs from this one, for people to read; None where none does."""
+    for name, value in json.loads(json.dumps(settings, default=str)).items():
+        if earlier.get(name) != value:
+            return f"{name} was {earlier.get(name)!r} and is now {value!r}"
+    return None
+
+
+def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
+    """Fail where `place` holds the results of a run with other settings, which must not be mixed with this run's."""
+    if changed := changed_setting(earlier, settings):
+        fail(
+            f"{place} was made with other settings: {changed}. Choose another directory, "
+            "or pass --overwrite_output_dir to start afresh"
+        )
+
+
+# ---- common: the Hub -------------------------------------------------------------------------------------------------
+
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
 
 
 def first_line(error: BaseException) -> str:
-    """The line of an error that says what is wrong; the Hub's begin with the request's id."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
-    return lines[0] if lines else type(error).__name__
+    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    for line in str(error).splitlines():
+        if line.strip() and not line.startswith("(Request ID"):
+            return line.strip().rstrip(".")
+    return type(error).__name__
+
+
+def hub_fail(action: str, error: BaseException) -> NoReturn:
+    """Fail because the Hub refused something."""
+    fail(
+        f"{action} failed: {first_line(error)}. Check the name, and the token with `hf auth whoami`; "
+        "`hf auth login` sets another token"
+    )
+
+
+def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
+    """Create a repository if it is missing, check the right to write to it, and return its full id.
+
+    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    """
+    api = HfApi()
+    try:
+        if not dry_run:
+            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
+            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
+            return url.repo_id
+        account = api.whoami()
+        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+        if api.repo_exists(repo_id, repo_type=repo_type):
+            api.auth_check(repo_id, repo_type=repo_type, write=True)
+        elif repo_id.split("/")[0] not in owners:
+            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+        return repo_id
+    except HUB_ERRORS as error:
+        hub_fail(f"preparing the {repo_type} repository {repository}", error)
+
+
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
+    for seconds in (1, 2, 4, 0):
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not seconds:
+                raise
+        time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: dataset repositories ------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, notes: dict) -> None:
+    """Write a shard that appears under its name only when it is complete and on the disk.
+
+    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made.
+    """
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+        for table in tables:
+            if table.num_rows:  # `datasets` cannot read a row group without rows
+                writer.write_table(table, row_group_size=100)
+        writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+
+
+def read_notes(path: Path) -> dict | None:
+    """What `write_parquet` noted in a shard; None where the shard is missing or damaged."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
+        return None
+    return json.loads(metadata.get(b"kotoba", "{}"))
+
+
+def list_split(card: DatasetCard, config: str, split: str) -> None:
+    """Name the files of a split in a dataset card, which keeps what it says of other splits."""
+    configs = {entry["config_name"]: entry for entry in card.data.get("configs") or []}
+    entry = configs.setdefault(config, {"config_name": config})
+    listed = entry.get("data_files")
+    others = [files for files in listed if files["split"] != split] if isinstance(listed, list) else []
+    entry["data_files"] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
+    card.data.configs = list(configs.values())
+    card.data.dataset_info = None  # row counts of earlier contents, on which `datasets` would insist
+
+
+def push_dataset(
+    repository: str, directory: Path, patterns: list[str], update_card: Callable[[str | None], str], message: str
+) -> None:
+    """Upload the files of a directory that match, and then the card.
+
+    Args:
+        repository: Hub id of a dataset.
+        patterns: which files are this run's; those that are only on the Hub are deleted there.
+        update_card: gives the new text of the card for the one on the Hub, None where there is none.
+        message: of the commits.
+    """
+    api, target = HfApi(), {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
+
+    def push_files() -> None:
+        ignored = [".*", "*.partial"]
+        api.upload_folder(
+            folder_path=directory, allow_patterns=patterns, delete_patterns=patterns, ignore_patterns=ignored, **target
+        )
+
+    def push_card() -> None:
+        head = api.dataset_info(repository).sha
+        try:
+            path = api.hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
+            text = Path(path).read_text(encoding="utf-8")
+        except EntryNotFoundError:
+            text = None
+        card = update_card(text).encode()
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", parent_commit=head, **target)
+
+    try:
+        push_again(push_files)
+        push_again(push_card)
+    except HUB_ERRORS as error:
+        fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
+    logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
+
+
+# ---- common: models --------------------------------------------------------------------------------------------------
+
+ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
 
 
 def local_directory(reference: str) -> Path | None:
@@ -122,937 +409,1189 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------- labels
-
-
-class Label(NamedTuple):
-    ids: list[int]  # from <|startoftranscript|> to one <|endoftext|>
-    truncated: bool  # it had not ended at the length limit
-    avg_logprob: float | None = None
-    no_speech_prob: float | None = None
-
-
-def finish_label(sequence: list[int], prefix_length: int, end: int) -> tuple[list[int], bool]:
-    """The stored form of what `generate` returned, and whether it had to be cut.
-
-    Without padding and with one end token, which takes the place of the last token where there is none.
-    """
-    if end in sequence[prefix_length:]:
-        return sequence[: sequence.index(end, prefix_length) + 1], False
-    return [*sequence[:-1], end], True
-
-
-def timestamps_are_paired(body: list[int], first_timestamp: int) -> bool:
-    """Whether timestamps open and close every stretch of text and never go back (`body`: no prefix, no end token)."""
-    opened, latest = False, first_timestamp
-    for token in body:
-        if token < first_timestamp:
-            if not opened:
-                return False
-        elif token < latest:
-            return False
-        else:
-            opened, latest = not opened, token
-    return not opened
-
-
-class LabelScores(LogitsProcessor):
-    """Mean log-probability of labels, and the probability of no speech, picked up while `generate` runs.
-
-    As openai-whisper's DecodingResult has them: log-probabilities are of the scores after suppression and timestamp
-    rules and count the end token; no speech is the share of <|nospeech|> behind the very first token.
-    """
-
-    def __init__(self, model, prefix_length: int, no_speech: int, beams: int):
-        self.prefix_length, self.no_speech, self.beams = prefix_length, no_speech, beams
-        self.no_speech_probs: list[float] = []
-        self.best: dict[tuple, dict[int, float]] = {}  # (clip, text so far) -> the best next tokens
-        self.hook = model.get_output_embeddings().register_forward_hook(self.see_first_logits)
-
-    def see_first_logits(self, module, inputs, logits: torch.Tensor) -> None:
-        if logits.shape[1] == self.prefix_length:  # unlike those of language detection
-            self.no_speech_probs = logits[:: self.beams, 0].float().softmax(-1)[:, self.no_speech].tolist()
-            self.hook.remove()  # later steps may be compiled
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # A search of n beams goes on with some of the best 2n tokens.
-        best = scores.float().log_softmax(-1).topk(2 * self.beams)
-        texts = input_ids[:, self.prefix_length :].tolist()
-        for row, (text, *pair) in enumerate(zip(texts, best.indices.tolist(), best.values.tolist(), strict=True)):
-            self.best[row // self.beams, *text] = dict(zip(*pair, strict=True))
-        return scores
-
-    def add_to(self, label: Label, clip: int) -> Label:
-        text = label.ids[self.prefix_length :][: -1 if label.truncated else None]
-        choices = [(self.best[clip, *text[:place]], token) for place, token in enumerate(text)]
-        # A token that isn't there ties with the last that is.
-        logprobs = [best.get(token, min(best.values())) for best, token in choices]
-        return label._replace(avg_logprob=np.mean(logprobs), no_speech_prob=self.no_speech_probs[clip])
-
-
-# ---------------------------------------------------------------------------------------------------------------- audio
-
-
-class Clip(NamedTuple):
-    waveform: np.ndarray | None  # mono float32 at 16 kHz, no more than 30 s; None where there is a problem
-    seconds: float  # of the whole clip
-    problem: str | None = None
-
-
-def header_seconds(audio: bytes | None) -> float:
-    """Duration that an audio file's header tells; 0 where it can't be read."""
+def load_pretrained(kind: type, reference: str, **options) -> Any:
+    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        header = soundfile.info(io.BytesIO(audio or b""))
-    except soundfile.LibsndfileError:
-        return 0.0
-    return header.frames / header.samplerate
+        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+    except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        # The last three are weights that were cut off, that are damaged, and that would run code.
+        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
 
 
-def load_clip(value: pa.BinaryScalar) -> Clip:
-    """Decode an audio file, mix it to mono and resample it to 16 kHz; of all past 31 s only the length counts."""
-    audio = value.as_py()
-    if not audio:
-        return Clip(None, 0.0, "no audio")
+def load_config(reference: str, **options) -> WhisperConfig:
+    """The configuration of a Whisper; fails for models of other kinds."""
+    config = load_pretrained(AutoConfig, reference, **options)
+    if config.model_type != "whisper":
+        fail(f"{reference} is a {config.model_type} model, not a Whisper")
+    return config
+
+
+def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
+    """The tokenizer of a Whisper. Without its files, `transformers` silently makes one with an empty vocabulary."""
+    tokenizer = load_pretrained(WhisperTokenizerFast, reference, **options)
+    # "a" as well: with tokenizer_config.json alone there are the special tokens, and no others.
+    if not {"a", "<|startoftranscript|>"} <= tokenizer.get_vocab().keys():
+        fail(f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt")
+    return tokenizer
+
+
+def is_multilingual(vocabulary: dict[str, int]) -> bool:
+    """Whether a Whisper with this vocabulary takes a language and a task."""
+    return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
+
+
+def load_generation_config(
+    reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
+) -> GenerationConfig:
+    """How a model decodes. What its file lacks, as those of 2022 do, comes from vocabulary and configuration."""
     try:
-        with soundfile.SoundFile(io.BytesIO(audio)) as file:
-            rate, seconds = file.samplerate, file.frames / file.samplerate
-            waveform = file.read(31 * rate, dtype="float32", always_2d=True).mean(axis=1)
-    except soundfile.LibsndfileError as error:
-        return Clip(None, 0.0, f"undecodable: {error.error_string}")
-    if not len(waveform):
-        return Clip(None, 0.0, "zero length")
-    if not np.isfinite(waveform).all():
-        return Clip(None, 0.0, "samples that are not finite numbers")
-    if len(waveform) < 31 * rate:  # headers of damaged files promise more
-        seconds = len(waveform) / rate
-    if rate != SAMPLING_RATE:
-        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
-    return Clip(waveform[:WINDOW], seconds)
+        source = str(local_directory(reference) or reference)
+        generation_config = GenerationConfig.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if "does not appear to have a file named" not in str(error):  # a damaged file, or a Hub that does not answer
+            fail(f"cannot load the generation config of {reference}: {first_line(error)}")
+        generation_config = GenerationConfig()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            setattr(generation_config, name, getattr(config, name))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            setattr(generation_config, name, getattr(config, name, None))
+    generation_config.is_multilingual = is_multilingual(vocabulary)
+    values = {
+        "max_length": config.max_target_positions,
+        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
+        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
+        "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
+    }
+    if is_multilingual(vocabulary):
+        tokens = [f"<|{code}|>" for code in LANGUAGES]
+        values["lang_to_id"] = {token: vocabulary[token] for token in tokens if token in vocabulary}
+        values["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}
+    for name, value in values.items():
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, value)
+    return generation_config
 
 
-def log_mel(waveforms: torch.Tensor, extractor: WhisperFeatureExtractor) -> torch.Tensor:
-    """Whisper's log-mel of zero-padded waveforms (batch, samples), as its extractor gives it: (batch, mels, 3000).
-
-    Only the frames that the longest clip fills are computed, and one more: all later ones are equal to that one.
-    """
-    hop, frames = extractor.hop_length, extractor.nb_max_frames
-    filled = min(frames, math.ceil((waveforms.shape[1] + extractor.n_fft // 2) / hop) + 1)
-    padded = torch.nn.functional.pad(waveforms, (0, filled * hop - waveforms.shape[1]))
-    window = torch.hann_window(extractor.n_fft, device=padded.device)
-    stft = torch.stft(padded, extractor.n_fft, hop, window=window, return_complex=True)
-    power = (stft[..., :-1].abs() ** 2).contiguous()
-    filters = torch.from_numpy(extractor.mel_filters).to(padded.device, torch.float32)
-    mel = torch.clamp(filters.T @ power, min=1e-10).log10()
-    mel = (torch.maximum(mel, mel.amax(dim=(1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
-    return torch.cat([mel, mel[:, :, -1:].expand(-1, -1, frames - filled)], dim=2)
+# ---- common: languages -----------------------------------------------------------------------------------------------
 
 
-# -------------------------------------------------------------------------------------------------------------- teacher
+def language_code(language: str) -> str:
+    """Whisper's code of a language that is given by code, name or token: `Japanese`, `JA` and `<|ja|>` are `ja`."""
+    name = language.lower().strip("<|>")
+    return TO_LANGUAGE_CODE.get(name, name)
 
 
-def load(kind: type, reference: str, **settings):
-    """`kind.from_pretrained(reference)`, or one line about why it can't be had."""
-    try:
-        return kind.from_pretrained(reference, **settings)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:  # the last: weights that are more than tensors
-        fail(f"can't load --model_name_or_path {reference}: {first_line(error)}; for a private one `hf auth login`")
+def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str | None, task: str) -> dict[str, str]:
+    """Language and task as `generate` takes them; none for an English-only model, where they are an error."""
+    codes = [code for code in LANGUAGES if f"<|{code}|>" in vocabulary] if is_multilingual(vocabulary) else ["en"]
+    if language is not None and language not in codes:
+        fail(f"--language {language}: {reference} has no such language, only {', '.join(sorted(codes))}")
+    if not is_multilingual(vocabulary):
+        if task != "transcribe":
+            fail(f"--task {task}: {reference} knows only English")
+        return {}
+    return {"task": task} if language is None else {"language": language, "task": task}
 
 
-class Teacher:
-    """A Whisper that labels batches of waveforms on a device; its weights come by `load_weights`, the rest at once."""
+# ---- common: devices and trackers ------------------------------------------------------------------------------------
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device, self.beams = args, device, args.generation_num_beams
-        self.attention = attention_implementation(args, device)
-        self.reference = str(local_directory(args.model_name_or_path) or args.model_name_or_path)
-        self.config = load(transformers.AutoConfig, self.reference)
-        if self.config.model_type != "whisper":
-            fail(f"--model_name_or_path {self.reference} is a {self.config.model_type} model, not a Whisper")
-        self.extractor = load(WhisperFeatureExtractor, self.reference)
-        self.tokenizer = load(WhisperTokenizerFast, self.reference)
-        try:
-            self.generation = transformers.GenerationConfig.from_pretrained(self.reference)
-        except OSError:  # checkpoints of 2022 have none
-            self.generation = transformers.GenerationConfig.from_model_config(self.config)
-        self.prompt = prompt_arguments(self.generation, args.language, args.task)
-        vocabulary = self.tokenizer.get_vocab()
-        self.end, self.no_timestamps = vocabulary["<|endoftext|>"], vocabulary["<|notimestamps|>"]
-        self.no_speech = vocabulary.get("<|nospeech|>", vocabulary.get("<|nocaptions|>"))
-        self.prefix_length = (3 if self.prompt else 1) + (not args.return_timestamps)
-        longest = self.config.max_target_positions
-        if not self.prefix_length + 1 < args.max_label_length <= longest:
-            fail(f"--max_label_length {args.max_label_length} must be within {self.prefix_length + 2} and {longest}")
-        self.generation.max_length = None
-        self.generation.max_new_tokens = args.max_label_length - self.prefix_length
-        self.cache: EncoderDecoderCache | None = None  # of `cache_rows` clips, for compiled code
-        self.cache_rows = 0
-        self.memory: torch.Tensor | None = None  # of `encode_for_cpu`
-
-    def load_weights(self) -> None:
-        settings = {"dtype": getattr(torch, self.args.dtype), "attn_implementation": self.attention}
-        self.model = load(WhisperForConditionalGeneration, self.reference, **settings)
-        self.model.generation_config = self.generation
-        self.model.to(self.device).eval()
-        self.encoder = self.model.get_encoder()
-        if self.args.torch_compile and self.device.type == "cuda":
-            torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
-            self.encoder = torch.compile(self.encoder)  # `generate` compiles its steps where the cache is static
-
-    def label(self, waveforms: list[np.ndarray], rows: int) -> list[Label]:
-        """Labels of clips (mono, 16 kHz, up to 30 s); compiled code works on `rows` clips, the last one repeated."""
-        rows = rows if self.args.torch_compile else len(waveforms)
-        padded = torch.zeros(rows, max(map(len, waveforms)), pin_memory=self.device.type == "cuda")
-        for row in range(rows):
-            waveform = waveforms[min(row, len(waveforms) - 1)]
-            padded[row, : len(waveform)] = torch.from_numpy(waveform)
-        scores = None
-        with torch.inference_mode():
-            features = log_mel(padded.to(self.device, non_blocking=True), self.extractor).to(self.model.dtype)
-            if self.device.type == "cpu" and self.beams == 1 and not self.args.torch_compile:
-                states, cache = self.encode_for_cpu(features)
-            else:
-                states, cache = self.encoder(features)[0], self.static_cache(rows) if self.args.torch_compile else None
-            if self.args.scores:
-                scores = LabelScores(self.model, self.prefix_length, self.no_speech, self.beams)
-            sequences = self.model.generate(
-                encoder_outputs=BaseModelOutput(states),
-                past_key_values=cache,
-                **self.prompt,
-                # Whisper has no padding to mask; without this `generate` warns of it.
-                attention_mask=torch.ones(rows, features.shape[2], dtype=torch.long, device=self.device),
-                force_unique_generate_call=True,
-                return_timestamps=self.args.return_timestamps,
-                num_beams=self.beams,
-                do_sample=False,
-                logits_processor=[scores] if scores else None,
-            ).tolist()[: len(waveforms)]
-        labels = [Label(*finish_label(sequence, self.prefix_length, self.end)) for sequence in sequences]
-        return [scores.add_to(label, clip) for clip, label in enumerate(labels)] if scores else labels
-
-    def encode_for_cpu(self, features: torch.Tensor) -> tuple[torch.Tensor, EncoderDecoderCache]:
-        """Encoder states, and a cache with the decoder's keys and values of them.
-
-        Clip by clip, which suits the CPU's caches, and in memory that is kept: to copy, and to touch new memory, would
-        take as long as the projections themselves.
-        """
-        rows, attentions = len(features), [layer.encoder_attn for layer in self.model.get_decoder().layers]
-        heads, width, positions = attentions[0].num_heads, attentions[0].head_dim, self.config.max_source_positions
-        projections = [projection for attention in attentions for projection in (attention.k_proj, attention.v_proj)]
-        if self.memory is None or self.memory.shape[1] < rows:
-            shape = (1 + len(projections), rows, positions * heads * width)
-            self.memory = torch.empty(shape, dtype=features.dtype)
-        states, *cross = self.memory[:, :rows]
-        states, cross = states.view(rows, positions, -1), [part.view(rows, heads, positions, width) for part in cross]
-        for row in range(rows):
-            states[row] = self.encoder(features[row : row + 1])[0][0]
-            for projection, part in zip(projections, cross, strict=True):
-                part[row] = projection(states[row]).view(positions, heads, width).transpose(0, 1)
-        cache = DynamicCache()
-        for keys, values in zip(cross[::2], cross[1::2], strict=True):
-            layer = DynamicLayer()
-            layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-            layer.is_initialized = True
-            cache.layers.append(layer)
-        return states, EncoderDecoderCache(DynamicCache(), cache)
-
-    def static_cache(self, rows: int) -> EncoderDecoderCache:
-        """The same emptied cache for every batch of so many rows: another one would be compiled for again."""
-        if self.cache_rows != rows:
-            lengths = (self.args.max_label_length, self.config.max_source_positions)
-            caches = (StaticCache(config=self.config, max_cache_len=length) for length in lengths)
-            self.cache, self.cache_rows = EncoderDecoderCache(*caches), rows
-        self.cache.reset()
-        return self.cache
+TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
 
 
-def attention_implementation(args: argparse.Namespace, device: torch.device) -> str:
-    """What `transformers` calls `--attn_type`; flash attention only where it can run."""
-    if args.attn_type != "flash_attn":
-        return args.attn_type
-    # It doesn't mask what a static cache, which comes with --torch_compile, has yet to be filled with.
-    fits = device.type == "cuda" and args.dtype != "float32" and not args.torch_compile
-    if fits and is_flash_attn_2_available():
+def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **options) -> Accelerator:
+    """The processes, the device and the tracker of this run."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise processes without a GPU do not know of each other
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30)), *handlers],
+        **options,
+    )
+    launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        # One thread is the launchers' default, not a user's choice.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    return accelerator
+
+
+def choose_dtype(dtype: str | None, device: torch.device) -> str:
+    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
+    if dtype is not None:
+        return dtype
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        native = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    dtype = "bfloat16" if native else "float32"
+    logger.info("--dtype is not set: %s, which this %s computes natively", dtype, device.type)
+    return dtype
+
+
+def choose_attention(attn_type: str, dtype: str, device: torch.device, torch_compile: bool) -> str:
+    """What `transformers` calls --attn_type; sdpa in place of flash attention where that cannot run."""
+    if attn_type != "flash_attn":
+        return attn_type
+    # Flash attention does not mask what the static cache of compiled decoding has not been filled with yet.
+    able = device.type == "cuda" and dtype != "float32" and not torch_compile
+    if able and is_flash_attn_2_available():
         return "flash_attention_2"
     needs = "a CUDA GPU, the package flash-attn, --dtype bfloat16 or float16, and no --torch_compile"
-    logger.warning("--attn_type flash_attn needs %s: using sdpa", needs)
+    logger.warning("--attn_type flash_attn needs %s: sdpa is used", needs)
     return "sdpa"
 
 
-def prompt_arguments(generation_config, language: str | None, task: str | None) -> dict[str, str]:
-    """Language and task as `generate` wants them; none for an English-only checkpoint, where they are an error."""
-    languages = getattr(generation_config, "lang_to_id", None)
-    if not getattr(generation_config, "is_multilingual", languages is not None):
-        if language or task:
-            fail("this teacher knows only English: leave --language and --task out")
-        return {}
-    arguments = {"task": task or "transcribe"}
-    if language:
-        token = f"<|{TO_LANGUAGE_CODE.get(language.lower(), language.lower())}|>"
-        if token not in (languages or {}):
-            codes = ", ".join(sorted(name.strip("<|>") for name in languages or {}))
-            fail(f"--language {language!r} is not one of the teacher's: {codes}")
-        arguments["language"] = token
-    return arguments
-
-
-def teacher_digest(model: WhisperForConditionalGeneration) -> str:
-    """Digest of a few numbers of each weight and of the rules of decoding, to tell teachers of one name apart."""
-    rules = ("suppress_tokens", "begin_suppress_tokens", "max_initial_timestamp_index")
-    digest = hashlib.sha256(repr([getattr(model.generation_config, rule, None) for rule in rules]).encode())
-    for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def label_with_halving(clips: list[np.ndarray], size: int, label: Callable) -> tuple[list[Label], int]:
-    """Label clips in pieces of at most `size`, halved when the device's memory runs out; also gives the last size."""
-    labels: list[Label] = []
-    while len(labels) < len(clips):
-        piece = clips[len(labels) : len(labels) + size]
-        try:
-            labels += label(piece, size)
-            continue
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                fail(f"the device has not enough memory for one clip: {first_line(error)}")
-        # Outside of `except`, whose traceback holds on to tensors.
-        size = math.ceil(size / 2)
-        logger.warning("out of memory: batches of %d for the rest of this shard", size)
-        torch.cuda.empty_cache()
-    return labels, size
-
-
-# ---------------------------------------------------------------------------------------------------------------- input
-
-
-def open_dataset(args: argparse.Namespace, stream: bool = False) -> Dataset | datasets.IterableDataset:
-    """The rows to label, with undecoded audio. A stream is read where it lies: nothing is prepared in a cache."""
-    name, config, split = args.dataset_name, args.dataset_config_name, args.dataset_split_name
-    how = {"streaming": True} if stream else {"num_proc": max(1, args.preprocessing_num_workers)}
+def start_tracker(accelerator: Accelerator, args: argparse.Namespace, run_name: str | None = None) -> None:
+    """Start the tracker of --report_to. Whatever is wrong with it gives one warning and never stops the work."""
+    if args.report_to == "none" or not accelerator.is_main_process:
+        return
+    options = {}
     try:
-        if name.endswith(".py"):
-            builder = builder_of(Path(name).expanduser(), config, args.dataset_dir_suffix)
-            if not stream:
-                builder.download_and_prepare(num_proc=how["num_proc"])
-            dataset = builder.as_streaming_dataset(split) if stream else builder.as_dataset(split)
-        else:
-            dataset = read_repository(str(local_directory(name) or name), config, split, how)
-    except (ValueError, RuntimeError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        what = f"can't load {config or 'the default configuration'}, {split} of {name}"
-        hint = "" if Path(name).expanduser().exists() else "; check the name, and `hf auth login` for a private one"
-        fail(f"{what}: {first_line(error.__cause__ or error)}{hint}")
-    for flag in ("audio_column_name", "text_column_name", "id_column_name"):
-        column = getattr(args, flag)
-        if column is not None and column not in dataset.column_names:
-            fail(f"--{flag} {column!r} is not a column of {name}, which has {', '.join(dataset.column_names)}")
-    if old := [column for column in (LABEL, *SCORES) if column in dataset.column_names]:
-        logger.warning("%s has %s already: replaced", name, ", ".join(old))
-        dataset = dataset.remove_columns(old)
-    if args.max_samples is not None:
-        dataset = dataset.take(args.max_samples if stream else min(args.max_samples, len(dataset)))
-    if stream:
-        return dataset
-    return dataset.cast_column(args.audio_column_name, Audio(sampling_rate=SAMPLING_RATE, decode=False))
+        if args.report_to == "wandb":
+            options["wandb"] = {"dir": args.output_dir, "name": run_name, "mode": wandb_mode(args.output_dir)}
+        values = {}
+        for name, value in vars(args).items():
+            values[name] = value if isinstance(value, int | float) else str(value)
+        accelerator.init_trackers(args.wandb_project, values, options)
+        if not accelerator.trackers:
+            raise ImportError("it is not installed")
+    except Exception as error:  # a tracker may raise anything
+        accelerator.trackers = []
+        logger.warning("--report_to %s does not work and is left out: %s", args.report_to, first_line(error))
 
 
-def builder_of(path: Path, config: str | None, suffix: str | None) -> datasets.DatasetBuilder:
-    """The builder that a Python file defines, which `load_dataset` runs no more.
+def wandb_mode(directory: str | Path) -> str:
+    """`online`, or `offline` without a login, for which wandb would ask and wait for ever."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    import wandb  # only here: it need not be installed
 
-    `suffix`: which part of a download in parts, as the builder's `dataset_dir_suffix`.
+    try:
+        if wandb.login(prompt=False, timeout=20):
+            return "online"
+    except Exception as error:  # no network, or a key that is not valid
+        logger.warning("wandb: %s", first_line(error))
+    logger.warning("wandb has no login (`wandb login`): its files stay in %s/wandb", directory)
+    return "offline"
+
+
+def track(accelerator: Accelerator, values: dict[str, float], step: int | None = None) -> None:
+    """Report figures to the tracker; one that fails is left out from then on."""
+    try:
+        accelerator.log(values, step=step)
+    except Exception as error:  # a tracker may raise anything
+        logger.warning("the tracker does not work any more and is left out: %s", first_line(error))
+        accelerator.trackers = []
+
+
+# ---- common: finding datasets ----------------------------------------------------------------------------------------
+
+
+def find_files(reference: str, config: str | None, split: str) -> tuple[datasets.DatasetBuilder, list[str]]:
+    """The builder that `datasets` chooses for a local directory or a Hub id, and the files of one split."""
+    source = str(local_directory(reference) or reference)
+    builder = datasets.load_dataset_builder(source, config)
+    files_by_split = builder.config.data_files or {}
+    if split not in files_by_split:
+        fail(f"{reference} ({builder.config.name}) has no split {split!r}; it has {', '.join(files_by_split)}")
+    files = list(files_by_split[split])
+    directories = {file.rpartition("/")[0] for file in files}
+    shard = re.search(r"-of-(\d+)\.parquet$", files[0])
+    if shard and len(directories) == 1 and len(files) != int(shard[1]):
+        fail(f"{reference} has {len(files)} of {int(shard[1])} shards of {split}: finish the stage that writes it")
+    return builder, files
+
+
+# ---- common: reading datasets ----------------------------------------------------------------------------------------
+
+
+def store_undecoded(feature: datasets.Audio, value: str | bytes | dict) -> dict:
+    """What `datasets` stores of an audio value. Its own `Audio.encode_example` needs torchcodec for this."""
+    if isinstance(value, str):
+        return {"bytes": None, "path": value}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    return {"bytes": value.get("bytes"), "path": value.get("path")}
+
+
+def load_builder(path: Path, config: str | None, dir_suffix: str | None) -> datasets.DatasetBuilder:
+    """The builder that a Python file defines. `load_dataset` does not run such files any more.
+
+    `dir_suffix` says which part of a download in parts to read, as our data loader's `dataset_dir_suffix`.
     """
     if not path.is_file():
         fail(f"--dataset_name {path} does not exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where worker processes find it
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where worker processes look for it
     spec.loader.exec_module(module)
-    classes = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == path.stem]
-    builders = [cls for cls in classes if issubclass(cls, datasets.DatasetBuilder)]
+    builders = []
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, datasets.DatasetBuilder) and value.__module__ == path.stem:
+            builders.append(value)
     if len(builders) != 1:
-        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, not {len(builders)}")
-    return builders[0](config_name=config, **({"dataset_dir_suffix": suffix} if suffix else {}))
+        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, and it defines {len(builders)}")
+    options = {"dataset_dir_suffix": dir_suffix} if dir_suffix else {}
+    return builders[0](config_name=config, **options)
 
 
-def read_repository(name: str, config: str | None, split: str, how: dict) -> Dataset | datasets.IterableDataset:
-    """A split of a dataset repository. Parquet is loaded by its files: `datasets`' cache of a directory is stale."""
-    builder = datasets.load_dataset_builder(name, config)
-    files = list((builder.config.data_files or {}).get(split, []))
-    if not files:
-        raise ValueError(f"its splits are {', '.join(builder.config.data_files or ['unknown'])}")
-    if isinstance(builder, AudioFolder):
-        if Path(name).is_dir():
-            return list_audio(list(map(Path, files)))
-        return read_repository(snapshot_download(name, repo_type="dataset"), config, split, how)
+def read_manifest(path: Path, audio_column: str) -> datasets.Dataset:
+    """The rows of a .csv, .tsv or .jsonl file, with audio paths relative to it."""
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    for row in rows:
+        if row.get(audio_column):
+            row[audio_column] = {"bytes": None, "path": str(path.parent / row[audio_column])}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def open_dataset(
+    reference: str,
+    config: str | None,
+    split: str,
+    audio_column: str,
+    dir_suffix: str | None = None,
+    num_proc: int = 1,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of a split, with the audio column, where there is one, undecoded.
+
+    Args:
+        reference: a .py file with a builder, a .csv, .tsv or .jsonl manifest, a local directory, or a Hub id.
+        config, split: which part of it; None is the default configuration.
+        dir_suffix: which part of a download in parts, for our data loader.
+        num_proc: processes that convert what is not Arrow yet.
+        streaming: read it where it lies, and prepare nothing in the cache.
+    """
+    datasets.Audio.encode_example = store_undecoded
+    path = Path(reference).expanduser()
+    try:
+        if path.suffix == ".py":
+            builder = load_builder(path, config, dir_suffix)
+            if not streaming:
+                builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
+            dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
+        elif path.suffix in (".csv", ".tsv", ".jsonl"):
+            dataset = read_manifest(path, audio_column)
+            dataset = dataset.to_iterable_dataset() if streaming else dataset
+        else:
+            dataset = read_repository(reference, config, split, num_proc, streaming)
+    except (ValueError, KeyError, RuntimeError, OSError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+        hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
+        cause = first_line(error.__cause__ or error)
+        fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
+    if audio_column in (dataset.column_names or []):
+        dataset = dataset.cast_column(audio_column, datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False))
+    return dataset
+
+
+def read_repository(
+    reference: str, config: str | None, split: str, num_proc: int, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A split of a local directory or a Hub id, by whatever loader `datasets` chooses for it."""
+    builder, files = find_files(reference, config, split)
+    options = {"streaming": True} if streaming else {"num_proc": min(num_proc, len(files)) if num_proc > 1 else None}
     if not isinstance(builder, Parquet):
-        return datasets.load_dataset(name, config, split=split, **how)
-    if (shard := re.search(r"-of-(\d+)\.parquet$", files[0])) and len(files) != int(shard[1]):
-        fail(f"{name} has {len(files)} of {int(shard[1])} shards of {split}: finish the stage that writes it")
-    if Path(name).is_dir() and not any(pq.read_metadata(path).num_rows for path in files):
-        return Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
-    return datasets.load_dataset("parquet", data_files={split: files}, split=split, **how)
+        return datasets.load_dataset(str(local_directory(reference) or reference), config, split=split, **options)
+    if local_directory(reference) and not any(pq.read_metadata(file).num_rows for file in files):
+        return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
+    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
+    # configuration holds all splits.
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split, **options)
 
 
-def list_audio(paths: list[Path]) -> Dataset:
-    """Rows of audio files and their metadata.csv or .jsonl, as `audiofolder` has them; it can't without torchcodec."""
-    metadata: dict[Path, dict] = {}
-    for path in (path for path in paths if path.stem == "metadata"):
-        table = (pa.csv.read_csv if path.suffix == ".csv" else pa.json.read_json)(path)
-        metadata |= {path.parent / row.pop("file_name"): row for row in table.to_pylist()}
-    audio = sorted(path for path in paths if path.suffix.lower() in AudioFolder.EXTENSIONS)
-    audio = [path for path in audio if path in metadata or not metadata]
-    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    columns = {"audio": pa.array([{"bytes": None, "path": str(path)} for path in audio], struct)}
-    for name in dict.fromkeys(name for row in metadata.values() for name in row):
-        columns[name] = pa.array([metadata[path].get(name) for path in audio])
-    return Dataset(pa.table(columns))
+def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
+    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
+    for flag, column in columns.items():
+        if column is not None and column not in dataset.column_names:
+            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}")
 
 
-def with_bytes(rows: pa.Table, audio_column: str) -> pa.Table:
-    """The same rows with the bytes of audio files that they only name."""
-    if pc.struct_field(rows[audio_column], "bytes").null_count:
-        values = rows[audio_column].to_pylist()
-        for value in values:
-            if value and value["bytes"] is None and value["path"] and (path := Path(value["path"])).is_file():
-                value |= {"bytes": path.read_bytes(), "path": path.name}
-        column = rows.schema.get_field_index(audio_column)
-        rows = rows.set_column(column, rows.schema.field(column), pa.array(values, rows.schema.field(column).type))
-    return rows
+# ---- common: audio ---------------------------------------------------------------------------------------------------
+
+SAMPLING_RATE = 16_000  # Hz; Whisper's
+WINDOW_SECONDS = 30  # what Whisper hears at a time
+HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200 samples to either side of its centre
+WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
 
 
-def dataset_digest(dataset: Dataset, args: argparse.Namespace) -> str:
+class Clip(NamedTuple):
+    """A decoded clip, or the problem why there is none."""
+
+    waveform: np.ndarray | None  # mono float32 at 16 kHz
+    samples: int  # of the whole clip at 16 kHz, also where the waveform is cut
+    seconds: float  # of the whole clip
+    problem: str | None = None
+
+
+def read_audio(audio: dict | None) -> bytes | None:
+    """The encoded bytes of an undecoded value of an audio column, which may only name a file."""
+    if not audio:
+        return None
+    if audio["bytes"] is None and audio["path"]:
+        try:
+            with fsspec.open(audio["path"], "rb") as file:
+                return file.read()
+        except (OSError, ValueError):
+            return None
+    return audio["bytes"]
+
+
+def decode_clip(content: bytes | None, whole: bool = False) -> Clip:
+    """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
+
+    It is read to its end, because the header of a damaged file, and of many an MP3, only estimates the length.
+    """
+    if not content:
+        return Clip(None, 0, 0.0, "no audio")
+    kept, frames = [], 0
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            rate = file.samplerate
+            # A block is a second longer than what is kept, so that resampling sees what follows the cut.
+            while len(block := file.read((WINDOW_SECONDS + 1) * rate, dtype="float32", always_2d=True)):
+                if not np.isfinite(block).all():
+                    return Clip(None, 0, 0.0, "samples that are not finite numbers")
+                if whole or not kept:
+                    kept.append(block.mean(axis=1))
+                frames += len(block)
+    except soundfile.LibsndfileError as error:
+        return Clip(None, 0, 0.0, f"undecodable audio: {error.error_string}")
+    if not frames:
+        return Clip(None, 0, 0.0, "zero length")
+    waveform = np.concatenate(kept)
+    if rate != SAMPLING_RATE:
+        waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
+    if not whole:
+        waveform = waveform[: WINDOW_SECONDS * SAMPLING_RATE]
+    return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
+
+
+def filled_frames(samples: int) -> int:
+    """Log-mel frames of a clip up to the first padded one; all later ones are equal to that one."""
+    return min(WINDOW_FRAMES, math.ceil((samples + 200) / HOP_LENGTH) + 1)
+
+
+def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, device: str = "cpu") -> torch.Tensor:
+    """Whisper's log-mel of clips of at most 30 s, float32 (clips, mels, frames), as far as the longest clip fills it.
+
+    Padding to 30 s instead changes no bit: all padded frames are one constant, and the one that is kept brings this
+    constant into the clip's maximum. `pad_window` gives the frames that are left out.
+    """
+    samples = HOP_LENGTH * filled_frames(max(len(waveform) for waveform in waveforms))
+    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=device)
+    return features.input_features
+
+
+def pad_window(features: torch.Tensor) -> torch.Tensor:
+    """(..., mels, frames) -> (..., mels, 3000): the last frame repeated, as all padded frames of a clip are equal."""
+    missing = WINDOW_FRAMES - features.shape[-1]
+    return torch.cat([features, features[..., -1:].expand(*features.shape[:-1], missing)], dim=-1)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TeacherLabel:
+    """The teacher's label for a clip, and its scores."""
+
+    ids: list[int]  # from <|startoftranscript|> to one <|endoftext|>
+    truncated: bool  # the length limit came before <|endoftext|>
+    avg_logprob: float = math.nan
+    no_speech_prob: float = math.nan
+
+
+def finish_label(
+    sequence: list[int],
+    prefix_length: int,
+    end: int,
+) -> TeacherLabel:
+    """The label in a sequence that `generate` returned: without padding, and with one end token.
+
+    A sequence without an end token was cut at the length limit; its last token is replaced by the end token.
+    """
+    if end in sequence[prefix_length:]:
+        place = sequence.index(end, prefix_length)
+        return TeacherLabel(sequence[: place + 1], truncated=False)
+    return TeacherLabel([*sequence[:-1], end], truncated=True)
+
+
+def timestamps_are_paired(text: list[int], first_timestamp: int) -> bool:
+    """Whether timestamps open and close every stretch of a text (without prefix and end token) and never go back."""
+    is_open = False
+    latest = first_timestamp
+    for token in text:
+        if token < first_timestamp:
+            if not is_open:
+                return False
+        elif token < latest:
+            return False
+        else:
+            is_open = not is_open
+            latest = token
+    return not is_open
+
+
+class TokenLogprobs(LogitsProcessor):
+    """Log-probabilities of the tokens that `generate` may choose, noted while it runs.
+
+    As in openai-whisper's DecodingResult they are of the scores after suppression and timestamp rules.
+    """
+
+    def __init__(self, prefix_length: int, num_beams: int):
+        self.prefix_length = prefix_length
+        self.num_beams = num_beams
+        self.by_text: dict[tuple, dict[int, float]] = {}  # clip and text so far: log-probabilities of the next token
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
+        best = scores.float().log_softmax(-1).topk(2 * self.num_beams)  # beam search chooses among these
+        tokens = best.indices.tolist()
+        logprobs = best.values.tolist()
+        for row, text in enumerate(input_ids[:, self.prefix_length :].tolist()):
+            clip = row // self.num_beams
+            self.by_text[clip, tuple(text)] = dict(zip(tokens[row], logprobs[row], strict=True))
+        return scores
+
+    def mean(
+        self,
+        clip: int,
+        text: list[int],
+    ) -> float:
+        """Mean log-probability of the tokens of a clip's text."""
+        logprobs = []
+        for position, token in enumerate(text):
+            best = self.by_text[clip, tuple(text[:position])]
+            logprobs.append(best.get(token, min(best.values())))  # a token outside the top k scores as much as the k-th
+        return np.mean(logprobs)
+
+
+# ---- teacher ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Teacher:
+    """A Whisper and how it is asked for labels."""
+
+    args: argparse.Namespace
+    model: WhisperForConditionalGeneration
+    extractor: WhisperFeatureExtractor
+    tokenizer: WhisperTokenizerFast
+    vocabulary: dict[str, int]
+    prompt: dict[str, str]  # language and task for `generate`
+    prefix_length: int  # tokens of a label before its text
+    static_caches: dict[int, EncoderDecoderCache] = field(default_factory=dict)  # by batch size, for compiled code
+
+
+def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
+    """Load the teacher, after every check that does not need its weights."""
+    reference = args.model_name_or_path
+    config = load_config(reference)
+    tokenizer = load_tokenizer(reference)
+    vocabulary = tokenizer.get_vocab()
+    prompt = prompt_arguments(reference, vocabulary, args.language, args.task)
+    prefix_length = 3 if prompt else 1  # <|startoftranscript|>, language, task
+    if not args.return_timestamps:
+        prefix_length += 1  # <|notimestamps|>
+    longest = config.max_target_positions
+    if not prefix_length + 2 <= args.max_label_length <= longest:
+        fail(f"--max_label_length {args.max_label_length} must be within {prefix_length + 2} and {longest}")
+
+    model = load_pretrained(
+        WhisperForConditionalGeneration,
+        reference,
+        dtype=getattr(torch, args.dtype),
+        attn_implementation=choose_attention(args.attn_type, args.dtype, device, args.torch_compile),
+    )
+    model.to(device).eval()
+    model.generation_config = load_generation_config(reference, config, vocabulary)
+    model.generation_config.max_length = None
+    model.generation_config.max_new_tokens = args.max_label_length - prefix_length
+    if args.torch_compile and device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        model.get_encoder().compile()  # `generate` compiles the steps of the decoder where the cache is static
+    extractor = load_pretrained(WhisperFeatureExtractor, reference)
+    return Teacher(args, model, extractor, tokenizer, vocabulary, prompt, prefix_length)
+
+
+@torch.inference_mode()
+def label_batch(
+    teacher: Teacher,
+    waveforms: list[np.ndarray],
+    batch_size: int,
+) -> list[TeacherLabel]:
+    """Labels of clips of at most 30 s (mono, 16 kHz).
+
+    Compiled code always works on `batch_size` clips: where there are fewer, the last one is repeated.
+    """
+    args = teacher.args
+    padding = batch_size - len(waveforms) if args.torch_compile else 0
+    logprobs = TokenLogprobs(teacher.prefix_length, args.generation_num_beams)
+    states = encode(teacher, waveforms + waveforms[-1:] * padding)
+    sequences = teacher.model.generate(
+        encoder_outputs=states,
+        past_key_values=static_cache(teacher, batch_size) if args.torch_compile else None,
+        **teacher.prompt,
+        return_timestamps=args.return_timestamps,
+        num_beams=args.generation_num_beams,
+        do_sample=False,
+        force_unique_generate_call=True,  # one window, and the whole sequence with prefix and end token
+        logits_processor=[logprobs] if args.scores else None,
+    )
+    labels = []
+    end = teacher.vocabulary["<|endoftext|>"]
+    for sequence in sequences[: len(waveforms)].tolist():
+        labels.append(finish_label(sequence, teacher.prefix_length, end))
+    if args.scores:
+        no_speech = no_speech_probs(teacher, states, sequences)
+        for clip, label in enumerate(labels):
+            text = label.ids[teacher.prefix_length :]
+            if label.truncated:
+                text = text[:-1]  # finish_label added this end token
+            label.avg_logprob = logprobs.mean(clip, text)
+            label.no_speech_prob = no_speech[clip]
+    return labels
+
+
+def encode(teacher: Teacher, waveforms: list[np.ndarray]) -> BaseModelOutput:
+    """The encoder's states of clips: (clips, 1500, width)."""
+    model = teacher.model
+    features = log_mel(waveforms, teacher.extractor, str(model.device))  # (clips, mels, frames)
+    features = features.to(model.device, model.dtype)
+    encoder = model.get_encoder()
+    return encoder(pad_window(features))
+
+
+def no_speech_probs(
+    teacher: Teacher,
+    states: BaseModelOutput,
+    sequences: torch.Tensor,
+) -> list[float]:
+    """Probability of <|nospeech|> behind <|startoftranscript|>, as openai-whisper's `transcribe` has it."""
+    token = teacher.vocabulary.get("<|nospeech|>")
+    if token is None:
+        token = teacher.vocabulary["<|nocaptions|>"]  # its name before large-v3
+    start = sequences[:, :1]
+    logits = teacher.model(encoder_outputs=states, decoder_input_ids=start).logits  # (clips, 1, vocabulary)
+    probs = logits[:, 0].float().softmax(-1)
+    return probs[:, token].tolist()
+
+
+def static_cache(teacher: Teacher, batch_size: int) -> EncoderDecoderCache:
+    """The one static cache for this batch size, emptied; a new cache object would trigger recompilation."""
+    if batch_size not in teacher.static_caches:
+        config = teacher.model.config
+        own = StaticCache(config=config, max_cache_len=teacher.args.max_label_length)
+        cross = StaticCache(config=config, max_cache_len=config.max_source_positions)
+        teacher.static_caches = {batch_size: EncoderDecoderCache(own, cross)}
+    cache = teacher.static_caches[batch_size]
+    cache.reset()
+    return cache
+
+
+def label_with_halving(
+    waveforms: list[np.ndarray],
+    batch_size: int,
+    label: Callable[[list[np.ndarray], int], list[TeacherLabel]],
+) -> tuple[list[TeacherLabel], int]:
+    """Label clips in batches that are halved when the device's memory runs out; also gives the last batch size."""
+    labels: list[TeacherLabel] = []
+    while len(labels) < len(waveforms):
+        try:
+            labels += label(waveforms[len(labels) : len(labels) + batch_size], batch_size)
+            continue
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                fail(f"the device has not enough memory for one clip: {first_line(error)}")
+        # Not in the `except` block, where the traceback still holds on to tensors.
+        batch_size = math.ceil(batch_size / 2)
+        logger.warning("out of memory: batches of %d for the rest of the run", batch_size)
+        torch.cuda.empty_cache()
+    return labels, batch_size
+
+
+def teacher_digest(model: WhisperForConditionalGeneration) -> str:
+    """Digest of the first values of each weight and of the decoding rules, to notice another one of its name."""
+    names = ("suppress_tokens", "begin_suppress_tokens", "max_initial_timestamp_index")
+    rules = [getattr(model.generation_config, name, None) for name in names]
+    digest = hashlib.sha256(repr(rules).encode())
+    for weight in model.parameters():
+        numbers = weight.detach().flatten()[:64]
+        digest.update(numbers.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- rows and shards -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SpeechRow:
+    """A row of the dataset with its audio decoded, and later its label."""
+
+    values: dict[str, Any]  # by column
+    clip: Clip
+    label: TeacherLabel | None = None
+
+
+@dataclass
+class LabelledSplit:
+    """The files of a labelled split, and the settings that they are made with."""
+
+    config: str
+    name: str
+    shards: list[Path]
+    record: Path
+    settings: dict
+
+
+def open_speech(args: argparse.Namespace, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows to label as Arrow tables, with undecoded audio and without earlier labels."""
+    dataset = open_dataset(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.dataset_split_name,
+        args.audio_column_name,
+        args.dataset_dir_suffix,
+        args.preprocessing_num_workers,
+        streaming,
+    )
+    flags = ("audio_column_name", "text_column_name", "id_column_name")
+    require_columns(args.dataset_name, dataset, {flag: getattr(args, flag) for flag in flags})
+    if earlier := [column for column in (LABEL_COLUMN, *SCORE_COLUMNS) if column in dataset.column_names]:
+        logger.warning("%s has %s already: replaced", args.dataset_name, ", ".join(earlier))
+        dataset = dataset.remove_columns(earlier)
+    if args.max_samples is not None:
+        dataset = dataset.take(args.max_samples if streaming else min(args.max_samples, len(dataset)))
+    return dataset.with_format("arrow")
+
+
+def dataset_digest(args: argparse.Namespace, dataset: datasets.Dataset) -> str:
     """Digest of ids and sizes of the audio, to tell datasets of one name apart."""
     digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
-    columns = [args.audio_column_name, *([args.id_column_name] if args.id_column_name else [])]
-    dataset = dataset.select_columns(columns).with_format("arrow")
-    for start in range(0, len(dataset), 10_000):
-        rows = dataset[start : start + 10_000]
-        sizes = pc.binary_length(pc.struct_field(rows[args.audio_column_name], "bytes")).to_pylist()
+    columns = [args.audio_column_name]
+    if args.id_column_name:
+        columns.append(args.id_column_name)
+    for rows in dataset.select_columns(columns).iter(10_000):
+        content = pc.struct_field(rows[args.audio_column_name], "bytes")
+        sizes = pc.binary_length(content).to_pylist()
         ids = rows[args.id_column_name].to_pylist() if args.id_column_name else []
         digest.update(json.dumps([sizes, ids], default=str).encode())
     return digest.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------------------- shards
+def load_speech_row(audio_column: str, values: dict[str, Any]) -> SpeechRow:
+    """Decode the audio of a row. An audio file that the row only names is read into it."""
+    audio = values[audio_column]
+    content = read_audio(audio)
+    if content and audio["bytes"] is None:
+        name = audio["path"].split("::")[0].rpartition("/")[2]  # `zip://folder/name::archive.zip` is possible
+        values[audio_column] = {"bytes": content, "path": name}
+    return SpeechRow(values, decode_clip(content))
 
 
-class Shards:
-    """The files of a labelled split, and the rows and settings that they are made of."""
+def plan_split(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    rows: int,
+    digest: str | None,
+) -> LabelledSplit:
+    """The files that the labels go to, and what the labels depend on, near-ties of low precision aside."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["language"] = teacher.prompt.get("language")
+    settings["task"] = teacher.prompt.get("task")
+    settings["attention"] = teacher.model.config._attn_implementation
+    settings["rows"] = rows
+    settings["dataset_digest"] = digest
+    settings["teacher_digest"] = teacher_digest(teacher.model)
+    config = args.dataset_config_name or "default"
+    split = args.dataset_split_name
+    number = max(1, math.ceil(rows / args.shard_size))
+    names = [f"{split}-{shard:05d}-of-{number:05d}.parquet" for shard in range(number)]
+    shards = [args.output_dir / config / name for name in names]
+    record = args.output_dir / f"labelling.{config}.{split}.json"
+    return LabelledSplit(config, split, shards, record, settings)
 
-    def __init__(self, args: argparse.Namespace, rows: int, settings: dict):
-        self.directory, self.rows, self.settings = args.output_dir, rows, settings
-        self.config, self.split = args.dataset_config_name or "default", args.dataset_split_name
-        self.number = max(1, math.ceil(rows / args.shard_size))
-        names = (f"{self.split}-{shard:05d}-of-{self.number:05d}.parquet" for shard in range(self.number))
-        self.paths = [self.directory / self.config / name for name in names]
-        self.record = self.directory / f"labelling.{self.config}.{self.split}.json"
 
-    def facts(self, shard: int) -> dict | None:
-        """What is known of a finished shard; None where it is missing or was made with other settings."""
-        facts = read_facts(self.paths[shard])
-        return facts if facts and facts["settings"] == self.settings else None
-
-    def present(self) -> list[Path]:
-        return sorted((self.directory / self.config).glob(f"{self.split}-*-of-*.parquet"))
+def present_shards(args: argparse.Namespace) -> list[Path]:
+    """All shards of the split that are there, whatever they were made with."""
+    directory = args.output_dir / (args.dataset_config_name or "default")
+    return sorted(directory.glob(f"{args.dataset_split_name}-*-of-*.parquet"))
 
 
-def read_facts(path: Path) -> dict | None:
-    """What a shard tells of its making; None where it is missing or damaged."""
-    try:
-        metadata = pq.read_metadata(path).metadata or {}
-    except (FileNotFoundError, pa.ArrowInvalid):  # the latter of a damaged file
+def finished_notes(split: LabelledSplit, shard: int) -> dict | None:
+    """The notes of a complete shard; None where it is missing, damaged or made with other settings."""
+    notes = read_notes(split.shards[shard])
+    if notes is None or changed_setting(notes.get("settings", {}), split.settings):
         return None
-    return json.loads(metadata.get(b"kotoba", b'{"settings": null}'))
+    return notes
 
 
-def batches(
-    dataset: Dataset, shards: Shards, pending: list[int], pool: ThreadPoolExecutor, args: argparse.Namespace
-) -> Iterator[tuple[int, pa.Table, list[int], list[Future]]]:
-    """Batches of clips that are being decoded: of one shard after the other, the longest clips first.
+def find_pending(args: argparse.Namespace, split: LabelledSplit) -> list[int]:
+    """The shards that are not complete.
 
-    What lies in a batch together depends on the shard alone, not on processes or workers.
+    Fails if there are shards with other settings, unless --overwrite_output_dir is given.
     """
-    size = args.per_device_eval_batch_size
-    for shard in pending:
-        first, end = shard * args.shard_size, min((shard + 1) * args.shard_size, shards.rows)
-        rows = with_bytes(dataset.with_format("arrow")[first:end], args.audio_column_name)
-        audio = pc.struct_field(rows[args.audio_column_name], "bytes")
-        seconds = list(pool.map(lambda value: header_seconds(value.as_py()), audio))
-        order = sorted(range(len(rows)), key=seconds.__getitem__, reverse=True)
-        for start in range(0, max(1, len(order)), size):  # one empty batch of an empty shard
-            members = order[start : start + size]
-            yield shard, rows, members, [pool.submit(load_clip, audio[row]) for row in members]
+    for path in present_shards(args):
+        notes = read_notes(path)
+        if notes is not None and not args.overwrite_output_dir:
+            refuse_other_settings(path, notes.get("settings", {}), split.settings)
+    return [shard for shard in range(len(split.shards)) if not finished_notes(split, shard)]
 
 
-def ahead(items: Iterator, number: int) -> Iterator:
-    """The same items, each asked for `number` items before it is needed."""
-    waiting = collections.deque(itertools.islice(items, number))
-    while waiting:
-        yield waiting.popleft()
-        waiting.extend(itertools.islice(items, 1))
+def count_rows(split: LabelledSplit, shards: list[int]) -> int:
+    """The rows of the input that these shards are made of."""
+    rows = split.settings["rows"]
+    size = split.settings["shard_size"]
+    return sum(min(size, rows - shard * size) for shard in shards)
 
 
-def label_shards(dataset: Dataset, shards: Shards, pending: list[int], teacher: Teacher, args, report: Callable):
-    """Label the pending shards and write each when it is complete. `report` is told clips and seconds of each batch."""
+def claim_split(
+    args: argparse.Namespace,
+    split: LabelledSplit,
+    pending: list[int],
+) -> contextlib.AbstractContextManager:
+    """Lock the split as long as the context lasts, delete shards that are not of this run, and begin the record."""
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(args.output_dir / f".{split.record.stem}.lock").acquire(timeout=0)
+        for path in set(present_shards(args)) - set(split.shards):
+            path.unlink()
+        if pending or not split.record.exists():
+            write_json(split.record, {"status": "running", "settings": split.settings})
+        return lock
+    except Timeout:
+        fail(f"another run is writing {split.record.stem} in {args.output_dir}: wait for it")
+    except OSError as error:
+        fail(f"cannot write to --output_dir {args.output_dir}: {first_line(error)}")
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """What the bar and the tracker of the main process show. Other processes show by the shards that they write."""
+
+    accelerator: Accelerator
+    bar: tqdm
+    elsewhere: list[int]  # shards that other processes have yet to write
+    started: float  # s
+    batches: int = 0
+    seconds: float = 0.0  # of audio
+
+
+def start_progress(
+    accelerator: Accelerator,
+    split: LabelledSplit,
+    pending: list[int],
+) -> Progress:
+    """Show the main process' bar, which begins at the rows of the shards that are complete."""
+    is_main = accelerator.is_main_process
+    rows = split.settings["rows"]
+    done = rows - count_rows(split, pending)
+    bar = tqdm(desc="labelling", total=rows, initial=done, unit=" clips", smoothing=0, disable=not is_main)
+    elsewhere = [shard for shard in pending if is_main and shard % accelerator.num_processes]
+    return Progress(accelerator, bar, elsewhere, time.monotonic())
+
+
+def report_batch(
+    progress: Progress,
+    batch: list[SpeechRow],
+    logging_steps: int,
+) -> None:
+    """Count the clips of a batch, and report to the tracker every so many batches."""
+    progress.batches += 1
+    progress.seconds += sum(row.clip.seconds for row in batch)
+    progress.bar.update(len(batch))
+    elapsed = time.monotonic() - progress.started
+    audio_rate = progress.seconds / elapsed
+    progress.bar.set_postfix_str(f"{audio_rate:.1f} h of audio an hour", refresh=False)
+    if progress.batches % logging_steps == 0:
+        clip_rate = max(1, progress.bar.n - progress.bar.initial) / elapsed
+        values = {
+            "clips": progress.bar.n,
+            "clips_per_second": clip_rate,
+            "audio_hours_per_hour": audio_rate,
+            "hours_left": (progress.bar.total - progress.bar.n) / clip_rate / 3600,
+        }
+        track(progress.accelerator, values, progress.batches)
+
+
+def report_shards(progress: Progress, split: LabelledSplit) -> None:
+    """Count the clips of shards that other processes have written since the last check."""
+    for shard in list(progress.elsewhere):
+        if notes := finished_notes(split, shard):
+            progress.elsewhere.remove(shard)
+            progress.seconds += notes["seconds"]
+            progress.bar.update(notes["rows_in"])
+
+
+# ---- labelling -------------------------------------------------------------------------------------------------------
+
+
+def read_shard(
+    args: argparse.Namespace,
+    dataset: datasets.Dataset,
+    shard: int,
+    decoders: Executor,
+) -> list[SpeechRow]:
+    """Read the rows of a shard and decode their audio."""
+    start = shard * args.shard_size
+    end = min(start + args.shard_size, len(dataset))
+    load = functools.partial(load_speech_row, args.audio_column_name)
+    return list(decoders.map(load, dataset[start:end].to_pylist()))
+
+
+def batches_by_length(rows: list[SpeechRow], batch_size: int) -> list[list[SpeechRow]]:
+    """Rows with usable audio in batches, the longest first: clips of similar length have labels of similar length."""
+    usable = [row for row in rows if row.clip.problem is None]
+    usable.sort(key=lambda row: row.clip.samples, reverse=True)
+    return [usable[start : start + batch_size] for start in range(0, len(usable), batch_size)]
+
+
+def label_shard(
+    teacher: Teacher,
+    rows: list[SpeechRow],
+    batch_size: int,
+    progress: Progress,
+) -> int:
+    """Label rows, at most `batch_size` at a time; gives the batch size that the device has memory for.
+
+    What lies in a batch depends on the shard alone, not on other shards, processes or threads.
+    """
+    label = functools.partial(label_batch, teacher)
+    for batch in batches_by_length(rows, teacher.args.per_device_eval_batch_size):
+        waveforms = [row.clip.waveform for row in batch]
+        labels, batch_size = label_with_halving(waveforms, batch_size, label)
+        for row, row_label in zip(batch, labels, strict=True):
+            row.label = row_label
+            row.clip = row.clip._replace(waveform=None)  # by far the largest part of a row
+        report_batch(progress, batch, teacher.args.logging_steps)
+    unusable = sum(row.label is None for row in rows)
+    progress.bar.update(unusable)
+    return batch_size
+
+
+def label_shards(
+    args: argparse.Namespace,
+    dataset: datasets.Dataset,
+    teacher: Teacher,
+    split: LabelledSplit,
+    shards: list[int],
+    progress: Progress,
+) -> None:
+    """Label shards one after the other, while threads decode the next one and write the one before."""
+    schema = label_features(args, dataset.features).arrow_schema
+    batch_size = args.per_device_eval_batch_size
+    reading: Future | None = None
     writing: Future | None = None
-    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
+    with (
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as decoders,
+    ):
         try:
-            results, size = {}, args.per_device_eval_batch_size  # of the shard in work
-            for shard, rows, members, loading in ahead(batches(dataset, shards, pending, pool, args), BATCHES_AHEAD):
-                clips = [future.result() for future in loading]
-                waveforms = [clip.waveform for clip in clips if clip.waveform is not None]
-                labels, size = label_with_halving(waveforms, size, teacher.label)
-                remaining = iter(labels)
-                for row, clip in zip(members, clips, strict=True):
-                    results[row] = clip._replace(waveform=None), None if clip.problem else next(remaining)
-                report(len(members), sum(clip.seconds for clip in clips))
-                if len(results) == len(rows):
-                    if writing:
-                        writing.result()
-                    results = [results[row] for row in range(len(rows))]
-                    writing = writer.submit(write_labels, shard, rows, results, shards, dataset.features, teacher, args)
-                    results, size = {}, args.per_device_eval_batch_size
+            for shard, next_shard in itertools.zip_longest(shards, shards[1:]):
+                rows = reading.result() if reading else read_shard(args, dataset, shard, decoders)
+                if next_shard is not None:
+                    reading = reader.submit(read_shard, args, dataset, next_shard, decoders)
+                batch_size = label_shard(teacher, rows, batch_size, progress)
+                report_shards(progress, split)
+                if writing:
+                    writing.result()
+                writing = writer.submit(write_labels, teacher, split, schema, shard, rows)
             if writing:
                 writing.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            decoders.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def write_labels(
-    shard: int,
-    rows: pa.Table,
-    results: list[tuple[Clip, Label | None]],
-    shards: Shards,
-    features: Features,
-    teacher: Teacher,
-    args: argparse.Namespace,
-) -> None:
-    """Write a shard's rows that have a label, and with them what became of the others."""
-    clips, labels = [clip for clip, _ in results], [label for _, label in results if label]
-    bodies = [label.ids[teacher.prefix_length : -1] for label in labels]
-    names = [f"row {shard * args.shard_size + row}" for row in range(len(rows))]
-    if args.id_column_name:
-        names = rows[args.id_column_name].to_pylist()
-    malformed = [body for body in bodies if not timestamps_are_paired(body, teacher.no_timestamps + 1)]
-    facts = {
-        "settings": shards.settings,
-        "rows_in": len(clips),
-        "rows_out": len(labels),
-        "seconds": round(sum(clip.seconds for clip in clips), 3),
-        "over_30_s": sum(clip.seconds > 30 for clip in clips),
-        "truncated": sum(label.truncated for label in labels),
-        "malformed_timestamps": len(malformed) if args.return_timestamps else 0,
-        "tokens": sum(len(label.ids) for label in labels),
-        "unusable": [[str(name), clip.problem] for name, clip in zip(names, clips, strict=True) if clip.problem],
-    }
-    new = {LABEL: (List(Value("int32")), [label.ids for label in labels])}
+# ---- files, record, card, push ---------------------------------------------------------------------------------------
+
+
+def label_features(args: argparse.Namespace, features: datasets.Features) -> datasets.Features:
+    """The columns of the labelled dataset; `features` are those of the input."""
+    labelled = datasets.Features(features)
+    labelled[args.audio_column_name] = datasets.Audio(sampling_rate=SAMPLING_RATE)
+    labelled[LABEL_COLUMN] = datasets.List(datasets.Value("int32"))
     if args.decode_token_ids:
-        decode = {"skip_special_tokens": True, "decode_with_timestamps": True}
-        new[LABEL] = Value("string"), teacher.tokenizer.batch_decode(bodies, **decode)
+        labelled[LABEL_COLUMN] = datasets.Value("string")
     if args.scores:
-        texts = teacher.tokenizer.batch_decode(bodies, skip_special_tokens=True)
-        texts = [text.strip().encode() for text in texts]
-        # Above a ratio of 2.4 Whisper takes a text for a loop.
-        ratios = [len(text) / len(zlib.compress(text)) for text in texts]
-        values = ([label.avg_logprob for label in labels], ratios, [label.no_speech_prob for label in labels])
-        for name, column in zip(SCORES, values, strict=True):
-            new[name] = Value("float32"), [round(value, 4) for value in column]
-    rows = rows.filter(pa.array([label is not None for _, label in results], pa.bool_()))
-    schema = Features({**features, **{name: feature for name, (feature, _) in new.items()}}).arrow_schema
-    for name, (_, values) in new.items():
-        rows = rows.append_column(name, pa.array(values, schema.field(name).type))
-    metadata = {**schema.metadata, b"kotoba": json.dumps(facts, ensure_ascii=False).encode()}
-    path = shards.paths[shard]
+        labelled.update(dict.fromkeys(SCORE_COLUMNS, datasets.Value("float32")))
+    return labelled
+
+
+def label_values(teacher: Teacher, label: TeacherLabel) -> dict[str, Any]:
+    """The new columns of a row."""
+    decode = functools.partial(teacher.tokenizer.decode, label.ids, skip_special_tokens=True)
+    values: dict[str, Any] = {LABEL_COLUMN: label.ids}
+    if teacher.args.decode_token_ids:
+        values[LABEL_COLUMN] = decode(decode_with_timestamps=True)
+    if teacher.args.scores:
+        text = decode().strip().encode()
+        ratio = len(text) / len(zlib.compress(text))  # Whisper treats a ratio above 2.4 as a repetition loop
+        scores = (label.avg_logprob, ratio, label.no_speech_prob)
+        for name, score in zip(SCORE_COLUMNS, scores, strict=True):
+            values[name] = round(score, 4)
+    return values
+
+
+def label_notes(
+    teacher: Teacher,
+    shard: int,
+    rows: list[SpeechRow],
+) -> dict:
+    """What became of the rows of a shard."""
+    args = teacher.args
+    labels = [row.label for row in rows if row.label]
+    unusable = []
+    for number, row in enumerate(rows, shard * args.shard_size):
+        if row.clip.problem:
+            name = row.values[args.id_column_name] if args.id_column_name else f"row {number}"
+            unusable.append([str(name), row.clip.problem])
+    malformed = 0
+    if args.return_timestamps:
+        first_timestamp = teacher.vocabulary["<|notimestamps|>"] + 1
+        for label in labels:
+            text = label.ids[teacher.prefix_length : -1]
+            malformed += not timestamps_are_paired(text, first_timestamp)
+    return {
+        "rows_in": len(rows),
+        "rows_out": len(labels),
+        "seconds": round(sum(row.clip.seconds for row in rows), 3),
+        "over_30_s": sum(row.clip.seconds > WINDOW_SECONDS for row in rows),
+        "truncated": sum(label.truncated for label in labels),
+        "malformed_timestamps": malformed,
+        "tokens": sum(len(label.ids) for label in labels),
+        "unusable": unusable,
+    }
+
+
+def write_labels(
+    teacher: Teacher,
+    split: LabelledSplit,
+    schema: pa.Schema,
+    shard: int,
+    rows: list[SpeechRow],
+) -> None:
+    """Write the rows of a shard that have a label, and notes of what became of all."""
+    path = split.shards[shard]
+    batches = []  # of one row, because an Arrow array of bytes must not exceed 2 GB
+    for row in rows:
+        if row.label:
+            values = row.values | label_values(teacher, row.label)
+            batches.append(pa.RecordBatch.from_pylist([values], schema))
+    table = pa.Table.from_batches(batches, schema)
+    notes = {"settings": split.settings, **label_notes(teacher, shard, rows)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_shard(rows.cast(schema).replace_schema_metadata(metadata), path)
+        write_parquet(path, [table], schema, notes)
     except OSError as error:
         path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
-        fail(f"can't write {path}: {first_line(error)}; the same command continues once there is room")
+        fail(f"cannot write {path}: {first_line(error)}. Make room. {CONTINUE}")
 
 
-def write_shard(table: pa.Table, path: Path) -> None:
-    """Write a parquet file that appears under its name only when it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        with pq.ParquetWriter(file, table.schema, compression="snappy", use_dictionary=False) as writer:
-            if table.num_rows:  # `datasets` can't read a row group of none
-                writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def add_up(split: LabelledSplit) -> dict:
+    """Counts of the whole split, and its rows that could not be used with the reasons.
 
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file that appears under its name only when it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-class Progress:
-    """The main process's bar and reports to the tracker; it sees the others by the shards that they finish."""
-
-    def __init__(self, accelerator: Accelerator, shards: Shards, pending: list[int], args: argparse.Namespace):
-        self.accelerator, self.shards, self.every = accelerator, shards, args.logging_steps
-        self.others = [shard for shard in pending if shard % accelerator.num_processes]
-        self.steps, self.clips, self.seconds, self.tracked = 0, 0, 0.0, args.report_to != "none"
-        todo = sum(min(args.shard_size, shards.rows - shard * args.shard_size) for shard in pending)
-        try:
-            accelerator.init_trackers(args.wandb_project, {name: str(value) for name, value in vars(args).items()})
-        except Exception as error:  # whatever its kind, what watches the work must not end it
-            logger.warning("no tracking by %s: %s", args.report_to, first_line(error))
-            self.tracked, accelerator.trackers = False, []
-        self.bar = tqdm(desc="labelling", total=shards.rows, initial=shards.rows - todo, unit=" clips", smoothing=0)
-        self.started = self.looked = time.monotonic()
-
-    def __call__(self, clips: int, seconds: float) -> None:
-        now, self.steps = time.monotonic(), self.steps + 1
-        if self.others and now - self.looked > 10:
-            found = {shard: facts for shard in self.others if (facts := self.shards.facts(shard))}
-            self.others = [shard for shard in self.others if shard not in found]
-            clips += sum(facts["rows_in"] for facts in found.values())
-            seconds += sum(facts["seconds"] for facts in found.values())
-            self.looked = now
-        self.clips, self.seconds = self.clips + clips, self.seconds + seconds
-        rate, speed = max(self.clips, 1) / (now - self.started), self.seconds / (now - self.started)
-        self.bar.set_postfix_str(f"{speed:.1f} h of audio an hour", refresh=False)
-        self.bar.update(clips)
-        if self.tracked and self.steps % self.every == 0:
-            left = (self.shards.rows - self.bar.n) / rate / 3600
-            values = {"clips": self.bar.n, "clips_per_second": rate, "audio_hours_per_hour": speed, "hours_left": left}
-            self.accelerator.log(values, step=self.steps)
-
-
-# ----------------------------------------------------------------------------------------------- record, card and push
-
-
-def data_settings(args: argparse.Namespace, teacher: Teacher, rows: int, digests: dict) -> dict:
-    """What the labelled data depends on, near-ties of low precision aside: a run with other values must not go on."""
-    same = ("audio_column_name", "id_column_name", "shard_size", "dtype", "return_timestamps", "generation_num_beams")
-    same += ("max_label_length", "decode_token_ids", "scores")
-    return {
-        **{name: getattr(args, name) for name in same},
-        **{"language": None, "task": None, **teacher.prompt},
-        "attention": teacher.attention,
-        "rows": rows,
-        **digests,
-    }
-
-
-def check_present(shards: Shards, overwrite: bool) -> None:
-    """Refuse to mix with what other settings left."""
-    for path in shards.present():
-        facts = read_facts(path)
-        if overwrite or facts is None or facts["settings"] == shards.settings:
-            continue
-        old = facts["settings"] or {}
-        name = next(name for name, value in shards.settings.items() if old.get(name) != value)
-        fail(
-            f"{path} was made with {name} {old.get(name, 'unknown')}, this run has {shards.settings[name]}: go back to "
-            "that, take another --output_dir, or start afresh with --overwrite_output_dir"
-        )
-
-
-def write_record(shards: Shards, status: str, **facts) -> None:
-    record = {"status": status, "settings": shards.settings, **facts}
-    write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str), shards.record)
-
-
-def card(text: str | None, shards: Shards, total: dict, args: argparse.Namespace) -> str:
-    """Dataset card with this split's files and section, and all else that the card `text` has."""
-    content, config, split = DatasetCard(text or NEW_CARD), shards.config, shards.split
-    configs = {entry["config_name"]: entry for entry in content.data.get("configs") or []}
-    entry = configs.setdefault(config, {"config_name": config, "data_files": []})
-    others = [files for files in entry["data_files"] if files["split"] != split]
-    entry["data_files"] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
-    content.data.configs = list(configs.values())
-    language = shards.settings["language"]
-    content.data.language = content.data.language or (language and language.strip("<|>"))
-    content.data.dataset_info = None  # row counts of earlier contents, which `datasets` would insist on
-    heading = f"## {config}, {split}"
-    kept = re.sub(rf"(?ms)^{re.escape(heading)}\n.*?(?=^## |\Z)", "", content.text).rstrip()
-    facts = {"teacher": args.model_name_or_path, **shards.settings, **total, "unusable": len(total["unusable"])}
-    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
-    content.text = f"{kept}\n\n{heading}\n\nLabels are in `{LABEL}`.\n\n| | |\n| --- | --- |\n{table}\n"
-    return str(content)
-
-
-def prepare_repository(args: argparse.Namespace) -> str | None:
-    """The dataset repository to push to, made and proved writable; None where nothing is to be pushed."""
-    target = args.hub_model_id
-    if args.push_to_hub and target is None:
-        fail("--push_to_hub needs --hub_model_id, the dataset repository to push to")
-    if args.push_to_hub is False or target is None or local_directory(target):
-        return None
-    try:
-        if args.dry_run:
-            HfApi().whoami()
-        else:
-            HfApi().create_repo(target, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
-            HfApi().auth_check(target, repo_type="dataset", write=True)
-    except HUB_ERRORS as error:
-        fail(f"can't write to the dataset {target}: {first_line(error)}; log in with a write token: hf auth login")
-    return target
-
-
-def push_again(push: Callable[[], object]) -> None:
-    """Push, and again where another push to the same repository came between, which the Hub answers with 409 or 412."""
-    for waits in (1, 2, 4, 0):  # seconds, about
-        try:
-            push()
-            return
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (409, 412) or not waits:
-                raise
-        time.sleep(waits * random.uniform(0.5, 1))
-
-
-def push(repository: str, shards: Shards, total: dict, args: argparse.Namespace) -> None:
-    """Upload shards and record, then a card that keeps the repository's other configurations."""
-    api, ours = HfApi(), [f"{shards.config}/{shards.split}-*-of-*.parquet", shards.record.name]
-    to = {"repo_id": repository, "repo_type": "dataset", "commit_message": f"Label {shards.config}, {shards.split}"}
-
-    def push_card() -> None:
-        head = api.dataset_info(repository).sha
-        try:
-            path = hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
-            text = Path(path).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            text = None
-        text = card(text, shards, total, args)
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **to)
-
-    try:
-        push_again(
-            lambda: api.upload_folder(folder_path=shards.directory, allow_patterns=ours, delete_patterns=ours, **to)
-        )
-        push_again(push_card)
-    except HUB_ERRORS as error:
-        fail(
-            f"the push to {repository} failed: {first_line(error)}; all labels are in {shards.directory}, "
-            "and the same command again only pushes"
-        )
-    logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
-
-
-def finish(shards: Shards, args: argparse.Namespace, progress: Progress, repository: str | None) -> None:
-    """Card, record and push, when all shards are there."""
-    for _ in range(60):
-        found = [shards.facts(shard) for shard in range(shards.number)]
-        if None not in found:
+    Shards of other machines may take a while to appear on a shared file system.
+    """
+    for _ in range(APPEAR_SECONDS):
+        notes = [finished_notes(split, shard) for shard in range(len(split.shards))]
+        if None not in notes:
             break
-        time.sleep(1)  # NFS may take so long to show what other machines wrote
-    if missing := found.count(None):
-        fail(f"{missing} of {shards.number} shards are not in {shards.directory}: do all machines see it? Run again")
-    counts = ("rows_in", "rows_out", "over_30_s", "truncated", "malformed_timestamps", "tokens")
-    total = {name: sum(facts[name] for facts in found) for name in counts}
-    total["hours"] = round(sum(facts["seconds"] for facts in found) / 3600, 4)
-    total["unusable"] = [row for facts in found for row in facts["unusable"]]
-    readme = shards.directory / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else None
-    write_text(card(text, shards, total, args), readme)
-    if json.loads(shards.record.read_text(encoding="utf-8"))["status"] != "complete":
-        seconds = time.monotonic() - progress.started
-        run = {"clips": progress.clips, "wall_seconds": seconds, "clips_per_second": progress.clips / seconds}
-        run["processes"] = progress.accelerator.num_processes
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        total |= {"unusable_rows": len(total["unusable"]), "last_run": run}
-        write_record(shards, "complete", **total, arguments=vars(args), versions=versions)
-    logger.info("%d of %d rows are labelled in %s", total["rows_out"], total["rows_in"], shards.directory)
+        time.sleep(1)
+    else:
+        missing = split.shards[notes.index(None)]
+        fail(f"{missing} has not appeared: do all machines see it? {CONTINUE}")
+    names = ("rows_in", "rows_out", "over_30_s", "truncated", "malformed_timestamps", "tokens")
+    total: dict[str, Any] = {name: sum(shard[name] for shard in notes) for name in names}
+    total["hours"] = round(sum(shard["seconds"] for shard in notes) / 3600, 4)
+    total["unusable"] = [row for shard in notes for row in shard["unusable"]]
+    return total
+
+
+def complete_record(
+    args: argparse.Namespace,
+    split: LabelledSplit,
+    total: dict,
+    last_run: dict,
+) -> None:
+    """Complete the record. A run that found everything done leaves it as it is."""
+    record = read_json(split.record)
+    if record["status"] == "complete":
+        return
+    record.update(total, status="complete", unusable_rows=len(total["unusable"]), last_run=last_run)
+    record["arguments"] = vars(args)
+    record["versions"] = library_versions(*LIBRARIES)
+    write_json(split.record, record)
+
+
+def report_total(split: LabelledSplit, total: dict) -> None:
+    """Say how many rows are labelled and which are not; fail where none is."""
+    logger.info("%d of %d rows are labelled: %s", total["rows_out"], total["rows_in"], split.record)
     for name, problem in total["unusable"][:10]:
         logger.warning("left out: %.100r (%s)", name, problem)
     if not total["rows_in"]:
-        logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", shards.split)
+        logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", split.name)
     elif not total["rows_out"]:
-        fail(f"none of the {total['rows_in']} clips could be labelled; {shards.record} has the reasons")
-    if repository:
-        push(repository, shards, total, args)
+        fail(f"none of the {total['rows_in']} clips could be labelled; {split.record} has the reasons")
 
 
-# ----------------------------------------------------------------------------------------------------------------- plan
+def labelling_card(
+    teacher: str,
+    split: LabelledSplit,
+    total: dict,
+    text: str | None,
+) -> str:
+    """The dataset card with this split's files and section, keeping the rest of the card `text`."""
+    card = DatasetCard(text or NEW_CARD)
+    list_split(card, split.config, split.name)
+    card.data.language = card.data.language or split.settings["language"]
+    heading = f"## {split.config}, {split.name}"
+    others = re.sub(rf"(?ms)^{re.escape(heading)}\n.*?(?=^## |\Z)", "", card.text).rstrip()
+    values = {"teacher": teacher, **split.settings, **total, "unusable": len(total["unusable"])}
+    table = "| | |\n| --- | --- |\n"
+    for name, value in values.items():
+        table += f"| {name.replace('_', ' ')} | {value} |\n"
+    card.text = f"{others}\n\n{heading}\n\nLabels are in `{LABEL_COLUMN}`.\n\n{table}"
+    return str(card)
 
 
-def encoder_rate(teacher: Teacher, rows: int) -> float:
-    """Windows a second of an encoder of the teacher's shape, on its device, with random weights."""
-    with torch.device("meta"):
-        encoder = WhisperEncoder(teacher.config)
-    encoder = encoder.to_empty(device=teacher.device).to(getattr(torch, teacher.args.dtype)).eval()
-    with torch.inference_mode():
-        for weight in encoder.parameters():
-            weight.normal_(std=0.02)
-        features = torch.zeros(rows, teacher.config.num_mel_bins, teacher.extractor.nb_max_frames)
-        features = features.to(teacher.device, encoder.dtype)
-        for _ in range(2):  # the first time is slow
-            began = time.monotonic()
-            encoder(features)[0].sum().item()
-    return rows / (time.monotonic() - began)
+def repository_to_push(args: argparse.Namespace) -> str | None:
+    """The dataset repository to push to, made and proved writable; None where nothing is to be pushed."""
+    if args.push_to_hub and args.hub_model_id is None:
+        fail("--push_to_hub needs --hub_model_id, the dataset repository to push to")
+    if args.push_to_hub is False or args.hub_model_id is None or local_directory(args.hub_model_id):
+        return None
+    return prepare_repository(args.hub_model_id, "dataset", args.hub_private_repo, args.dry_run)
 
 
-def print_plan(args: argparse.Namespace, teacher: Teacher, repository: str | None, processes: int) -> None:
-    """Say what a run would read, write and push, how much and about how long; change nothing."""
-    began, rows, size, seconds, sample, whole = time.monotonic(), 0, 0, 0.0, [], True
-    for table in open_dataset(args, stream=True).with_format("arrow").iter(batch_size=8):
-        audio = pc.struct_field(with_bytes(table, args.audio_column_name)[args.audio_column_name], "bytes")
-        rows, size = rows + len(audio), size + (pc.sum(pc.binary_length(audio)).as_py() or 0)
-        seconds += sum(header_seconds(value.as_py()) for value in audio)
-        sample = sample or list(audio)
-        whole = time.monotonic() < began + PLAN_SECONDS
-        if not whole:
+def print_labelling_plan(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    repository: str | None,
+    num_processes: int,
+) -> None:
+    """Say what a run would read, write and push, and how long it would take by its first batch; change nothing."""
+    first_batch: list[SpeechRow] = []
+    clips = 0
+    hours = 0.0
+    megabytes = 0.0
+    more = ""
+    deadline = time.monotonic() + PLAN_SECONDS
+    for table in open_speech(args, streaming=True).iter(args.per_device_eval_batch_size):
+        batch = [load_speech_row(args.audio_column_name, values) for values in table.to_pylist()]
+        first_batch = first_batch or batch
+        clips += len(batch)
+        hours += sum(row.clip.seconds for row in batch) / 3600
+        megabytes += sum(len(read_audio(row.values[args.audio_column_name]) or b"") for row in batch) / 1e6
+        if time.monotonic() > deadline:
+            more = "more than "
             break
-    more, one = "" if whole else "more than ", size / max(1, rows)  # bytes of one clip
-    print(f"input: {args.dataset_name}, {more}{rows:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+    print(f"input: {args.dataset_name}, {more}{clips:,} clips, {hours:,.2f} h, {megabytes:,.1f} MB")
+    earlier = {}
+    for path in present_shards(args)[:1]:
+        earlier = (read_notes(path) or {}).get("settings", {})
+    if more:
+        clips = earlier.get("rows", clips)
+    split = plan_split(args, teacher, clips, earlier.get("dataset_digest"))  # the digest would need every row
+    pending = find_pending(args, split)
+    left = count_rows(split, pending)
+    print(f"done: {len(split.shards) - len(pending)} of {more}{len(split.shards)} shards")
+    print(f"left: {more}{left:,} clips")
+    print(f"writes: {args.output_dir}")
+    visibility = "private" if args.hub_private_repo else "public"
+    print(f"pushes: {repository} ({visibility})" if repository else "pushes: nothing")
 
-    # What the shards that are there were made of is told by digests, which are taken on trust here.
-    found = [facts["settings"] or {} for path in Shards(args, rows, {}).present() if (facts := read_facts(path))]
-    old = found[0] if found else {}
-    rows = rows if whole else old.get("rows", rows)
-    digests = {name: old.get(name) for name in ("dataset_digest", "teacher_digest")}
-    shards = Shards(args, rows, data_settings(args, teacher, rows, digests))
-    check_present(shards, args.overwrite_output_dir)
-    done = [facts for shard in range(shards.number) if (facts := shards.facts(shard))]
-    left = rows - sum(facts["rows_in"] for facts in done)
-    print(f"done: {len(done)} of {more}{shards.number} shards")
-    print(f"writes: {args.output_dir}, {more or 'about '}{left * one / 1e6:,.1f} MB")
-    private = "private" if args.hub_private_repo else "public"
-    print(f"pushes: {f'{repository} ({private}), about {rows * one / 1e6:,.1f} MB' if repository else 'nothing'}")
-
-    began = time.monotonic()
-    for clip in map(load_clip, sample):
-        if not clip.problem:
-            log_mel(torch.from_numpy(clip.waveform)[None], teacher.extractor)
-    decoding = len(sample) / (time.monotonic() - began)
-    windows = encoder_rate(teacher, args.per_device_eval_batch_size if teacher.device.type == "cuda" else 1)
-    needed = timedelta(seconds=round(1.3 * left / windows / processes))
-    print(f"time: {more or 'about '}{needed} in {processes} processes on {teacher.device.type}; in a short sample")
-    print(f"  a random encoder of the teacher's shape does {windows:.1f} clips/s (and text takes 0.3 of its time more)")
-    print(f"  and one of the --dataloader_num_workers {decoding:.0f} clips/s")
-
-
-# -------------------------------------------------------------------------------------------------------------- command
+    waveforms = [row.clip.waveform for row in first_batch if row.clip.problem is None]
+    if not waveforms:
+        print("time: unknown, as no clip of the first batch can be used")
+        return
+    for _ in range(2):  # the first time is slow
+        started = time.monotonic()
+        label_with_halving(waveforms, len(waveforms), functools.partial(label_batch, teacher))
+    rate = len(waveforms) / (time.monotonic() - started)
+    needed = timedelta(seconds=round(left / rate / num_processes))
+    device = teacher.model.device.type
+    print(f"time: {more or 'about '}{needed} with {num_processes} processes on {device}, {rate:.1f} clips/s each")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-    group = parser.add_argument_group("input")
-    group.add_argument("--dataset_name", required=True, help="builder file, local directory or Hub id")
-    group.add_argument("--dataset_config_name", help="configuration; the default one if unset")
-    group.add_argument("--dataset_dir_suffix", metavar="START_END", help="part of a download in parts; all if unset")
-    group.add_argument("--dataset_split_name", default="train", help="split")
-    group.add_argument("--audio_column_name", default="audio", help="column of audio")
-    group.add_argument("--text_column_name", help="column of reference texts, which must be there; none if unset")
-    group.add_argument("--id_column_name", help="column that names rows; their numbers if unset")
-    group.add_argument("--max_samples", type=int, help="rows to take from the start; all if unset")
-    group = parser.add_argument_group("teacher and labels")
-    group.add_argument("--model_name_or_path", required=True, help="Whisper, a local directory or Hub id")
-    group.add_argument("--language", help="language code or name; heard from each clip if unset")
-    group.add_argument("--task", choices=("transcribe", "translate"), help="task; transcribe if unset")
-    group.add_argument("--return_timestamps", default=False, help="labels with timestamps", **flag)
-    group.add_argument("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
-    group.add_argument("--max_label_length", type=int, default=128, help="bound of a whole label, tokens")
-    group.add_argument("--decode_token_ids", default=False, help="store text in place of ids", **flag)
-    group.add_argument("--scores", default=False, help=f"add the columns {', '.join(SCORES)}", **flag)
-    group = parser.add_argument_group("work")
-    group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="clips in a batch")
-    group.add_argument("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
-    group.add_argument("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
-    group.add_argument("--shard_size", type=int, default=1000, help="rows of a shard; what a crash costs at most")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="on a GPU bfloat16 if unset")
-    group.add_argument("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
-    group.add_argument("--torch_compile", default=False, help="fixed shapes, compiled on a GPU", **flag)
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", required=True, help="dataset directory to write")
-    group.add_argument("--overwrite_output_dir", default=False, help="replace what other settings left there", **flag)
-    group.add_argument("--hub_model_id", metavar="ORG/NAME", help="dataset repository to push to; none if unset")
-    group.add_argument("--push_to_hub", help="push; True where --hub_model_id is a Hub id", **flag)
-    group.add_argument("--hub_private_repo", default=True, help="make a new repository private", **flag)
-    group.add_argument("--dry_run", default=False, help="say what a run would do and how long it takes, stop", **flag)
-    group = parser.add_argument_group("tracking")
-    group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="wandb", help="tracker")
-    group.add_argument("--wandb_project", default="kotoba-whisper-labelling", help="project of the tracker")
-    group.add_argument("--logging_steps", type=int, default=100, help="batches between two reports to the tracker")
-    args = parser.parse_args(argv)
-    args.output_dir = Path(args.output_dir).expanduser()
-    for name in ("generation_num_beams", "per_device_eval_batch_size", "shard_size", "logging_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    return args
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes without a GPU would not know of each other
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))],
-    )
-    main_process, on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
-    level = logging.INFO if main_process else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
+
+    # 1. Set up.
+    accelerator = start_accelerator(args)
+    is_main = accelerator.is_main_process
+    set_up_process(is_main)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if not main_process:
+    if not is_main:
         datasets.disable_progress_bars()
-    args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    if on_cpu:  # `accelerate launch` allows a process one thread
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    args.dtype = choose_dtype(args.dtype, accelerator.device)
 
-    # 1. All that can be refused is refused before the work.
-    repository = prepare_repository(args) if main_process else None
-    if (source := Path(args.dataset_name).expanduser()).is_dir() and source.resolve() == args.output_dir.resolve():
-        fail(f"--output_dir {args.output_dir} is the input: take another directory")
-    teacher = Teacher(args, accelerator.device)
+    # 2. Refuse what can be refused.
+    source = Path(args.dataset_name).expanduser()
+    if source.is_dir() and source.resolve() == args.output_dir.resolve():
+        fail(f"--output_dir {args.output_dir} is the input: choose another directory")
+    repository = repository_to_push(args) if is_main else None
+
+    # 3. Load.
+    teacher = load_teacher(args, accelerator.device)
     if args.dry_run:
-        if main_process:
-            print_plan(args, teacher, repository, accelerator.num_processes)
+        if is_main:
+            print_labelling_plan(args, teacher, repository, accelerator.num_processes)
         return 0
-    dataset = open_dataset(args)
-    teacher.load_weights()
-    digests = {"dataset_digest": dataset_digest(dataset, args), "teacher_digest": teacher_digest(teacher.model)}
-    settings = data_settings(args, teacher, len(dataset), digests)
-    shards = Shards(args, len(dataset), settings)
-    lock = FileLock(args.output_dir / f".{shards.record.stem}.lock")
-    try:
-        if main_process:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        check_present(shards, args.overwrite_output_dir)
-        pending = [shard for shard in range(shards.number) if not shards.facts(shard)]
-        if main_process:
-            for path in set(shards.present()) - set(shards.paths):
-                path.unlink()
-            if pending or not shards.record.exists():
-                write_record(shards, "running")
-    except Timeout:
-        fail(f"another run is writing {shards.record.stem} in {args.output_dir}: wait for it")
-    except OSError as error:
-        fail(f"can't write to --output_dir {args.output_dir}: {first_line(error)}")
+    dataset = open_speech(args)
+    split = plan_split(args, teacher, len(dataset), dataset_digest(args, dataset))
 
-    try:
-        # 2. This process labels its part of what is not there yet.
-        report = Progress(accelerator, shards, pending, args) if main_process else lambda clips, seconds: None
+    # 4. Find what is left to do.
+    pending = find_pending(args, split)
+    with claim_split(args, split, pending) if is_main else contextlib.nullcontext():
+        # 5. Work. Each process labels every so many-th shard; they wait for each other only at the end.
+        start_tracker(accelerator, args)
+        progress = start_progress(accelerator, split, pending)
         mine = [shard for shard in pending if shard % accelerator.num_processes == accelerator.process_index]
-        label_shards(dataset, shards, mine, teacher, args, report)
-
-        # 3. The first and last time that processes wait for each other.
+        label_shards(args, dataset, teacher, split, mine, progress)
         accelerator.wait_for_everyone()
-        if main_process:
-            report.bar.close()
-            finish(shards, args, report, repository)
+        progress.bar.close()
+
+        if is_main:
+            # 6. Write record and card.
+            total = add_up(split)
+            update_card = functools.partial(labelling_card, args.model_name_or_path, split, total)
+            card = args.output_dir / "README.md"
+            write_atomically(card, update_card(card.read_text(encoding="utf-8") if card.exists() else None))
+            seconds = time.monotonic() - progress.started
+            clips = count_rows(split, pending)
+            last_run = {"clips": clips, "wall_seconds": seconds, "clips_per_second": clips / seconds}
+            last_run["processes"] = accelerator.num_processes
+            complete_record(args, split, total, last_run)
+            report_total(split, total)
+
+            # 7. Push.
+            if repository:
+                title = f"{split.config}/{split.name}"
+                patterns = [f"{title}-*-of-*.parquet", split.record.name]
+                push_dataset(repository, args.output_dir, patterns, update_card, f"Label {title}")
         accelerator.end_training()
-    finally:
-        lock.release()
     return 0
 
 
@@ -1060,4 +1599,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
+        print(f"stopped. {CONTINUE}", file=sys.stderr)
         sys.exit(130)

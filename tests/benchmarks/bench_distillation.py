@@ -166,38 +166,41 @@ def serve_script(root: Path, dtype: str, cached: bool, batch_size: int) -> None:
     """The script's own run, of which each step waits for a line of standard input."""
     import run_distillation as script
 
-    class Served(script.Distillation):
-        filling = 0.0
+    fill_cache = script.fill_cache
+    filling = 0.0
 
-        def fill_cache(self, *arguments):
+    def timed_fill_cache(*arguments):
+        nonlocal filling
+        start = time.perf_counter()
+        try:
+            return fill_cache(*arguments)
+        finally:
+            filling = time.perf_counter() - start
+
+    def serve_steps(training, models, data, args) -> int:
+        indices = data.plan.micro_batches(0, data.total_steps, 0)
+        batches = script.read_batches(data.train[0], indices, workers=0)
+        training.model.train()
+        answer(ready=True, filling=filling)
+        for _ in sys.stdin:
+            synchronise()
             start = time.perf_counter()
-            try:
-                return super().fill_cache(*arguments)
-            finally:
-                self.filling = time.perf_counter() - start
+            (ce_sum, kl_sum, num_tokens), _, _ = script.optimiser_step(training, models, data, batches, args)
+            synchronise()
+            training.state.step += 1
+            loss = (WEIGHTS[0] * ce_sum + WEIGHTS[1] * kl_sum) / num_tokens
+            answer(loss=loss, seconds=time.perf_counter() - start, peak=peak_memory())
+        return 1  # stopped early: nothing is written
 
-        def train(self, stop):
-            plan = self.plan.micro_batches(0, self.total, batch_size, self.stride, self.offset)
-            batches = script.read_batches(self.train_rows[0], plan, workers=0, pin=False)
-            self.model.train()
-            answer(ready=True, filling=self.filling)
-            for _ in sys.stdin:
-                synchronise()
-                start = time.perf_counter()
-                ce, kl, tokens, _, _ = self.optimiser_step(batches, stop)
-                synchronise()
-                self.state["step"] += 1
-                loss = (WEIGHTS[0] * ce + WEIGHTS[1] * kl) / tokens
-                answer(loss=loss, seconds=time.perf_counter() - start, peak=peak_memory())
-            return 1
-
+    script.fill_cache = timed_fill_cache
+    script.train = serve_steps
     name = "cached" if cached else "plain"
     arguments = f"--model_name_or_path {root}/student --teacher_model_name_or_path {root}/teacher --do_train"
     arguments += f" --train_dataset_name {root}/data --freeze_encoder --dtype {dtype} --report_to none --max_steps 1000"
     arguments += f" --output_dir {root}/{name} --per_device_train_batch_size {batch_size} --warmup_steps 0"
     if cached:
         arguments += f" --cache_encoder_outputs {root}/cache"
-    Served(script.parse_args(arguments.split())).run(script.Stop())
+    script.main(arguments.split())
 
 
 class Worker:

@@ -11,6 +11,7 @@ and the same encoder.
 import argparse
 import sys
 import weakref
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -85,9 +86,9 @@ def peak_bytes(shape: str, rows: int, tokens: int, decoder_layers: int) -> int:
         teacher = make_model(shape, 0, torch.bfloat16)
         student = make_model(shape, decoder_layers, torch.float32)
         student.model.encoder = teacher.model.encoder.requires_grad_(False)
-        frozen = distillation.Frozen(teacher, teacher.model.encoder)
         settings = argparse.Namespace(freeze_encoder=True, temperature=2.0, ce_weight=0.8, kl_weight=1.0)
-        trained = distillation.Trained(student, settings).train()
+        trained = distillation.TrainedPart(student, settings).train()
+        models = SimpleNamespace(student=student, teacher=teacher, trained=trained)
         optimizer = torch.optim.AdamW([weight for weight in trained.parameters() if weight.requires_grad])
         width = -(-tokens // 8) * 8
         batch = {
@@ -102,7 +103,7 @@ def peak_bytes(shape: str, rows: int, tokens: int, decoder_layers: int) -> int:
         with memory:
             for _ in range(2):  # the optimiser's state appears with the first
                 with torch.autocast("cpu", torch.bfloat16):
-                    inputs, hidden = frozen(batch)
+                    inputs, hidden = distillation.run_frozen(models, batch)
                     loss, _ = trained(inputs, hidden, teacher.proj_out.weight, batch)
                 loss.backward()
                 optimizer.step()
