@@ -896,3 +896,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print(f"stopped. {CONTINUE}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an exception while Python shuts down would print a traceback

@@ -103,13 +103,10 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 from transformers.utils import is_flash_attn_2_available
 
 LOSS_CHUNK = 256  # tokens whose logits exist at the same time
-CACHE_BLOCK = (
-    8  # rows encoded together for the cache; fixed, because the batch size changes a row's result in the last bits
-)
+CACHE_BLOCK = 8  # rows encoded together for the cache; fixed, because the last bits of a row depend on the batch size
 SAMPLE_ROWS = 16  # rows read from the start of a dataset as a sample of its inputs
-PROGRESS_SECONDS = (
-    0.1 if sys.stderr.isatty() else 30.0
-)  # seconds between progress-bar updates; in a log each update is a line
+# Seconds between updates of a progress bar; in a log each update is a line.
+PROGRESS_SECONDS = 0.1 if sys.stderr.isatty() else 30.0
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what accelerate calls them
 LED_BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the held-out loss
 RECORD = "distillation.json"
@@ -2325,10 +2322,8 @@ def one_line_for_faults() -> Iterator[None]:
         fail(f"{first_line(cause)}. Fix this. {CONTINUE}")
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise for workers that are killed
-        for (
-            worker
-        ) in multiprocessing.active_children():  # they block SIGTERM, so the interpreter's exit would wait for them
-            worker.kill()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # it blocks SIGTERM, so the interpreter's exit would wait for it
             worker.join()
 
 
@@ -2411,3 +2406,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print(f"stopped. {CONTINUE}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an exception while Python shuts down would print a traceback

@@ -418,7 +418,7 @@ def test_a_row_whose_audio_cannot_be_read_counts_for_nothing_and_is_named(
     rest = write_dataset(tmp_path / "rest", "tiny", "train", [examples[0]], AUDIO)
     flags = ("--max_steps", 1, "--train_dataset_name")
     both, one = run("both", *flags, data), run("one", *flags, rest)
-    assert f"row 1: its audio cannot be read and counts for nothing: {reason}" in caplog.text
+    assert f"row 1: unreadable audio, left out of the loss: {reason}" in caplog.text
     cached = run("cached", *flags, data, "--cache_encoder_outputs", tmp_path / "cache")
     assert metrics(cached) == pytest.approx(metrics(both), rel=1e-5)
     share = len(examples[0]["labels"]) / (len(examples[0]["labels"]) + len(examples[1]["labels"]) - 2)
@@ -944,6 +944,13 @@ def test_a_checkpoint_can_be_named_and_starting_afresh_needs_leave(run, command,
         script.main(command("on", "--resume_from_checkpoint", "False"))
     run("on", "--resume_from_checkpoint", "False", "--overwrite_output_dir")
     assert metrics(tmp_path / "on", "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_with_its_batches_cut_into_other_micro_batches(run, uninterrupted, tmp_path):
+    interrupt(uninterrupted, tmp_path / "out", keep=2)
+    output = run("out", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
+    assert metrics(output) == pytest.approx(metrics(uninterrupted), rel=1e-5)
+    assert_close_weights(output, uninterrupted, 2e-4)
 
 
 def test_only_the_newest_checkpoints_are_kept_whatever_was_there(run, tmp_path):
