@@ -72,9 +72,9 @@ from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizerFast
+from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizerFast
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 STEP_SECONDS = 0.02  # from one timestamp token to the next
 TIMESTAMP_SAMPLES = 320  # the same in samples
@@ -478,38 +478,6 @@ def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
 def is_multilingual(vocabulary: dict[str, int]) -> bool:
     """Whether a Whisper with this vocabulary takes a language and a task."""
     return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
-
-
-def load_generation_config(
-    reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
-) -> GenerationConfig:
-    """How a model decodes. What its file lacks, as those of 2022 do, comes from vocabulary and configuration."""
-    try:
-        source = str(local_directory(reference) or reference)
-        generation_config = GenerationConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        if "does not appear to have a file named" not in str(error):  # a damaged file, or a Hub that does not answer
-            fail(f"cannot load the generation config of {reference}: {first_line(error)}")
-        generation_config = GenerationConfig()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            setattr(generation_config, name, getattr(config, name))
-        for name in ("suppress_tokens", "begin_suppress_tokens"):
-            setattr(generation_config, name, getattr(config, name, None))
-    generation_config.is_multilingual = is_multilingual(vocabulary)
-    values = {
-        "max_length": config.max_target_positions,
-        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
-        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
-        "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
-    }
-    if is_multilingual(vocabulary):
-        tokens = [f"<|{code}|>" for code in LANGUAGES]
-        values["lang_to_id"] = {token: vocabulary[token] for token in tokens if token in vocabulary}
-        values["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}
-    for name, value in values.items():
-        if getattr(generation_config, name, None) is None:
-            setattr(generation_config, name, value)
-    return generation_config
 
 
 # ---- common: languages -----------------------------------------------------------------------------------------------

@@ -442,6 +442,9 @@ def is_multilingual(vocabulary: dict[str, int]) -> bool:
     return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
 
 
+# ---- common: generation config ---------------------------------------------------------------------------------------
+
+
 def load_generation_config(
     reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
 ) -> GenerationConfig:

@@ -22,6 +22,7 @@ COMMON = [
     "common: the Hub",
     "common: dataset repositories",
     "common: models",
+    "common: generation config",
     "common: languages",
     "common: devices and trackers",
     "common: finding datasets",
