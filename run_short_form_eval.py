@@ -1527,7 +1527,7 @@ def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     audio_seconds = sum(prediction["seconds"] for prediction in predictions)
     speed = {
         "audio_seconds": round(audio_seconds, 1),
-        "process_seconds": round(process_seconds, 1),
+        "process_seconds": round(process_seconds, 3),
         "real_time_factor": round(process_seconds / max(audio_seconds, 1e-9), 5),
         "clips_per_second": round(len(predictions) / max(process_seconds, 1e-9), 3),
     }
