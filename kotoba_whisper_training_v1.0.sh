@@ -40,6 +40,8 @@ CER_THRESHOLD="${CER_THRESHOLD:-}"      # takes its place when set; 10 keeps mor
 TIMESTAMP_PROBABILITY="${TIMESTAMP_PROBABILITY:-0.2}"
 CONDITION_ON_PREV_PROBABILITY="${CONDITION_ON_PREV_PROBABILITY:-0.2}"
 CONCATENATE_AUDIO="${CONCATENATE_AUDIO:-False}"  # True trains on windows of up to 30 s, packed with several clips
+CONCATENATE_PROBABILITY="${CONCATENATE_PROBABILITY:-0.8}"  # share of the clips that are packed; the others stay alone, so
+                                        # that the student also learns to stop on a short clip
 
 # ---- student and training: 8 GPUs x 16 x 2 is v1.0's global batch of 256 ---------------------------------------------------
 DECODER_LAYERS="${DECODER_LAYERS:-2}"
@@ -74,7 +76,7 @@ else
 fi
 TRAIN_LABELS=(--max_label_length "${MAX_LABEL_LENGTH}")
 if [[ "${CONCATENATE_AUDIO}" == True ]]; then  # the filter has limits of its own for clips and for windows
-  FILTER+=(--concatenate_audio)
+  FILTER+=(--concatenate_audio --concatenate_probability "${CONCATENATE_PROBABILITY}")
   SUFFIX+=".packed"
   TRAIN_LABELS=()
 else

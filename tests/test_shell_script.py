@@ -176,13 +176,13 @@ RECIPES = {  # variables, flags of the filter and of training that follow from t
     ),
     "packed": (
         {"CONCATENATE_AUDIO": "True"},
-        "--wer_threshold 10\n--concatenate_audio",
+        "--wer_threshold 10\n--concatenate_audio\n--concatenate_probability 0.8",
         "",  # a window's label is longer than a clip's
         "wer_10.0.packed",
     ),
     "packed cer": (
-        {"CONCATENATE_AUDIO": "True", "CER_THRESHOLD": "7"},
-        "--cer_threshold 7\n--concatenate_audio",
+        {"CONCATENATE_AUDIO": "True", "CONCATENATE_PROBABILITY": "0.5", "CER_THRESHOLD": "7"},
+        "--cer_threshold 7\n--concatenate_audio\n--concatenate_probability 0.5",
         "",
         "cer_7.0.packed",
     ),
@@ -350,11 +350,13 @@ VARIABLES = {
         "True",
         [
             (FILTERING, "--concatenate_audio", None),
+            (FILTERING, "--concatenate_probability", "0.8"),
             (FILTERING, "--max_label_length", NOT_GIVEN),
             (DISTILLATION, "--max_label_length", NOT_GIVEN),
             (DISTILLATION, "--train_dataset_name", "HERE/reazonspeech-whisper-large-v3.wer_10.0.packed.vectorized"),
         ],
     ),
+    "CONCATENATE_PROBABILITY": ("0.5", []),  # counts with CONCATENATE_AUDIO alone
     "DECODER_LAYERS": ("4", [(STUDENT, "--decoder_layers")]),
     "EPOCHS": ("1.5", [(DISTILLATION, "--num_train_epochs")]),
     "TRAIN_BATCH": ("24", [(DISTILLATION, "--per_device_train_batch_size")]),
