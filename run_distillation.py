@@ -111,6 +111,8 @@ MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # wh
 LED_BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the held-out loss
 RECORD = "distillation.json"
 MANIFEST = "manifest.json"  # of a checkpoint: training state, settings and file hashes; written last
+SCHEDULER = "scheduler.json"  # of a checkpoint: the state of the learning-rate schedule
+OLD_SCHEDULER = "custom_checkpoint_0.pkl"  # where checkpoints of earlier versions have it
 EVALUATION = "evaluation.json"  # of a run without --do_train
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)-epoch-(\d+)")
 SCRIPTS = ["create_student_model.py", "run_distillation.py"]  # published with the model
@@ -1601,14 +1603,17 @@ def file_hash(path: Path) -> str:
 
 
 def read_checkpoint(directory: Path) -> dict | None:
-    """The manifest of a checkpoint; None, with a warning, where anything of the checkpoint is missing or damaged."""
+    """The manifest of a checkpoint; None, with a warning, where anything of the checkpoint is missing or damaged.
+
+    What cannot be read just now, because of a permission or the disk, may be whole: that ends the run by an OSError.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
             if file_hash(directory / name) != expected:
                 raise ValueError(f"{name} is damaged")
         return manifest
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
         logger.warning("%s is not complete and is skipped: %s", directory.name, error)
         return None
 
@@ -1630,10 +1635,16 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
     is_complete = record["status"] == "complete" and (output_dir / "model.safetensors").exists()
     if is_complete and record["steps"] >= total_steps:
         return Start(finished=True)
+    damaged = []
     for _, directory in reversed(list_checkpoints(output_dir)):
         manifest = read_checkpoint(directory)
-        if manifest and not changed_setting(manifest["settings"], settings):
+        if manifest is None:
+            damaged.append(directory.name)
+        elif not changed_setting(manifest["settings"], settings):
             return Start(TrainingState(**manifest["state"]), directory)
+    if damaged and not args.overwrite_output_dir:
+        remedy = "put a copy in their place, or pass --overwrite_output_dir to train from the start"
+        fail(f"no checkpoint in {output_dir} is whole ({', '.join(damaged)} are damaged): {remedy}")
     if is_complete:  # with fewer steps, and no checkpoint to go on from
         return Start(to_remove=results_to_remove(args))
     return Start()
@@ -1715,11 +1726,37 @@ def make_scheduler(args: argparse.Namespace, optimizer: Optimizer, total_steps: 
     )
 
 
-def load_weights(models: list[nn.Module], directory: str) -> None:
-    """Load hook for accelerate, whose own loader fails if the number of processes has changed."""
-    weights = safetensors.torch.load_file(Path(directory) / "model.safetensors")
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    extract_model_from_parallel(models.pop()).load_state_dict(weights)
+def read_state(path: Path) -> dict:
+    """The tensors, numbers and texts in a file of a checkpoint. Code that it may hold is not run."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, ValueError, pickle.UnpicklingError, EOFError):  # torch advises to load it all the same
+        fail(f"{path} holds something else than a training's state: delete {path.parent}. {CONTINUE}")
+
+
+def load_checkpoint(training: "Training", directory: Path) -> None:
+    """Set weights, optimiser and schedule to a checkpoint's state.
+
+    `Accelerator.load_state` would unpickle the schedule, and fail if the number of processes has changed. Random
+    states are not needed: all is drawn by the position in the data.
+    """
+    accelerator = training.accelerator
+    if accelerator.distributed_type == DistributedType.FSDP:  # only accelerate can join its shards
+        accelerator.load_state(str(directory))
+        accelerator.step = 0  # of accumulation, which begins anew and may have changed
+    else:
+        weights = read_state(directory / "model.safetensors")
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+        extract_model_from_parallel(training.model).load_state_dict(weights)
+        training.optimizer.load_state_dict(read_state(directory / "optimizer.bin"))
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(read_state(directory / "scaler.pt"))
+    scheduler = directory / SCHEDULER
+    training.scheduler.load_state_dict(read_state(scheduler if scheduler.exists() else directory / OLD_SCHEDULER))
 
 
 def make_optimizer(models: Models, device: torch.device, args: argparse.Namespace) -> Optimizer:
@@ -1897,8 +1934,9 @@ def train(training: Training, models: Models, data: Data, args: argparse.Namespa
 # ---- files, record, card, push ---------------------------------------------------------------------------------------
 
 
-def sync_file(path: Path) -> None:
-    """Return when a file is on the disk."""
+def finish_file(path: Path) -> None:
+    """Return when a file is on the disk, readable for all who may read its directory; safetensors makes it private."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -1916,10 +1954,11 @@ def save_checkpoint(training: Training, plan: Plan, args: argparse.Namespace) ->
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        write_atomically(partial / SCHEDULER, json.dumps(training.scheduler.state_dict()))
         hashes = {}
         for path in sorted(partial.rglob("*")):
             if path.is_file():
-                sync_file(path)
+                finish_file(path)
                 hashes[str(path.relative_to(partial))] = file_hash(path)
         manifest = {"state": asdict(state), "settings": training.record["settings"], "files": hashes}
         write_json(partial / MANIFEST, manifest)
@@ -1969,7 +2008,7 @@ def write_model(training: Training, models: Models, record: dict, args: argparse
             if path.exists() and not (output_dir / script).exists():
                 shutil.copy(path, partial)
         for path in partial.iterdir():
-            sync_file(path)
+            finish_file(path)
             os.replace(path, output_dir / path.name)
         partial.rmdir()
         write_json(output_dir / RECORD, record)  # last: its "complete" means that all is there
@@ -2209,6 +2248,8 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         fail(f"--lr_scheduler_type {args.lr_scheduler_type} follows the held-out loss: it needs --eval_dataset_name")
     if args.dtype == "float16" and not torch.cuda.is_available():
         fail("--dtype float16 needs a GPU: use bfloat16 or float32")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        fail("DeepSpeed resumes from pickles, which may hold code: train by DDP or FSDP (`accelerate config`)")
     if args.output_dir.resolve() == Path(args.model_name_or_path).resolve():
         fail(f"--output_dir {args.output_dir} is the student to start from: choose another")
 
@@ -2260,13 +2301,6 @@ def start_training(
     optimizer = make_optimizer(models, accelerator.device, args)
     scheduler = make_scheduler(args, optimizer, data.total_steps)
     model, optimizer = accelerator.prepare(models.trained, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        accelerator.register_load_state_pre_hook(load_weights)
-    if start.checkpoint:
-        accelerator.load_state(str(start.checkpoint))
-        accelerator.step = 0  # of accumulation, which begins anew and may have changed
-        logger.info("going on from step %d of %d (%s)", start.state.step, data.total_steps, start.checkpoint.name)
     config = models.student.config
     record = {
         "status": "running",
@@ -2289,15 +2323,21 @@ def start_training(
         fail(f"--output_dir {args.output_dir} must be on a file system that all machines see")
     schedule = (data.total_steps, data.plan.steps_per_epoch, data.plan.batch_size)
     logger.info("%d rows; %d steps, %d an epoch, of %d rows", record["rows"], *schedule)
-    return Training(accelerator, model, optimizer, scheduler, start.state, record, repo_id)
+    training = Training(accelerator, model, optimizer, scheduler, start.state, record, repo_id)
+    if start.checkpoint:
+        load_checkpoint(training, start.checkpoint)
+        logger.info("going on from step %d of %d (%s)", start.state.step, data.total_steps, start.checkpoint.name)
+    return training
 
 
 def clean_output(start: Start, output_dir: Path) -> None:
-    """Remove what is not of this run, and what is later than the step that it starts from."""
+    """Remove results that are not of this run, and the figures of later steps than the one that it starts from.
+
+    Damaged checkpoints stay until a whole one has been saved.
+    """
     for path in start.to_remove:
         logger.warning("removing %s", path)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    rotate_checkpoints(output_dir, start.state.step, limit=None, best_step=None)
     metrics = output_dir / "metrics.jsonl"
     lines = [json.dumps(entry) + "\n" for entry in read_metrics(metrics, start.state.step)]
     write_atomically(metrics, "".join(lines))

@@ -749,6 +749,8 @@ def test_every_schedule_of_transformers_is_accepted(schedule):
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step(*([1.0] if schedule in script.LED_BY_LOSS else []))
+        state = schedulers[0].state_dict()
+        assert json.loads(json.dumps(state)) == state  # a checkpoint holds it as JSON
         assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
 
 
@@ -872,6 +874,57 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_and_said(run, uninte
     assert_equal_weights(run("out"), uninterrupted)
     assert "checkpoint-4-epoch-1 is not complete and is skipped" in caplog.text
     assert "going on from step 2" in caplog.text
+
+
+def agree(checkpoint: Path) -> None:
+    """Make a checkpoint's manifest agree with the files that are there."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    files = [path for path in checkpoint.iterdir() if path.name != "manifest.json"]
+    manifest["files"] = {path.name: script.file_hash(path) for path in files}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_an_earlier_version_which_has_its_schedule_in_a_pickle_goes_on(run, uninterrupted, tmp_path):
+    interrupt(uninterrupted, tmp_path / "out", keep=4)
+    newest = tmp_path / "out" / "checkpoint-4-epoch-1"
+    state = json.loads((newest / "scheduler.json").read_text())
+    (newest / "scheduler.json").unlink()
+    torch.save(state, newest / "custom_checkpoint_0.pkl")
+    agree(newest)
+    assert_equal_weights(run("out"), uninterrupted)
+    assert metrics(tmp_path / "out", "learning_rate") == metrics(uninterrupted, "learning_rate")
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_stops_the_run_and_stays(command, run, uninterrupted, tmp_path):
+    interrupt(uninterrupted, tmp_path / "out", keep=4)
+    file = tmp_path / "out" / "checkpoint-4-epoch-1" / "optimizer.bin"
+    file.rename(tmp_path / "aside")
+    file.symlink_to(file)  # reading fails, as with a permission or a disk that are not as they should be
+    with pytest.raises(SystemExit, match=r"optimizer\.bin.*Run the same command again") as error:
+        script.main(command())
+    assert str(error.value).count("\n") == 0
+    assert checkpoint_names(tmp_path / "out") == ["checkpoint-2-epoch-0", "checkpoint-4-epoch-1"]
+    (tmp_path / "aside").rename(file)
+    assert_equal_weights(run("out"), uninterrupted)
+
+
+def test_without_a_whole_checkpoint_nothing_starts_until_overwriting_is_allowed(
+    command, run, uninterrupted, tmp_path, monkeypatch
+):
+    interrupt(uninterrupted, tmp_path / "out", keep=4)
+    names = checkpoint_names(tmp_path / "out")
+    for name in names:
+        (tmp_path / "out" / name / "optimizer.bin").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=", ".join(reversed(names)) + ".*--overwrite_output_dir"):
+        script.main(command())
+    present = []
+    optimiser_step = script.optimiser_step
+    monkeypatch.setattr(script, "optimiser_step", lambda *_: present.append(checkpoint_names(tmp_path / "out")))
+    with pytest.raises(TypeError):  # it gives no loss
+        script.main(command("out", "--overwrite_output_dir"))
+    assert present == [names]  # they stay until a whole one is there
+    monkeypatch.setattr(script, "optimiser_step", optimiser_step)
+    assert_equal_weights(run("out", "--overwrite_output_dir"), uninterrupted)
 
 
 @pytest.mark.timeout(300)  # what it guards against is waiting for ever

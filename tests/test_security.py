@@ -1,6 +1,8 @@
 """Nothing that comes from data runs, leads elsewhere, or shows a secret."""
 
 import ast
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -10,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from accelerate import Accelerator
+from torch.amp import GradScaler
 
 import run_pseudo_labelling
 from tests.sandbox.demo import ROOT
@@ -98,17 +102,48 @@ def trained(loaded, tiny_teacher, tmp_path) -> list[str]:
     return arguments
 
 
-def test_code_in_a_checkpoint_does_not_run(bomb, trained, tmp_path):
+def test_code_in_a_checkpoint_whose_manifest_agrees_does_not_run(bomb, trained, monkeypatch):
     output = Path(trained[-1])
-    checkpoints = list(output.glob("checkpoint-*"))
-    assert checkpoints
-    for checkpoint in checkpoints:
-        for file in checkpoint.rglob("*"):
-            if file.suffix in (".pkl", ".bin", ".pt"):
-                file.write_bytes(bomb)
-    (output / "model.safetensors").unlink()
-    assert distil(*trained) == 0  # the damaged checkpoint is left out and training starts at the beginning
-    assert load_file(output / "model.safetensors")
+    (output / "model.safetensors").unlink()  # so that the same command resumes
+    (checkpoint,) = output.glob("checkpoint-*")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    # A scaler is there on a GPU, the pickle of the schedule in checkpoints of earlier versions.
+    names = {*manifest["files"], "scaler.pt", "custom_checkpoint_0.pkl"}
+    assert {"model.safetensors", "optimizer.bin", "scheduler.json", "random_states_0.pkl"} < names
+    scaler = property(lambda self: GradScaler("cpu"), lambda self, value: None)
+    monkeypatch.setattr(Accelerator, "scaler", scaler, raising=False)
+    whole = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    whole["scaler.pt"] = saved(GradScaler("cpu").state_dict())
+    for name in sorted(names - {"random_states_0.pkl"}):
+        contents = {**whole, name: bomb}
+        if name == "custom_checkpoint_0.pkl":
+            del contents["scheduler.json"]
+        replace_files(checkpoint, contents)
+        with pytest.raises(SystemExit) as error:
+            distil(*trained)
+        assert name in str(error.value) and str(error.value).count("\n") == 0
+    monkeypatch.undo()
+    replace_files(checkpoint, whole | {"random_states_0.pkl": bomb})
+    assert distil(*trained) == 0  # nothing reads it
+
+
+def saved(value: object) -> bytes:
+    """What `torch.save` writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def replace_files(checkpoint: Path, contents: dict[str, bytes]) -> None:
+    """Let a checkpoint consist of these files, on which its manifest agrees."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    contents = {name: content for name, content in contents.items() if name != "manifest.json"}
+    manifest["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    for path in checkpoint.iterdir():
+        path.unlink()
+    for name, content in contents.items():
+        (checkpoint / name).write_bytes(content)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_code_beside_a_model_or_a_dataset_does_not_run(tiny_teacher, loaded, tmp_path):
