@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     number, workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[number % len(cores) :: workers])
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for two, whose number changes the last bits
 
 assert not {"huggingface_hub", "datasets", "transformers"} & set(sys.modules), "a Hub client was imported too early"
 
@@ -52,7 +53,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 
 from tests.sandbox.corpus import build_corpus, cache_directory  # noqa: E402
 from tests.sandbox.mirror import MirrorServer  # noqa: E402
-from tests.sandbox.teachers import tiny_whisper  # noqa: E402
+from tests.sandbox.teachers import cached_whisper  # noqa: E402
 
 
 def forget_processes() -> None:
@@ -133,10 +134,10 @@ def loaded(clips, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_teacher() -> Path:
     """A random Whisper of a few hundred kB with large-v3's special tokens and 128 mel bins."""
-    return tiny_whisper(cache_directory() / "tiny-whisper-v3", arrangement="large-v3")
+    return cached_whisper("tiny-whisper-v3", arrangement="large-v3")
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher_v2() -> Path:
     """The same with large-v2's special tokens (one language fewer) and 80 mel bins."""
-    return tiny_whisper(cache_directory() / "tiny-whisper-v2", arrangement="large-v2")
+    return cached_whisper("tiny-whisper-v2", arrangement="large-v2")

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 import run_data_filtering
 import run_distillation
 import run_short_form_eval as evaluation
+from tests.stages import samples_of, stock_text
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_short_form_eval.py"
@@ -514,16 +514,19 @@ def test_a_killed_run_goes_on_where_it_was(evaluated_by_one, tiny_teacher, many,
     assert len(list(shards.glob("*.jsonl"))) == 2
 
 
-def test_sigterm_ends_with_143_and_leaves_everything_resumable(tiny_teacher, many, tmp_path):
-    def terminate() -> None:
-        while not list(tmp_path.glob(".predictions.train/*.jsonl")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+def test_sigterm_ends_with_143_and_leaves_everything_resumable(tiny_teacher, many, tmp_path, monkeypatch):
+    replace = os.replace
 
-    threading.Thread(target=terminate, daemon=True).start()
+    def replace_and_be_told(source, target) -> None:
+        replace(source, target)
+        if Path(target).suffix == ".jsonl":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(os, "replace", replace_and_be_told)
     with pytest.raises(SystemExit) as stopped:
         evaluate(tiny_teacher, many, tmp_path)
     assert stopped.value.code == 143
+    assert len(list(tmp_path.glob(".predictions.train/*.jsonl"))) == 1
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -719,10 +722,14 @@ def test_a_model_without_the_files_of_its_tokenizer_is_refused_in_one_line(tiny_
         evaluate(model, loaded, tmp_path / "results")
 
 
-def test_the_older_arrangement_of_special_tokens_and_80_mels_serve_as_well(tiny_teacher_v2, loaded, tmp_path):
+def test_the_older_arrangement_of_special_tokens_and_80_mels_serve_as_well(tiny_teacher_v2, loaded, clips, tmp_path):
     flags = ["--max_samples_per_split", "3", "--generation_num_beams", "2", "--return_timestamps"]
     assert evaluate(tiny_teacher_v2, loaded, tmp_path / "results", *flags)["clips"] == 3
-    assert all("<|" not in row["hypothesis"] for row in predictions(tmp_path / "results"))
+    options = {"num_beams": 2, "return_timestamps": True}
+    waveforms = [samples_of(clip["audio"])[:, 0] for clip in clips[:3]]
+    expected = [stock_text(tiny_teacher_v2, waveform, 16, **options) for waveform in waveforms]
+    assert [row["hypothesis"] for row in predictions(tmp_path / "results")] == expected
+    assert all("<|" not in text for text in expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------- Hub

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import WhisperForConditionalGeneration
 
 import reazonspeech_manual_dataloader
+import run_distillation
 from tests.stages import (
     distil,
     evaluate,
@@ -150,6 +151,22 @@ def test_the_listing_tells_a_flag_that_is_set_from_one_that_is_not():
     ):
         words = words_of(ast.parse(code))
         assert (is_set(number, words), is_set(switch, words)) == (set_number, set_switch), code
+
+
+# What may change from one start of a training to the next: it changes no weight, or the record knows it otherwise.
+FREE = {
+    *("model_name_or_path", "teacher_model_name_or_path", "attn_type", "gradient_checkpointing", "torch_compile"),
+    *("train_dataset_name", "train_dataset_config_name", "train_split_name", "audio_column_name", "text_column_name"),
+    *("preprocessing_num_workers", "dataloader_num_workers", "cache_encoder_outputs", "do_train", "num_train_epochs"),
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+}
+
+
+def test_every_flag_of_training_is_a_setting_of_the_run_or_known_to_change_no_weight():
+    groups = {"models", "data", "training"}
+    flags = {action.dest for action in flags_of("run_distillation") if action.container.title in groups}
+    assert flags - FREE == set(run_distillation.SETTINGS)
+    assert flags > FREE
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -518,9 +535,13 @@ def test_the_saved_student_is_run_on_features_that_the_seed_draws(tiny_teacher, 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("arrangement", ["tiny_teacher", "tiny_teacher_v2"])
 def test_three_steps_are_those_of_a_plain_loop_with_every_setting_of_the_optimiser(
-    tiny_teacher, student, labelled, tmp_path
+    request, clips, tmp_path, arrangement
 ):
+    tiny_teacher = request.getfixturevalue(arrangement)
+    student = initialise(tiny_teacher, tmp_path / "init")
+    labelled = write_dataset(tmp_path / "labelled", with_labels(tiny_teacher, speech(clips, 3)))
     output = distil(
         student,
         tiny_teacher,

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,30 @@ def test_a_window_s_prompt_is_the_end_of_the_window_before(tiny_teacher, tokeniz
         cut += prompt != said
         assert prompt == said or len(window["labels"]) == 70
     assert cut
+
+
+def test_labels_of_the_older_arrangement_are_filtered_with_their_own_special_tokens(tiny_teacher_v2, clips, tmp_path):
+    rows = []
+    for clip in clips[:3]:
+        given = {"transcription": clip["transcription"]}
+        given["whisper_transcript"] = make_label(tiny_teacher_v2, clip["transcription"], 0.0, 1.0)
+        rows.append({"audio": clip["audio"], **given})
+    data = write_dataset(tmp_path / "data", rows)
+    filter_clips(tiny_teacher_v2, data, "--condition_on_prev_probability", 1, "--timestamp_probability", 0)
+    stored = read_rows(tmp_path / "data.wer_10.0.vectorized")
+    plain = [make_label(tiny_teacher_v2, clip["transcription"]) for clip in clips[:3]]
+    older = WhisperTokenizerFast.from_pretrained(tiny_teacher_v2)
+    before = older.convert_tokens_to_ids("<|startofprev|>")
+    texts = [ids_of(older, clip["transcription"]) for clip in clips[:2]]
+    assert [row["labels"] for row in stored] == [
+        plain[0],
+        [before, *texts[0], *plain[1]],
+        [before, *texts[1], *plain[2]],
+    ]
+    for clip, row in zip(clips, stored, strict=False):
+        log_mel = features_of(tiny_teacher_v2, samples_of(clip["audio"])[:, 0])[0].T.numpy()
+        features = np.frombuffer(row["input_features"], "<f2").reshape(-1, 80)
+        assert np.array_equal(features, log_mel[: len(features)].astype(np.float16))
 
 
 # ---- English spellings -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """run_data_filtering.py --concatenate_audio: which clips share a window, what it holds and how it is labelled."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import librosa
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -250,10 +252,19 @@ def test_a_share_of_the_clips_stays_alone(arguments, tmp_path):
     assert report["clips_left_alone"] <= len(alone) < report["windows"]
 
 
-def test_a_window_has_one_speaker_and_no_label_is_over_the_limit(arguments, rows, tmp_path):
+def test_a_window_has_one_speaker_and_a_prompt_and_no_label_is_over_the_limit(arguments, rows, teacher, tmp_path):
     given = arguments(tmp_path, "--speaker_id_column_name", "who", "--max_label_length", 60, "--skip_logmel")
     assert script.main([*given, "--condition_on_prev_probability", "1", "--timestamp_probability", "1"]) == 0
     windows = read(tmp_path / PACKED, COLUMNS)
+    prompts = 0
+    for before, window in itertools.pairwise(windows):
+        start = window["labels"].index(teacher.prefix[0])
+        if start:
+            said = teacher.ids("".join(rows[clip]["transcription"] for clip in before["clips"]))
+            assert window["labels"][:start] == [teacher.id["<|startofprev|>"], *said[1 - start :]]
+            assert start == len(said) + 1 or len(window["labels"]) == 60
+            prompts += 1
+    assert prompts > len(windows) / 2
     assert sorted(clip for window in windows for clip in window["clips"]) == [n for n in range(40) if n % 4 != 3]
     assert all(len({rows[clip]["who"] for clip in window["clips"]}) == 1 for window in windows)
     assert 40 < max(len(window["labels"]) for window in windows) <= 60
@@ -280,7 +291,8 @@ def test_other_rates_and_formats_are_packed_at_16_khz(teacher, arguments, tmp_pa
     (window,) = read(tmp_path / PACKED, ("audio", *COLUMNS))
     stored, _ = soundfile.read(io.BytesIO(window["audio"]["bytes"]), dtype="float32")
     for clip, start in zip(window["clips"], window["clip_starts"], strict=True):
-        expected = script.decode_clip(audio[clip]).waveform
+        samples, rate = soundfile.read(io.BytesIO(audio[clip]), dtype="float32")
+        expected = librosa.resample(samples, orig_sr=rate, target_sr=16_000)
         assert len(expected) == [16_000, 16_000, 24_000][clip]
         placed = stored[round(start * 16_000) :][: len(expected)]
         assert np.abs(placed - expected).max() <= 0.5 / 32768 + 1e-7

@@ -15,14 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+import run_distillation
 import run_pseudo_labelling
 import run_short_form_eval
 from tests.stages import (
     evaluate,
     filter_clips,
+    initialise,
     make_label,
     read_predictions,
     read_rows,
+    run,
     samples_of,
     speaking,
     tone,
@@ -103,6 +106,22 @@ def test_a_process_of_the_labelling_labels_its_own_shards_and_no_others(tones, t
     for rank, process in enumerate(processes):
         assert [name for name in process["written"] if name.endswith(".parquet")] == [p.name for p in shards[rank::2]]
         assert process["encoded"] == sum(clips[rank::2])
+
+
+def test_processes_of_the_training_share_the_held_out_rows_and_score_all_of_them(tones, tiny_teacher, tmp_path):
+    init = initialise(tiny_teacher, tmp_path / "init")
+    given = ("--model_name_or_path", init, "--teacher_model_name_or_path", tiny_teacher, "--language", "ja")
+    held_out = ("--eval_dataset_name", tones, "--eval_split_name", "train", "--eval_max_samples", 9)
+    flags = ("--freeze_encoder", "--max_label_length", 12, "--dtype", "float32", "--per_device_train_batch_size", 2)
+    run(run_distillation.main, *given, *held_out, *flags, "--output_dir", tmp_path / "one")
+    processes = watch(
+        run_distillation, tmp_path / "process", *given, *held_out, *flags, "--output_dir", tmp_path / "two"
+    )
+    # Five batches, the last of one row: three and two. The encoder is the teacher's, and runs for each of both models.
+    assert [process["encoded"] for process in processes] == [2 * 5, 2 * 4]
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    for model in ("teacher", "student"):
+        assert two[model] == {name: pytest.approx(value, rel=1e-5) for name, value in one[model].items()}
 
 
 # ---- a draft model ---------------------------------------------------------------------------------------------------

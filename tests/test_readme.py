@@ -14,11 +14,10 @@ from datasets import Audio, Dataset
 from huggingface_hub import HfApi
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from tests.sandbox.corpus import cache_directory
 from tests.sandbox.demo import ROOT, environment
 from tests.sandbox.hub import User
 from tests.sandbox.mirror import MirrorServer
-from tests.sandbox.teachers import tiny_whisper
+from tests.sandbox.teachers import cached_whisper
 
 NAMES = {"{your-hf-org}": "acme", "{your-dataset-name}": "readme-labels", "{your-model-name}": "readme-model"}
 # These change the machine, ask questions, or are the whole chain, which test_chain.py runs.
@@ -35,7 +34,7 @@ def blocks() -> list[str]:
 @pytest.fixture(scope="module")
 def teacher() -> Path:
     """Of large-v3's depth, because the README initialises a student with its 32 encoder layers."""
-    return tiny_whisper(cache_directory() / "tiny-whisper-32-layers", layers=32)
+    return cached_whisper("tiny-whisper-32-layers", layers=32)
 
 
 @pytest.fixture(scope="module")

@@ -66,15 +66,6 @@ def features_of(clip: dict, directory: Path) -> torch.Tensor:
     return extractor(samples, sampling_rate=rate, return_tensors="pt").input_features
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are faster on one thread, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def student(tiny_teacher, tmp_path_factory) -> Path:
     """Decoder layers 0 and 3 of the teacher's four."""
@@ -302,6 +293,7 @@ def test_the_rest_of_the_generation_config_is_the_teachers(student, tiny_teacher
     before, after = (json.loads((path / "generation_config.json").read_text()) for path in (tiny_teacher, student))
     assert before.pop("alignment_heads") == [[1, 1], [2, 0], [3, 1]]
     assert after.pop("alignment_heads") == [[1, 1]]
+    del before["transformers_version"], after["transformers_version"]
     assert after == before
 
 

@@ -160,10 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ours_only", action="store_true", help="leave the plain way out, for many clips")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
-    from tests.sandbox.corpus import cache_directory  # here: workers import this module, and need nothing of these
-    from tests.sandbox.teachers import tiny_whisper
+    from tests.sandbox.teachers import cached_whisper  # here: workers import this module, and do not need it
 
-    teacher = tiny_whisper(cache_directory() / "tiny-whisper-v3", arrangement="large-v3")
+    teacher = cached_whisper("tiny-whisper-v3")
     dataset = labelled_dataset(WORK / "speech", args.clips, teacher)
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     ours(labelled_dataset(WORK / "few", 8, teacher), WORK / "warm", teacher)

@@ -29,7 +29,7 @@ from tests.sandbox.corpus import build_corpus, cache_directory
 from tests.sandbox.demo import SCRIPT, SETTINGS, environment
 from tests.sandbox.hub import HubServer, User
 from tests.sandbox.mirror import MirrorServer
-from tests.sandbox.teachers import tiny_whisper
+from tests.sandbox.teachers import cached_whisper
 
 ORGANISATION, TOKEN = "acme", "hf_write"
 STAGES = ("download", "label", "filter", "initialise", "distil", "evaluate")
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     print(f"seed {args.seed}", flush=True)
     corpus = build_corpus(cache_directory() / "corpus-test", {"000": 24, "fff": 8})
-    teacher = tiny_whisper(cache_directory() / "tiny-whisper-v3", arrangement="large-v3")
+    teacher = cached_whisper("tiny-whisper-v3")
     with tempfile.TemporaryDirectory(prefix="kotoba-chaos-") as temporary:
         root = (args.directory or Path(temporary)).absolute()
         users = {TOKEN: User("alice", orgs=(ORGANISATION,))}

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+from tests.sandbox.corpus import cache_directory
 from tests.sandbox.files import built_once
 from tests.sandbox.sentences import sentences
 
@@ -181,6 +183,12 @@ def tiny_whisper(directory: Path, arrangement: str = "large-v3", layers: int = 4
     corpus = hashlib.sha256("\n".join(sentences(400)).encode()).hexdigest()
     recipe = {"recipe": RECIPE, "arrangement": arrangement, "layers": layers, "seed": seed, "sentences": corpus}
     return built_once(Path(directory), recipe, build)
+
+
+def cached_whisper(name: str, arrangement: str = "large-v3", layers: int = 4) -> Path:
+    """A checkpoint in the sandbox's cache, of the installed transformers: each version writes its files its own way."""
+    directory = cache_directory() / f"transformers-{transformers.__version__}" / name
+    return tiny_whisper(directory, arrangement, layers)
 
 
 def main(argv=None) -> int:

@@ -388,5 +388,5 @@ def test_the_hub_can_be_started_by_hand(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         account = HfApi(endpoint=process.stdout.readline().strip(), token="hf_dora").whoami()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     assert (account["name"], [org["name"] for org in account["orgs"]]) == ("dora", ["acme"])

@@ -79,12 +79,11 @@ def test_a_connection_is_kept_for_many_requests(mirror):
 
 
 def test_many_are_served_at_once(mirror):
-    mirror.fault("tar", times=-1, delay=0.2)
-    started = time.monotonic()
+    mirror.fault("tar", times=-1, delay=0.5)
     with ThreadPoolExecutor(40) as threads:
         answers = list(threads.map(requests.get, [mirror.tar] * 40))
     assert all(answer.content == CONTENT for answer in answers)
-    assert time.monotonic() - started < 3
+    assert mirror.most_connections > 10
 
 
 def test_it_listens_on_this_machine_alone(mirror):
