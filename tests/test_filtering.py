@@ -20,7 +20,7 @@ import pytest
 import soundfile
 from datasets import Audio, Features, List, Value, load_dataset
 from huggingface_hub import HfApi, snapshot_download
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
@@ -301,23 +301,30 @@ def text_of(row: dict, teacher: Teacher) -> str:
 
 @given(
     text=st.lists(st.integers(0, 599), max_size=60),
-    previous=st.lists(st.integers(0, 599), max_size=300),
+    previous=st.lists(st.integers(0, 599), max_size=60),
     row=st.integers(0, 10**9),
-    limit=st.integers(5, 448),
+    room=st.integers(0, 40),  # tokens beside those of the label itself
+    positions=st.sampled_from([20, 448]),
 )
+@example(text=[1, 2], previous=[3, 4, 5], row=0, room=0, positions=448)
+@example(text=[1, 2], previous=[3, 4, 5], row=0, room=1, positions=448)
+@example(text=[1, 2], previous=[3, 4, 5], row=0, room=3, positions=448)
+@example(text=[1, 2], previous=[3, 4, 5], row=0, room=4, positions=448)
+@example(text=[1, 2], previous=[*range(300)], row=0, room=441, positions=448)
 @settings(max_examples=200, deadline=None)
-def test_a_prompt_is_the_end_of_the_text_before_and_never_makes_a_label_too_long(teacher, text, previous, row, limit):
+def test_a_prompt_is_the_end_of_the_text_before_and_never_makes_a_label_too_long(
+    teacher, text, previous, row, room, positions
+):
+    """Of the decoder's positions it has at most half, <|startofprev|> included."""
     tokens = script.find_special_tokens(teacher.id, {"language": "ja", "task": "transcribe"})
     choices = {"seed": 1, "timestamp_probability": 0.0, "condition_on_prev_probability": 1.0}
-    choices |= {"max_label_length": limit, "max_positions": 448}
+    choices |= {"max_label_length": len(text) + 5 + room, "max_positions": positions}
     label = script.build_label(text, text, previous, row, tokens, choices)
     start = label.index(tokens.prefix[0])
     assert label[start:] == [*tokens.prefix, tokens.no_timestamps, *text, tokens.end]
-    assert len(label) <= max(limit, len(text) + 5)
-    assert start <= 224
-    if start:
-        assert label[:start] == [tokens.previous, *previous[-(start - 1) :]]
-        assert start == 224 or start == len(previous) + 1 or len(label) == limit
+    longest = min(room, positions // 2) - 1
+    prompt = previous[-longest:] if longest > 0 else []
+    assert label[:start] == ([tokens.previous, *prompt] if prompt else [])
 
 
 def test_choices_depend_on_the_seed_and_the_row_alone(teacher):

@@ -80,7 +80,12 @@ def small_shards(monkeypatch):
 
 
 @given(
-    clips=st.lists(st.tuples(st.integers(1, 480_000), st.integers(0, 120), st.sampled_from([None, "a", "b"]))),
+    clips=st.lists(
+        st.tuples(
+            st.integers(1, 96_000) | st.integers(1, 480_000), st.integers(0, 60), st.sampled_from([None, "a", "b"])
+        ),
+        min_size=4,
+    ),
     seed=st.integers(0, 9),
     seconds=st.sampled_from([10.0, 29.99, 30.0]),
     gap=st.sampled_from([0.0, 0.4, 2.0]),
