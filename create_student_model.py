@@ -26,6 +26,9 @@ interruption, run the same command again to continue.
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +37,7 @@ import os
 import pickle
 import random
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -59,6 +63,7 @@ from transformers import (
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 RECORD = "student.json"
+TRAINING_RECORD = "distillation.json"  # which the training leaves beside a trained model
 # Everything that this script writes into --save_dir. The configuration and the record come last, because without them
 # nothing takes the directory for a model.
 STUDENT_FILES = [
@@ -124,7 +129,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="float32",
         help="precision of the saved weights; training needs float32",
     )
-    output.add_argument("--overwrite_output_dir", **switch, help="replace another student, but no other files")
+    output.add_argument(
+        "--overwrite_output_dir",
+        **switch,
+        help="replace another model in --save_dir or in the repository on the Hub",
+    )
     output.add_argument("--seed", type=int, default=42, help="seed of the features that the saved student is run on")
     output.add_argument("--dry_run", **switch, help="print what a run would do, and stop")
 
@@ -177,14 +186,51 @@ def set_up_process(is_main_process: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
+    """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
+
+    Args:
+        path: the lock, a file whose directory is made.
+        output: what is written, for people.
+        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        wait: wait until another run ends, instead of failing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error}. {CONTINUE}")
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = f"another run is writing {output}: wait until it ends. If its machine was lost, delete {path}"
+            if not wait:
+                fail(busy)
+            logger.warning(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
+        for pattern in leftovers:
+            for partial in path.parent.glob(pattern):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -442,6 +488,23 @@ def load_teacher_weights(args: argparse.Namespace, commit: str | None) -> Whispe
     return teacher
 
 
+def make_student(
+    args: argparse.Namespace, folder: Path, config: WhisperConfig, layers: dict[str, list[int]], commit: str | None
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor, int]:
+    """The student, its processor, and how many parameters the teacher has. `config` is the teacher's."""
+    extractor = load_pretrained(WhisperFeatureExtractor, str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    generation_config = load_generation_config(str(folder), config, tokenizer.get_vocab())
+    teacher_heads = getattr(generation_config, "alignment_heads", None)
+    heads = remap_alignment_heads(teacher_heads, layers["decoder"], config.decoder_attention_heads)
+    generation_config.alignment_heads = heads
+    student = load_teacher_weights(args, commit)
+    teacher_parameters = student.num_parameters()
+    keep_layers(student, layers)
+    student.generation_config = generation_config
+    return student, WhisperProcessor(extractor, tokenizer), teacher_parameters
+
+
 def keep_layers(model: WhisperForConditionalGeneration, layers: dict[str, list[int]]) -> None:
     """Turn a teacher into its student: drop all layers of `encoder` and `decoder` but these."""
     for side, chosen in layers.items():
@@ -488,6 +551,23 @@ def find_student(save_dir: Path, settings: dict) -> bool:
         fail(f"{save_dir} has a {present[0]} that this script did not write; --overwrite_output_dir replaces it")
     refuse_other_settings(save_dir, record["settings"], settings)
     return record["status"] == "complete"
+
+
+def refuse_other_model(repository: str, settings: dict) -> None:
+    """Fail where a repository on the Hub holds another model than a student of these settings: a trained one, say."""
+    api = HfApi()
+    try:
+        files = api.list_repo_files(repository) if api.repo_exists(repository) else []
+        record = {}
+        if RECORD in files and TRAINING_RECORD not in files:
+            record = read_json(Path(api.hf_hub_download(repository, RECORD)))
+    except HUB_ERRORS as error:
+        hub_fail(f"reading {repository}", error)
+    weights = [name for name in files if "/" not in name and name.endswith((".safetensors", ".bin"))]
+    if weights and not record:
+        fail(f"{repository} has a {weights[0]} that this script did not write; --overwrite_output_dir replaces it")
+    if record:
+        refuse_other_settings(Path(repository), record["settings"], settings)
 
 
 def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
@@ -595,7 +675,9 @@ def push_student(save_dir: Path, repository: str) -> None:
     """Upload the student, but no other files of its directory."""
     api = HfApi()
     try:
-        push_again(lambda: api.upload_folder(repo_id=repository, folder_path=save_dir, allow_patterns=STUDENT_FILES))
+        for patterns in ([RECORD], STUDENT_FILES):  # the record says what the rest is, also if the push is cut off
+            upload = functools.partial(api.upload_folder, allow_patterns=patterns, delete_patterns=[TRAINING_RECORD])
+            push_again(functools.partial(upload, repo_id=repository, folder_path=save_dir))
     except HUB_ERRORS as error:
         reason = first_line(error)
         fail(f"the student is complete in {save_dir}, but the push to {repository} failed: {reason}. {CONTINUE}")
@@ -651,46 +733,40 @@ def main(argv=None) -> int:
     settings = {"teacher_checkpoint": args.teacher_checkpoint, "subfolder": args.subfolder, "dtype": args.dtype}
     for side, chosen in layers.items():
         settings[f"{side}_layer_indices"] = chosen
-    exists = not args.overwrite_output_dir and find_student(save_dir, settings)
-    if args.dry_run:
-        print_student_plan(args, config, layers, exists)
-        return 0
+    if args.push_to_hub and not args.overwrite_output_dir:
+        refuse_other_model(args.hub_model_id, settings)
+    lock = hold_lock(save_dir.with_name(f".{save_dir.name}.lock"), str(save_dir), f".{save_dir.name}.partial")
+    with contextlib.nullcontext() if args.dry_run else lock:
+        exists = not args.overwrite_output_dir and find_student(save_dir, settings)
+        if args.dry_run:
+            print_student_plan(args, config, layers, exists)
+            return 0
 
-    # 5. Work.
-    extractor = load_pretrained(WhisperFeatureExtractor, str(folder))
-    tokenizer = load_tokenizer(str(folder))
-    generation_config = load_generation_config(str(folder), config, tokenizer.get_vocab())
-    teacher_heads = getattr(generation_config, "alignment_heads", None)
-    heads = remap_alignment_heads(teacher_heads, layers["decoder"], config.decoder_attention_heads)
-    generation_config.alignment_heads = heads
-    student = load_teacher_weights(args, commit)
-    parameters = {"teacher": student.num_parameters()}
-    keep_layers(student, layers)
-    parameters["student"] = student.num_parameters()
-    student.generation_config = generation_config
+        # 5. Work.
+        student, processor, teacher_parameters = make_student(args, folder, config, layers, commit)
 
-    # 6. Write record and card.
-    record = {
-        "status": "complete",
-        "settings": settings,
-        "teacher_commit": commit,
-        "teacher_licence": licence_of(repository / "README.md"),
-        "teacher_layers": depths,
-        "parameters": parameters,
-        "alignment_heads": heads,
-        "fingerprint": fingerprint(student, tokenizer),
-        "arguments": vars(args),
-        "versions": library_versions("torch", "transformers", "safetensors"),
-    }
-    if exists:
-        check_saved(save_dir, record["fingerprint"])
-    else:
-        write_student(student, WhisperProcessor(extractor, tokenizer), save_dir, record, started)
-    logger.info("the student of the layers %s %s %s", layers, "was already in" if exists else "is in", save_dir)
+        # 6. Write record and card.
+        record = {
+            "status": "complete",
+            "settings": settings,
+            "teacher_commit": commit,
+            "teacher_licence": licence_of(repository / "README.md"),
+            "teacher_layers": depths,
+            "parameters": {"teacher": teacher_parameters, "student": student.num_parameters()},
+            "alignment_heads": student.generation_config.alignment_heads,
+            "fingerprint": fingerprint(student, processor.tokenizer),
+            "arguments": vars(args),
+            "versions": library_versions("torch", "transformers", "safetensors"),
+        }
+        if exists:
+            check_saved(save_dir, record["fingerprint"])
+        else:
+            write_student(student, processor, save_dir, record, started)
+        logger.info("the student of the layers %s %s %s", layers, "was already in" if exists else "is in", save_dir)
 
-    # 7. Push.
-    if args.push_to_hub:
-        push_student(save_dir, args.hub_model_id)
+        # 7. Push.
+        if args.push_to_hub:
+            push_student(save_dir, args.hub_model_id)
     return 0
 
 

@@ -23,6 +23,8 @@ import argparse
 import bisect
 import collections
 import contextlib
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -33,6 +35,8 @@ import multiprocessing
 import os
 import random
 import re
+import secrets
+import shutil
 import signal
 import sys
 import tarfile
@@ -53,7 +57,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
@@ -171,14 +174,51 @@ def set_up_process(is_main_process: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
+    """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
+
+    Args:
+        path: the lock, a file whose directory is made.
+        output: what is written, for people.
+        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        wait: wait until another run ends, instead of failing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error}. {CONTINUE}")
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = f"another run is writing {output}: wait until it ends. If its machine was lost, delete {path}"
+            if not wait:
+                fail(busy)
+            logger.warning(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
+        for pattern in leftovers:
+            for partial in path.parent.glob(pattern):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -749,10 +789,9 @@ def name_shards(jobs: list[TarJob], directory: Path, split: str) -> list[TarJob]
 
 
 def delete_split(directory: Path, split: str) -> None:
-    """Delete the shards of a split, and partial ones of killed runs."""
-    for pattern in (f"{split}-*.parquet", f".{split}-*.partial"):
-        for path in directory.glob(pattern):
-            path.unlink()
+    """Delete the shards of a split."""
+    for path in directory.glob(f"{split}-*.parquet"):
+        path.unlink()
 
 
 def find_missing(jobs: list[TarJob]) -> list[TarJob]:
@@ -792,14 +831,13 @@ def print_loading_plan(args: argparse.Namespace, jobs: list[TarJob]) -> None:
 
 
 @contextlib.contextmanager
-def locked_output(directory: Path, target: str) -> Iterator[None]:
+def locked_output(directory: Path, target: str, split: str) -> Iterator[None]:
     """Create the output directory and hold the lock of a target. Fails in one line if the disk has an error."""
+    leftovers = f"{target}/.{split}-*.partial"
     try:
-        (directory / target).mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / f".{target}.lock", timeout=60):  # workers of a killed run may still be busy
+        with hold_lock(directory / f".{target}.lock", f"{target} in {directory}", leftovers):
+            (directory / target).mkdir(exist_ok=True)
             yield
-    except Timeout:
-        fail(f"another run is writing {target} in {directory}; wait until it ends")
     except OSError as error:
         fail(f"cannot write the dataset: {error}; complete shards are kept. {CONTINUE}")
 
@@ -841,7 +879,7 @@ def main(argv: list[str] | None = None) -> int:
         print_statistics(**sum_notes([*all_notes, unassigned_lines]))
         return 0
 
-    with locked_output(args.output_dir, args.target):
+    with locked_output(args.output_dir, args.target, split):
         # 4. Find what is left to do.
         record_path = args.output_dir / f"loading.{args.target}.{split}.json"
         if args.overwrite_output_dir:

@@ -22,11 +22,14 @@ by Article 30-4 of the Japanese Copyright Act.
 import argparse
 import contextlib
 import datetime
+import errno
+import fcntl
 import logging
 import math
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import ssl
@@ -43,7 +46,6 @@ from typing import BinaryIO, NoReturn
 
 import requests
 import urllib3
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -164,14 +166,51 @@ def set_up_process(is_main_process: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
+    """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
+
+    Args:
+        path: the lock, a file whose directory is made.
+        output: what is written, for people.
+        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        wait: wait until another run ends, instead of failing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error}. {CONTINUE}")
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = f"another run is writing {output}: wait until it ends. If its machine was lost, delete {path}"
+            if not wait:
+                fail(busy)
+            logger.warning(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
+        for pattern in leftovers:
+            for partial in path.parent.glob(pattern):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -529,25 +568,6 @@ def list_corpus_files(args: argparse.Namespace) -> list[CorpusFile]:
     return files
 
 
-@contextlib.contextmanager
-def locked_downloads(directory: Path) -> Iterator[None]:
-    """Create the directory and hold its lock. Waits if another run holds it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot create the download directory: {error}; choose another --data_dir")
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("another run is downloading into %s; waiting for it to end", directory)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def find_copies(files: list[CorpusFile], data_dir: Path) -> dict[str, Path]:
     """Find copies of missing files in the directories of other targets and ranges; return them by name.
 
@@ -635,7 +655,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run:
         print(TERMS)
 
-    with contextlib.nullcontext() if args.dry_run else locked_downloads(args.directory):
+    lock = hold_lock(args.directory / ".lock", str(args.directory), wait=True)
+    with contextlib.nullcontext() if args.dry_run else lock:
         # 4. Find what is left to do. This comes before step 2, which needs the sizes.
         missing = [file for file in files if not looks_complete(file.path)]
         copies = find_copies(missing, args.data_dir)

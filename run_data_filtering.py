@@ -26,6 +26,8 @@ features from them.
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -38,6 +40,8 @@ import os
 import pickle
 import random
 import re
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -253,14 +257,51 @@ def set_up_process(is_main_process: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
+    """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
+
+    Args:
+        path: the lock, a file whose directory is made.
+        output: what is written, for people.
+        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        wait: wait until another run ends, instead of failing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error}. {CONTINUE}")
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = f"another run is writing {output}: wait until it ends. If its machine was lost, delete {path}"
+            if not wait:
+                fail(busy)
+            logger.warning(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
+        for pattern in leftovers:
+            for partial in path.parent.glob(pattern):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -1669,11 +1710,23 @@ def open_output(output: Output, overwrite: bool) -> None:
         write_json(output.record, record)
 
 
-def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool) -> list[Output]:
+def lock_output(output: Output) -> contextlib.AbstractContextManager:
+    """The lock of the configuration and split in an output's directory."""
+    name = output.record.stem
+    config, split = output.settings["config"], output.settings["split"]
+    return hold_lock(
+        output.directory / f".{name}.lock", f"{name} in {output.directory}", f"{config}/.{split}-*.partial"
+    )
+
+
+def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: contextlib.ExitStack) -> list[Output]:
     """Refuse results of other settings, create directories and repositories, and return the outputs to push."""
     made = list(job.outputs.values())
     if args.skip_filtering:
         made.remove(job.outputs["filtered"])
+    if is_main and not args.dry_run:
+        for output in made:
+            locks.enter_context(lock_output(output))
     if is_main and args.skip_filtering and not args.dry_run:
         fetch_filtered(args, job.outputs["filtered"])
     for output in job.outputs.values():
@@ -1810,11 +1863,12 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) > WINDOW_SECONDS:
             fail(f"--{name} {getattr(args, name)} is over the model's {WINDOW_SECONDS} s")
 
+    locks = contextlib.ExitStack()
     try:
         with state.main_process_first():
             # 3. Load, and prepare the outputs.
             job = load_job(args)
-            pushed = prepare_outputs(args, job, is_main)
+            pushed = prepare_outputs(args, job, is_main, locks)
 
             # 4. Find what is left to do.
             pending = {kind: output.missing_shards() for kind, output in job.outputs.items()}
@@ -1858,6 +1912,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno is None:  # not from the operating system
             raise
         fail(f"{error}. {CONTINUE}")
+    finally:
+        locks.close()
 
 
 if __name__ == "__main__":

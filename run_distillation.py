@@ -26,6 +26,8 @@ again: it goes on from the newest complete checkpoint and ends with the weights 
 import argparse
 import contextlib
 import csv
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -39,6 +41,7 @@ import os
 import pickle
 import random
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -313,14 +316,51 @@ def set_up_process(is_main_process: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
+    """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
+
+    Args:
+        path: the lock, a file whose directory is made.
+        output: what is written, for people.
+        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        wait: wait until another run ends, instead of failing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error}. {CONTINUE}")
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = f"another run is writing {output}: wait until it ends. If its machine was lost, delete {path}"
+            if not wait:
+                fail(busy)
+            logger.warning(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
+        for pattern in leftovers:
+            for partial in path.parent.glob(pattern):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -1476,20 +1516,24 @@ def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argpa
     key = json.dumps([encoder_digest, models.digests["teacher"], rows.digest, args.dtype])
     name = hashlib.sha256(key.encode()).hexdigest()
     cache = directory / name[:16]
-    missing = find_missing_blocks(rows, cache, models) if accelerator.is_main_process else []
-    missing = broadcast_object_list([missing])[0]
-    if not cache.is_dir():
-        fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
-    blocks = missing[accelerator.process_index :: accelerator.num_processes]
-    all_rows = range(len(rows))
-    indices = [all_rows[block * CACHE_BLOCK :][:CACHE_BLOCK] for block in blocks]
-    batches = read_batches(rows, indices, args.dataloader_num_workers if blocks else 0)
-    for block in show_progress("encoding", accelerator, blocks):
-        tensors = encode_block(next(batches), models, accelerator)
-        path = block_path(cache, block)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, safetensors.torch.save(tensors))
-    accelerator.wait_for_everyone()
+    lock = contextlib.nullcontext()
+    if accelerator.is_main_process:
+        lock = hold_lock(cache / ".lock", str(cache), "*/.*.partial", wait=True)
+    with lock:
+        missing = find_missing_blocks(rows, cache, models) if accelerator.is_main_process else []
+        missing = broadcast_object_list([missing])[0]
+        if not cache.is_dir():
+            fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
+        blocks = missing[accelerator.process_index :: accelerator.num_processes]
+        all_rows = range(len(rows))
+        indices = [all_rows[block * CACHE_BLOCK :][:CACHE_BLOCK] for block in blocks]
+        batches = read_batches(rows, indices, args.dataloader_num_workers if blocks else 0)
+        for block in show_progress("encoding", accelerator, blocks):
+            tensors = encode_block(next(batches), models, accelerator)
+            path = block_path(cache, block)
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, safetensors.torch.save(tensors))
+        accelerator.wait_for_everyone()
     return cache
 
 
@@ -1970,8 +2014,6 @@ def save_checkpoint(training: Training, plan: Plan, args: argparse.Namespace) ->
 
 def rotate_checkpoints(directory: Path, step: int, limit: int | None, best_step: int | None) -> None:
     """Keep the newest `limit` checkpoints up to a step, and the best. Those after the step were found damaged."""
-    for path in directory.glob(".checkpoint-*.partial"):  # left by a kill
-        shutil.rmtree(path, ignore_errors=True)
     found = list_checkpoints(directory)
     newest = [number for number, _ in found if number <= step]
     if limit is not None:
@@ -2373,7 +2415,7 @@ def one_line_for_faults() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     began = time.monotonic()
-    with one_line_for_faults():
+    with one_line_for_faults(), contextlib.ExitStack() as locks:
         # 1. Set up.
         set_up_process(os.environ.get("RANK", "0") == "0")
         transformers.logging.disable_progress_bar()
@@ -2388,8 +2430,10 @@ def main(argv: list[str] | None = None) -> int:
 
         # 2. Refuse what can be refused.
         refuse_contradictions(args)
-        if not args.dry_run:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process and not args.dry_run:
+            lock = args.output_dir / ".training.lock"
+            locks.enter_context(hold_lock(lock, str(args.output_dir), ".*.partial"))
+        accelerator.wait_for_everyone()
         repo_id = None
         if args.push_to_hub and args.do_train and accelerator.is_main_process:
             repository = args.hub_model_id or home_repository(args.output_dir)

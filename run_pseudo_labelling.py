@@ -18,6 +18,8 @@ same bytes whatever the number of processes. All machines must see the same `--o
 import argparse
 import contextlib
 import csv
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -31,6 +33,8 @@ import os
 import pickle
 import random
 import re
+import secrets
+import shutil
 import signal
 import sys
 import time
@@ -55,7 +59,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from datasets.packaged_modules.parquet.parquet import Parquet
-from filelock import FileLock, Timeout
 from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
@@ -215,14 +218,51 @@ def set_up_process(is_main_process: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
+    """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
+
+    Args:
+        path: the lock, a file whose directory is made.
+        output: what is written, for people.
+        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        wait: wait until another run ends, instead of failing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error}. {CONTINUE}")
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = f"another run is writing {output}: wait until it ends. If its machine was lost, delete {path}"
+            if not wait:
+                fail(busy)
+            logger.warning(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
+        for pattern in leftovers:
+            for partial in path.parent.glob(pattern):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -1161,24 +1201,24 @@ def count_rows(split: LabelledSplit, shards: list[int]) -> int:
     return sum(min(size, rows - shard * size) for shard in shards)
 
 
+@contextlib.contextmanager
 def claim_split(
     args: argparse.Namespace,
     split: LabelledSplit,
     pending: list[int],
-) -> contextlib.AbstractContextManager:
+) -> Iterator[None]:
     """Lock the split as long as the context lasts, delete shards that are not of this run, and begin the record."""
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(args.output_dir / f".{split.record.stem}.lock").acquire(timeout=0)
-        for path in set(present_shards(args)) - set(split.shards):
-            path.unlink()
-        if pending or not split.record.exists():
-            write_json(split.record, {"status": "running", "settings": split.settings})
-        return lock
-    except Timeout:
-        fail(f"another run is writing {split.record.stem} in {args.output_dir}: wait for it")
-    except OSError as error:
-        fail(f"cannot write to --output_dir {args.output_dir}: {first_line(error)}")
+    name = split.record.stem
+    leftovers = f"{split.config}/.{split.name}-*.partial"
+    with hold_lock(args.output_dir / f".{name}.lock", f"{name} in {args.output_dir}", leftovers):
+        try:
+            for path in set(present_shards(args)) - set(split.shards):
+                path.unlink()
+            if pending or not split.record.exists():
+                write_json(split.record, {"status": "running", "settings": split.settings})
+        except OSError as error:
+            fail(f"cannot write to --output_dir {args.output_dir}: {first_line(error)}")
+        yield
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
@@ -1404,7 +1444,6 @@ def write_labels(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_parquet(path, [table], schema, notes)
     except OSError as error:
-        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
         fail(f"cannot write {path}: {first_line(error)}. Make room. {CONTINUE}")
 
 
@@ -1568,6 +1607,8 @@ def main(argv: list[str] | None = None) -> int:
     # 4. Find what is left to do.
     pending = find_pending(args, split)
     with claim_split(args, split, pending) if is_main else contextlib.nullcontext():
+        accelerator.wait_for_everyone()  # until the lock is held
+
         # 5. Work. Each process labels every so many-th shard; they wait for each other only at the end.
         start_tracker(accelerator, args)
         progress = start_progress(accelerator, split, pending)

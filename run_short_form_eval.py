@@ -30,6 +30,8 @@ import argparse
 import base64
 import contextlib
 import csv
+import errno
+import fcntl
 import functools
 import hashlib
 import html
@@ -44,6 +46,8 @@ import os
 import pickle
 import random
 import re
+import secrets
+import shutil
 import signal
 import string
 import sys
@@ -235,14 +239,51 @@ def set_up_process(is_main_process: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
+    """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
+
+    Args:
+        path: the lock, a file whose directory is made.
+        output: what is written, for people.
+        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        wait: wait until another run ends, instead of failing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error}. {CONTINUE}")
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = f"another run is writing {output}: wait until it ends. If its machine was lost, delete {path}"
+            if not wait:
+                fail(busy)
+            logger.warning(busy)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
+        for pattern in leftovers:
+            for partial in path.parent.glob(pattern):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -1489,6 +1530,13 @@ def prediction_settings(clips: datasets.Dataset, recogniser: Recogniser, args: a
     }
 
 
+def lock_results(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """The lock of all files that an evaluation of this name writes."""
+    lock = Path(args.output_dir) / f".{args.name}.lock"
+    leftovers = (f".*.{args.name}.*.partial", f".predictions.{args.name}/.*.partial")
+    return hold_lock(lock, f"{args.name} in {args.output_dir}", *leftovers)
+
+
 def plan_shards(
     directory: Path, recording_rows: list[list[int]], settings: dict, long_form: bool
 ) -> dict[Path, list[list[int]]]:
@@ -1675,24 +1723,28 @@ def main(argv: list[str] | None = None) -> int:
     # 4. Find what is left to do.
     directory = Path(args.output_dir) / f".predictions.{args.name}"
     settings = prediction_settings(clips, recogniser, args)
-    earlier = read_json(directory / "settings.json")
-    if earlier and not args.overwrite_output_dir:
-        refuse_other_settings(directory, earlier, settings)
-    shards = plan_shards(directory, recording_rows, settings, args.long_form)
-    if args.dry_run:
-        if is_main:
-            print_evaluation_plan(clips, shards, recogniser, accelerator.num_processes, args)
-        return 0
-    share = list(shards)[accelerator.process_index :: accelerator.num_processes]
-    missing = {path: shards[path] for path in share if not path.exists()}
-
+    locks = contextlib.ExitStack()
     try:
+        if is_main and not args.dry_run:
+            locks.enter_context(lock_results(args))
+        accelerator.wait_for_everyone()
+        earlier = read_json(directory / "settings.json")
+        if earlier and not args.overwrite_output_dir:
+            refuse_other_settings(directory, earlier, settings)
+        shards = plan_shards(directory, recording_rows, settings, args.long_form)
+        if args.dry_run:
+            if is_main:
+                print_evaluation_plan(clips, shards, recogniser, accelerator.num_processes, args)
+            return 0
+        share = list(shards)[accelerator.process_index :: accelerator.num_processes]
+        missing = {path: shards[path] for path in share if not path.exists()}
+
         # 5. Work.
         directory.mkdir(parents=True, exist_ok=True)
         if is_main:
             write_json(directory / "settings.json", settings)
         predict(clips, missing, recogniser, args, show_progress=is_main)
-        accelerator.wait_for_everyone()  # the only time
+        accelerator.wait_for_everyone()
 
         # 6. Write record and card.
         if is_main:
@@ -1714,6 +1766,8 @@ def main(argv: list[str] | None = None) -> int:
             track(accelerator, {name: metrics[name] for name in METRICS})
     except OSError as error:  # a full disk, or no permission to write
         fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
+    finally:
+        locks.close()
 
     # 7. Push.
     if args.push_to_hub and is_main:

@@ -42,6 +42,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 import create_student_model
 import run_distillation as script
 from tests.conftest import forget_processes
+from tests.test_limits import another_run
 
 SCRIPT = str(Path(script.__file__))
 FLAGS = "--freeze_encoder --dtype float32 --report_to none --language ja --do_train --warmup_steps 2"
@@ -1218,7 +1219,7 @@ def test_a_dry_run_on_the_hub_reads_a_few_columns_and_makes_no_repository(plan, 
 def test_cached_encoder_outputs_give_the_same_losses_and_are_used_again(run, uninterrupted, tmp_path, caplog):
     output = run("cached", "--cache_encoder_outputs", tmp_path / "cache")
     assert metrics(output) == pytest.approx(metrics(uninterrupted), rel=1e-5)
-    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
     content = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     assert sorted(path.name for path in files) == ["0.safetensors", "1.safetensors"]
     caplog.clear()
@@ -1229,6 +1230,20 @@ def test_cached_encoder_outputs_give_the_same_losses_and_are_used_again(run, uni
     flags = ("--cache_encoder_outputs", tmp_path / "cache", "--learning_rate", 0.001)
     assert_equal_weights(run("finished", *flags), again)
     assert all(path.read_bytes() == content[path][0] for path in files)
+
+
+def test_a_cache_that_another_run_is_filling_is_waited_for(command, run, tmp_path):
+    cached = ["--cache_encoder_outputs", str(tmp_path / "cache")]
+    first = run("first", *cached)
+    (lock,) = (tmp_path / "cache").glob("*/.lock")
+    with another_run([lock]) as holder:
+        process = launch(command("second", *cached))
+        while "another run is writing" not in (line := process.stderr.readline()):
+            assert line, "it ended without waiting"
+        holder.stdin.close()
+        process.stderr.read()
+        assert process.wait() == 0
+    assert_equal_weights(tmp_path / "second", first)
 
 
 def test_another_teacher_other_data_or_another_precision_is_another_cache(run, examples, tiny_teacher, tmp_path):

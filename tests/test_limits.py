@@ -1,11 +1,19 @@
 """What no stage may stumble over: odd texts, odd audio, odd places, one row, no rows, no room, a clock that jumps."""
 
+import contextlib
 import csv
+import errno
+import fcntl
 import io
 import itertools
 import json
+import os
 import resource
+import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import librosa
@@ -16,6 +24,7 @@ import soundfile
 from datasets import Audio, Features, Value
 
 import create_student_model
+import reazonspeech_manual_dataloader
 import run_data_filtering
 import run_distillation
 import run_pseudo_labelling
@@ -72,6 +81,16 @@ def odd_rows(clips: list[dict]) -> list[dict]:
             {"name": text[:9], "audio": {"bytes": file.getvalue(), "path": "../../x.wav"}, "transcription": text}
         )
     return rows
+
+
+def load(corpus: Path, output: str) -> int:
+    """Make a dataset of the corpus' first tar, laid out as a download."""
+    download = Path(output).with_name("download")
+    (download / "tiny").mkdir(parents=True, exist_ok=True)
+    for name, source in (("tiny.tiny.tsv", "tsv/tiny.tsv"), ("tiny.000.tar", "data/000.tar")):
+        if not (download / "tiny" / name).exists():
+            shutil.copyfile(corpus / source, download / "tiny" / name)
+    return reazonspeech_manual_dataloader.main(["-t", "tiny", "--data_dir", str(download), "--output_dir", output])
 
 
 def label(teacher: Path, data: str, output: str, *more: str) -> int:
@@ -149,7 +168,7 @@ def made(loaded, tiny_teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def stages(made, loaded, tiny_teacher):
+def stages(made, loaded, tiny_teacher, corpus):
     """Every stage that writes, as a function of its output directory."""
     vectorized = str(made / "labels.wer_1000000000.0.vectorized")
     return {
@@ -158,6 +177,7 @@ def stages(made, loaded, tiny_teacher):
         "initialise": lambda output: initialise(tiny_teacher, output),
         "distil": lambda output: distil(tiny_teacher, str(made / "student-init"), vectorized, output),
         "evaluate": lambda output: evaluate(tiny_teacher, str(loaded), output),
+        "load": lambda output: load(corpus, output),
     }
 
 
@@ -190,6 +210,59 @@ def test_a_place_where_nothing_can_be_written_is_named_in_one_line(stage, stages
     with pytest.raises(SystemExit) as error:
         stages[stage](str(tmp_path / "file" / "out"))
     assert str(tmp_path / "file") in one_line(error)
+
+
+@contextlib.contextmanager
+def another_run(locks: list[Path]) -> Iterator[subprocess.Popen]:
+    """A process that holds these locks."""
+    code = "import fcntl, sys; files = [open(path, 'ab') for path in sys.argv[1:]]; "
+    code += "[fcntl.lockf(file, fcntl.LOCK_EX) for file in files]; print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, *map(str, locks)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "load"])
+def test_a_second_run_into_one_output_is_refused_and_what_a_killed_one_left_is_deleted(stage, stages, tmp_path):
+    output = str(tmp_path / "out")
+    assert stages[stage](output) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    locks = [path for path in files if path.name.endswith(".lock")]
+    assert locks
+    left = []
+    for path in files:
+        if path.suffix in (".parquet", ".jsonl") or path.name in ("distillation.json", "metric.train.json"):
+            left.append(path.with_name(f".{path.name}.0badcafe.partial"))
+            left[-1].write_bytes(b"half")
+    with another_run(locks), pytest.raises(SystemExit) as error:
+        stages[stage](output)
+    line = one_line(error)
+    assert "another run is writing" in line and any(str(lock) in line for lock in locks)
+    assert all(path.exists() for path in left)
+    assert stages[stage](output) == 0
+    assert not [path for path in left if path.exists()]
+
+
+def test_a_file_system_without_locks_is_named_and_the_work_done(stages, tmp_path, monkeypatch, caplog):
+    def no_locks(file, flags) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert stages["initialise"](str(tmp_path / "out")) == 0
+    assert f"{tmp_path} has no file locks: make sure that no other run writes {tmp_path / 'out'}" in caplog.text
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "load"])
+def test_all_that_is_written_may_be_read_by_others(stage, stages, tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert stages[stage](str(tmp_path / "out")) == 0
+    finally:
+        os.umask(before)
+    modes = {str(path): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    assert not {path: mode for path, mode in modes.items() if mode not in ("0o644", "0o755")}
 
 
 def test_a_dataset_without_rows_is_labelled_and_then_refused_by_name(tiny_teacher, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
 
@@ -636,7 +636,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_whole(tiny_teacher, tmp_pa
     assert not (tmp_path / "init").exists()
     assert partial.exists() == (number == signal.SIGKILL)
     create(tiny_teacher, tmp_path / "init")
-    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+    assert {path.name for path in tmp_path.iterdir()} == {"init", ".init.lock"}
 
 
 def test_a_run_stopped_among_other_files_is_taken_up_again(tiny_teacher, tmp_path, monkeypatch):
@@ -745,6 +745,30 @@ def test_after_a_failed_push_the_same_command_only_pushes(hub, tiny_teacher, tmp
     assert script.main(list(map(str, flags))) == 0
     assert snapshot(tmp_path / "init") == before
     assert "model.safetensors" in HfApi().list_repo_files("acme/failed-init")
+
+
+def test_a_trained_model_on_the_hub_is_replaced_only_when_asked(hub, tiny_teacher, tmp_path, capsys):
+    flags = ["--teacher_checkpoint", tiny_teacher, "--save_dir", tmp_path / "init", "--push_to_hub"]
+    flags += ["--hub_model_id", "acme/trained"]
+    assert script.main(list(map(str, flags))) == 0
+    files = {"model.safetensors": b"trained", "distillation.json": b"{}"}
+    for name, content in files.items():
+        HfApi().upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="acme/trained")
+    shutil.rmtree(tmp_path / "init")
+    message = refused(capsys, *flags)
+    assert "acme/trained has a model.safetensors" in message and "--overwrite_output_dir" in message
+    assert not (tmp_path / "init").exists()  # it was refused before the work
+    assert Path(hf_hub_download("acme/trained", "model.safetensors")).read_bytes() == b"trained"
+    assert script.main([*map(str, flags), "--overwrite_output_dir"]) == 0
+    assert Path(hf_hub_download("acme/trained", "model.safetensors")).read_bytes() != b"trained"
+
+
+def test_a_student_of_other_settings_on_the_hub_is_replaced_only_when_asked(hub, tiny_teacher, tmp_path, capsys):
+    flags = ["--teacher_checkpoint", tiny_teacher, "--push_to_hub", "--hub_model_id", "acme/other-init", "--save_dir"]
+    assert script.main([*map(str, flags), str(tmp_path / "init")]) == 0
+    message = refused(capsys, *flags, tmp_path / "second", "--decoder_layers", "1")
+    assert "acme/other-init was made with other settings: decoder_layer_indices" in message
+    assert not (tmp_path / "second").exists()
 
 
 def test_without_push_to_hub_nothing_is_sent(hub, tiny_teacher, tmp_path):
