@@ -47,8 +47,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+import yaml
+from huggingface_hub import HfApi, RepoCard, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from transformers import (
@@ -330,6 +331,77 @@ def push_again(push: Callable[[], object]) -> None:
         time.sleep(seconds * random.uniform(0.5, 1))
 
 
+# ---- common: cards ---------------------------------------------------------------------------------------------------
+
+
+def read_card(path: Path, place: str | None = None) -> RepoCard | None:
+    """The card in a file, None where there is none. Fails in one line, which names `place`, if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return RepoCard(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        fail(f"the card of {place or path.parent} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+
+
+def download_card(repository: str, repo_type: str, revision: str | None = None) -> RepoCard | None:
+    """The card of a repository on the Hub, None where there is none."""
+    try:
+        path = HfApi().hf_hub_download(repository, "README.md", repo_type=repo_type, revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return read_card(Path(path), repository)
+
+
+def check_cards(
+    directory: Path, repository: str | None, repo_type: str, update: Callable[[RepoCard], object] | None = None
+) -> None:
+    """Try, before the work, what will be done with the cards that are there."""
+    try:
+        cards = [read_card(directory / "README.md"), download_card(repository, repo_type) if repository else None]
+    except HUB_ERRORS as error:
+        hub_fail(f"reading the cards of {directory} and {repository}", error)
+    for card in filter(None, cards):
+        if update:
+            update(card)
+
+
+def fill_metadata(card: RepoCard, **values: str | list | None) -> None:
+    """Add to a card's metadata what they do not have. A value that is there stays, a list gets what it lacks."""
+    for name, value in values.items():
+        present = card.data.get(name)
+        if not present:
+            card.data[name] = value
+        elif isinstance(value, list):
+            present = present if isinstance(present, list) else [present]
+            card.data[name] = [*present, *(item for item in value if item not in present)]
+
+
+def set_section(card: RepoCard, name: str, section: str) -> None:
+    """Put our part into a card, in the place of what an earlier run put there. All else in the card stays."""
+    begin = f"<!-- {name}: begin. What stands up to its end is replaced by the next run. -->"
+    end = f"<!-- {name}: end -->"
+    part = f"{begin}\n\n{section.replace('<!--', '&lt;!--').strip()}\n\n{end}"
+    earlier = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if earlier.search(card.text):
+        card.text = earlier.sub(lambda _: part, card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{part}\n"
+
+
+def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:
+    """Update the card of a repository on the Hub; `update` gives the text for the card there, None if there is none."""
+    api = HfApi()
+
+    def push() -> None:
+        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        text = update(download_card(repository, repo_type, head))
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+
+    push_again(push)
+
+
 # ---- common: models --------------------------------------------------------------------------------------------------
 
 ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
@@ -543,7 +615,7 @@ def check_saved(directory: Path, expected: str) -> None:
 
 def find_student(save_dir: Path, settings: dict) -> bool:
     """Whether `save_dir` has a student of these settings. Fails for anything else that a run would overwrite."""
-    present = [name for name in STUDENT_FILES if (save_dir / name).exists()]
+    present = [name for name in STUDENT_FILES if (save_dir / name).exists() and name != "README.md"]
     if not present:
         return False
     record = read_json(save_dir / RECORD)
@@ -586,17 +658,22 @@ def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
 
 
 def licence_of(card: Path) -> str | None:
-    """The licence that a model card names, if there is a card."""
-    return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.exists() else None
+    """The licence that a model card names, if there is a card that can be read; it is not ours to correct."""
+    try:
+        return RepoCard(card.read_text(encoding="utf-8-sig")).data.get("license")
+    except (OSError, yaml.YAMLError, ValueError, TypeError):
+        return None
 
 
-def student_card(record: dict) -> str:
-    """README.md: where the student comes from, what it is made of and how."""
+def student_card(record: dict, card: RepoCard | None) -> str:
+    """README.md: where the student comes from, what it is made of and how, beside what others wrote into `card`."""
     settings = record["settings"]
     teacher = settings["teacher_checkpoint"]
     commit = record["teacher_commit"]
     licence = record["teacher_licence"]
-    header = ModelCardData(
+    card = card or RepoCard("---\n{}\n---\n# A Whisper student before training\n")
+    fill_metadata(
+        card,
         license=licence or "unknown",
         base_model=teacher if commit else None,  # a local directory means nothing to the Hub
         library_name="transformers",
@@ -610,13 +687,8 @@ def student_card(record: dict) -> str:
     for side, depth in record["teacher_layers"].items():
         copied = settings[f"{side}_layer_indices"]
         rows += f"| {side} layers | {depth} | {len(copied)} | {' '.join(map(str, copied))} |\n"
-    return f"""---
-{header.to_yaml()}
----
-
-# A Whisper student before training
-
-Its layers are copied from {source}. It is the start of a distillation: untrained, it does not transcribe.
+    section = f"""A Whisper student before training. Its layers are copied from {source}. It is the start of a
+distillation: untrained, it does not transcribe.
 
 | | teacher | student | student's layers are the teacher's (counted from 0) |
 | --- | --- | --- | --- |
@@ -630,6 +702,8 @@ Licence of the teacher: {licence or "unknown (its model card names none)"}.
 
 Made by `create_student_model.py`; `{RECORD}` has its arguments.
 """
+    set_section(card, "model", section)
+    return str(card)
 
 
 def install(partial: Path, save_dir: Path, record: dict) -> None:
@@ -661,7 +735,7 @@ def write_student(
         student.save_pretrained(partial)
         save_tokenizer_files(processor, partial)
         check_saved(partial, record["fingerprint"])
-        write_atomically(partial / "README.md", student_card(record))
+        write_atomically(partial / "README.md", student_card(record, read_card(save_dir / "README.md")))
         record["wall_time_s"] = round(time.monotonic() - started, 1)
         write_json(partial / RECORD, record)
         install(partial, save_dir, record)
@@ -671,13 +745,16 @@ def write_student(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def push_student(save_dir: Path, repository: str) -> None:
+def push_student(save_dir: Path, repository: str, record: dict) -> None:
     """Upload the student, but no other files of its directory."""
     api = HfApi()
     try:
-        for patterns in ([RECORD], STUDENT_FILES):  # the record says what the rest is, also if the push is cut off
+        files = [name for name in STUDENT_FILES if name != "README.md"]
+        for patterns in ([RECORD], files):  # the record says what the rest is, also if the push is cut off
             upload = functools.partial(api.upload_folder, allow_patterns=patterns, delete_patterns=[TRAINING_RECORD])
             push_again(functools.partial(upload, repo_id=repository, folder_path=save_dir))
+        local_card = read_card(save_dir / "README.md")
+        push_card(repository, "model", lambda card: student_card(record, card or local_card), "Describe the student")
     except HUB_ERRORS as error:
         reason = first_line(error)
         fail(f"the student is complete in {save_dir}, but the push to {repository} failed: {reason}. {CONTINUE}")
@@ -720,6 +797,7 @@ def main(argv=None) -> int:
     if args.push_to_hub:
         prepare_repository(args.hub_model_id, "model", None, args.dry_run)
     repository, commit = fetch_teacher(args.teacher_checkpoint, args.cache_dir)
+    check_cards(save_dir, args.hub_model_id if args.push_to_hub else None, "model")
     folder = repository / args.subfolder
     if folder.resolve() == save_dir:
         fail(f"--save_dir {args.save_dir} is the teacher's own directory")
@@ -766,7 +844,7 @@ def main(argv=None) -> int:
 
         # 7. Push.
         if args.push_to_hub:
-            push_student(save_dir, args.hub_model_id)
+            push_student(save_dir, args.hub_model_id, record)
     return 0
 
 

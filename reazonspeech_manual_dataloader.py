@@ -57,8 +57,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
-from huggingface_hub import DatasetCard, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+import yaml
+from datasets.data_files import sanitize_patterns
+from huggingface_hub import HfApi, RepoCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
@@ -318,6 +320,77 @@ def push_again(push: Callable[[], object]) -> None:
         time.sleep(seconds * random.uniform(0.5, 1))
 
 
+# ---- common: cards ---------------------------------------------------------------------------------------------------
+
+
+def read_card(path: Path, place: str | None = None) -> RepoCard | None:
+    """The card in a file, None where there is none. Fails in one line, which names `place`, if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return RepoCard(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        fail(f"the card of {place or path.parent} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+
+
+def download_card(repository: str, repo_type: str, revision: str | None = None) -> RepoCard | None:
+    """The card of a repository on the Hub, None where there is none."""
+    try:
+        path = HfApi().hf_hub_download(repository, "README.md", repo_type=repo_type, revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return read_card(Path(path), repository)
+
+
+def check_cards(
+    directory: Path, repository: str | None, repo_type: str, update: Callable[[RepoCard], object] | None = None
+) -> None:
+    """Try, before the work, what will be done with the cards that are there."""
+    try:
+        cards = [read_card(directory / "README.md"), download_card(repository, repo_type) if repository else None]
+    except HUB_ERRORS as error:
+        hub_fail(f"reading the cards of {directory} and {repository}", error)
+    for card in filter(None, cards):
+        if update:
+            update(card)
+
+
+def fill_metadata(card: RepoCard, **values: str | list | None) -> None:
+    """Add to a card's metadata what they do not have. A value that is there stays, a list gets what it lacks."""
+    for name, value in values.items():
+        present = card.data.get(name)
+        if not present:
+            card.data[name] = value
+        elif isinstance(value, list):
+            present = present if isinstance(present, list) else [present]
+            card.data[name] = [*present, *(item for item in value if item not in present)]
+
+
+def set_section(card: RepoCard, name: str, section: str) -> None:
+    """Put our part into a card, in the place of what an earlier run put there. All else in the card stays."""
+    begin = f"<!-- {name}: begin. What stands up to its end is replaced by the next run. -->"
+    end = f"<!-- {name}: end -->"
+    part = f"{begin}\n\n{section.replace('<!--', '&lt;!--').strip()}\n\n{end}"
+    earlier = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if earlier.search(card.text):
+        card.text = earlier.sub(lambda _: part, card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{part}\n"
+
+
+def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:
+    """Update the card of a repository on the Hub; `update` gives the text for the card there, None if there is none."""
+    api = HfApi()
+
+    def push() -> None:
+        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        text = update(download_card(repository, repo_type, head))
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+
+    push_again(push)
+
+
 # ---- common: dataset repositories ------------------------------------------------------------------------------------
 
 
@@ -342,26 +415,42 @@ def read_notes(path: Path) -> dict | None:
     return json.loads(metadata.get(b"kotoba", "{}"))
 
 
-def list_split(card: DatasetCard, config: str, split: str) -> None:
-    """Name the files of a split in a dataset card, which keeps what it says of other splits."""
-    configs = {entry["config_name"]: entry for entry in card.data.get("configs") or []}
-    entry = configs.setdefault(config, {"config_name": config})
-    listed = entry.get("data_files")
-    others = [files for files in listed if files["split"] != split] if isinstance(listed, list) else []
-    entry["data_files"] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
-    card.data.configs = list(configs.values())
-    card.data.dataset_info = None  # row counts of earlier contents, on which `datasets` would insist
+def list_split(card: RepoCard, config: str, split: str) -> None:
+    """Name the files of a split in a dataset card, which keeps what it says of other splits and configurations."""
+    try:
+        configs = {entry.get("config_name", "default"): entry for entry in card.data.get("configs") or []}
+        entry = configs.setdefault(config, {"config_name": config})
+        directory = entry.pop("data_dir", None)
+        files = sanitize_patterns(entry.get("data_files") or ({"train": f"{directory}/**"} if directory else {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        fail(f"`configs` of the dataset's card cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+    files.pop(split, None)
+    files[split] = [f"{config}/{split}-*"]
+    entry["data_files"] = []
+    for name, patterns in files.items():
+        entry["data_files"].append({"split": name, "path": patterns[0] if len(patterns) == 1 else patterns})
+    card.data["configs"] = list(configs.values())
+    infos = card.data.get("dataset_info") or []
+    infos = infos if isinstance(infos, list) else [infos]
+    # Row counts of earlier contents, on which `datasets` would insist.
+    card.data["dataset_info"] = [info for info in infos if info.get("config_name", "default") != config] or None
+
+
+def write_card(directory: Path, update: Callable[[RepoCard | None], str]) -> None:
+    """Update the card of a local dataset, one run at a time: another may write another split of it."""
+    with hold_lock(directory / ".card.lock", f"the card of {directory}", ".README.md.*.partial", wait=True):
+        write_atomically(directory / "README.md", update(read_card(directory / "README.md")))
 
 
 def push_dataset(
-    repository: str, directory: Path, patterns: list[str], update_card: Callable[[str | None], str], message: str
+    repository: str, directory: Path, patterns: list[str], update: Callable[[RepoCard | None], str], message: str
 ) -> None:
     """Upload the files of a directory that match, and then the card.
 
     Args:
         repository: Hub id of a dataset.
         patterns: which files are this run's; those that are only on the Hub are deleted there.
-        update_card: gives the new text of the card for the one on the Hub, None where there is none.
+        update: gives the new text of the card for the one on the Hub, None where there is none.
         message: of the commits.
     """
     api, target = HfApi(), {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
@@ -372,19 +461,9 @@ def push_dataset(
             folder_path=directory, allow_patterns=patterns, delete_patterns=patterns, ignore_patterns=ignored, **target
         )
 
-    def push_card() -> None:
-        head = api.dataset_info(repository).sha
-        try:
-            path = api.hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
-            text = Path(path).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            text = None
-        card = update_card(text).encode()
-        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", parent_commit=head, **target)
-
     try:
         push_again(push_files)
-        push_again(push_card)
+        push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
     logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
@@ -842,9 +921,9 @@ def locked_output(directory: Path, target: str, split: str) -> Iterator[None]:
         fail(f"cannot write the dataset: {error}; complete shards are kept. {CONTINUE}")
 
 
-def corpus_card(text: str | None, config: str, split: str) -> str:
-    """Return a dataset card that lists this split in addition to those that the card `text` lists."""
-    card = DatasetCard(text or CARD)
+def corpus_card(card: RepoCard | None, config: str, split: str) -> str:
+    """Return a dataset card that lists this split in addition to those that `card` lists."""
+    card = card or RepoCard(CARD)
     list_split(card, config, split)
     return str(card)
 
@@ -863,8 +942,11 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Refuse what can be refused.
     corpus = find_corpus(args.target, args.data_dir, args.dataset_dir_suffix)
     check_tars(args.target, corpus)
+    repository = None
     if args.push_to_hub:
         repository = prepare_repository(args.hub_model_id, "dataset", args.hub_private_repo, args.dry_run)
+    if args.output_dir:
+        check_cards(args.output_dir, repository, "dataset", partial(corpus_card, config=args.target, split=split))
 
     # 3. Load.
     unassigned_lines = {"counts": {}, "problems": collections.defaultdict(list)}  # lines of the tsv that name no tar
@@ -899,9 +981,8 @@ def main(argv: list[str] | None = None) -> int:
         notes = sum_notes([read_notes(job.shard) for job in jobs] + [unassigned_lines])
         counts = notes["counts"]
         seconds = time.monotonic() - started
-        readme = args.output_dir / "README.md"
-        text = readme.read_text(encoding="utf-8") if readme.exists() else None
-        write_atomically(readme, corpus_card(text, args.target, split))
+        update = partial(corpus_card, config=args.target, split=split)
+        write_card(args.output_dir, update)
         record = {
             "status": "complete",
             "settings": settings,
@@ -922,7 +1003,7 @@ def main(argv: list[str] | None = None) -> int:
                 repository,
                 args.output_dir,
                 patterns=[f"{args.target}/{split}-*.parquet", record_path.name],
-                update_card=partial(corpus_card, config=args.target, split=split),
+                update=update,
                 message=f"Add {args.target}, {split}",
             )
     return 0

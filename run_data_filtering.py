@@ -68,10 +68,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 import torch
+import yaml
 from accelerate import PartialState
 from datasets import Audio, Features, List, Value
-from huggingface_hub import DatasetCard, HfApi, HfFileSystem, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from datasets.data_files import sanitize_patterns
+from huggingface_hub import HfApi, HfFileSystem, RepoCard, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
@@ -401,6 +403,77 @@ def push_again(push: Callable[[], object]) -> None:
         time.sleep(seconds * random.uniform(0.5, 1))
 
 
+# ---- common: cards ---------------------------------------------------------------------------------------------------
+
+
+def read_card(path: Path, place: str | None = None) -> RepoCard | None:
+    """The card in a file, None where there is none. Fails in one line, which names `place`, if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return RepoCard(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        fail(f"the card of {place or path.parent} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+
+
+def download_card(repository: str, repo_type: str, revision: str | None = None) -> RepoCard | None:
+    """The card of a repository on the Hub, None where there is none."""
+    try:
+        path = HfApi().hf_hub_download(repository, "README.md", repo_type=repo_type, revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return read_card(Path(path), repository)
+
+
+def check_cards(
+    directory: Path, repository: str | None, repo_type: str, update: Callable[[RepoCard], object] | None = None
+) -> None:
+    """Try, before the work, what will be done with the cards that are there."""
+    try:
+        cards = [read_card(directory / "README.md"), download_card(repository, repo_type) if repository else None]
+    except HUB_ERRORS as error:
+        hub_fail(f"reading the cards of {directory} and {repository}", error)
+    for card in filter(None, cards):
+        if update:
+            update(card)
+
+
+def fill_metadata(card: RepoCard, **values: str | list | None) -> None:
+    """Add to a card's metadata what they do not have. A value that is there stays, a list gets what it lacks."""
+    for name, value in values.items():
+        present = card.data.get(name)
+        if not present:
+            card.data[name] = value
+        elif isinstance(value, list):
+            present = present if isinstance(present, list) else [present]
+            card.data[name] = [*present, *(item for item in value if item not in present)]
+
+
+def set_section(card: RepoCard, name: str, section: str) -> None:
+    """Put our part into a card, in the place of what an earlier run put there. All else in the card stays."""
+    begin = f"<!-- {name}: begin. What stands up to its end is replaced by the next run. -->"
+    end = f"<!-- {name}: end -->"
+    part = f"{begin}\n\n{section.replace('<!--', '&lt;!--').strip()}\n\n{end}"
+    earlier = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if earlier.search(card.text):
+        card.text = earlier.sub(lambda _: part, card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{part}\n"
+
+
+def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:
+    """Update the card of a repository on the Hub; `update` gives the text for the card there, None if there is none."""
+    api = HfApi()
+
+    def push() -> None:
+        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        text = update(download_card(repository, repo_type, head))
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+
+    push_again(push)
+
+
 # ---- common: dataset repositories ------------------------------------------------------------------------------------
 
 
@@ -425,26 +498,42 @@ def read_notes(path: Path) -> dict | None:
     return json.loads(metadata.get(b"kotoba", "{}"))
 
 
-def list_split(card: DatasetCard, config: str, split: str) -> None:
-    """Name the files of a split in a dataset card, which keeps what it says of other splits."""
-    configs = {entry["config_name"]: entry for entry in card.data.get("configs") or []}
-    entry = configs.setdefault(config, {"config_name": config})
-    listed = entry.get("data_files")
-    others = [files for files in listed if files["split"] != split] if isinstance(listed, list) else []
-    entry["data_files"] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
-    card.data.configs = list(configs.values())
-    card.data.dataset_info = None  # row counts of earlier contents, on which `datasets` would insist
+def list_split(card: RepoCard, config: str, split: str) -> None:
+    """Name the files of a split in a dataset card, which keeps what it says of other splits and configurations."""
+    try:
+        configs = {entry.get("config_name", "default"): entry for entry in card.data.get("configs") or []}
+        entry = configs.setdefault(config, {"config_name": config})
+        directory = entry.pop("data_dir", None)
+        files = sanitize_patterns(entry.get("data_files") or ({"train": f"{directory}/**"} if directory else {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        fail(f"`configs` of the dataset's card cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+    files.pop(split, None)
+    files[split] = [f"{config}/{split}-*"]
+    entry["data_files"] = []
+    for name, patterns in files.items():
+        entry["data_files"].append({"split": name, "path": patterns[0] if len(patterns) == 1 else patterns})
+    card.data["configs"] = list(configs.values())
+    infos = card.data.get("dataset_info") or []
+    infos = infos if isinstance(infos, list) else [infos]
+    # Row counts of earlier contents, on which `datasets` would insist.
+    card.data["dataset_info"] = [info for info in infos if info.get("config_name", "default") != config] or None
+
+
+def write_card(directory: Path, update: Callable[[RepoCard | None], str]) -> None:
+    """Update the card of a local dataset, one run at a time: another may write another split of it."""
+    with hold_lock(directory / ".card.lock", f"the card of {directory}", ".README.md.*.partial", wait=True):
+        write_atomically(directory / "README.md", update(read_card(directory / "README.md")))
 
 
 def push_dataset(
-    repository: str, directory: Path, patterns: list[str], update_card: Callable[[str | None], str], message: str
+    repository: str, directory: Path, patterns: list[str], update: Callable[[RepoCard | None], str], message: str
 ) -> None:
     """Upload the files of a directory that match, and then the card.
 
     Args:
         repository: Hub id of a dataset.
         patterns: which files are this run's; those that are only on the Hub are deleted there.
-        update_card: gives the new text of the card for the one on the Hub, None where there is none.
+        update: gives the new text of the card for the one on the Hub, None where there is none.
         message: of the commits.
     """
     api, target = HfApi(), {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
@@ -455,19 +544,9 @@ def push_dataset(
             folder_path=directory, allow_patterns=patterns, delete_patterns=patterns, ignore_patterns=ignored, **target
         )
 
-    def push_card() -> None:
-        head = api.dataset_info(repository).sha
-        try:
-            path = api.hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
-            text = Path(path).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            text = None
-        card = update_card(text).encode()
-        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", parent_commit=head, **target)
-
     try:
         push_again(push_files)
-        push_again(push_card)
+        push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
     logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
@@ -1736,6 +1815,10 @@ def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: co
     if is_main:
         for output in pushed:
             output.repository = prepare_repository(output.repository, "dataset", args.hub_private_repo, args.dry_run)
+    if is_main:
+        for output in made:
+            list_ours = functools.partial(list_split, config=output.settings["config"], split=output.settings["split"])
+            check_cards(output.directory, output.repository if output in pushed else None, "dataset", list_ours)
     if is_main and not args.dry_run:
         for output in made:
             open_output(output, args.overwrite_output_dir)
@@ -1793,9 +1876,7 @@ def write_results(job: Job, run: dict) -> dict:
             write_json(output.record, record)
         figure = draw_report(report, output.settings)
         write_atomically(output.record.with_suffix(".png"), figure)
-        readme = output.directory / "README.md"
-        text = readme.read_text(encoding="utf-8") if readme.exists() else None
-        write_atomically(readme, filtering_card(output, text))
+        write_card(output.directory, functools.partial(filtering_card, output))
     return report
 
 
@@ -1817,19 +1898,15 @@ def refuse_empty_results(report: dict, settings: dict) -> None:
         )
 
 
-def filtering_card(output: Output, text: str | None) -> str:
-    """The dataset card with the section on this configuration and split, and all else that the card `text` has."""
+def filtering_card(output: Output, card: RepoCard | None) -> str:
+    """The dataset card with the section on this configuration and split, and all else that `card` has."""
     settings = output.settings
-    card = DatasetCard(text or f"---\n{{}}\n---\n# {output.directory.name}\n\n{ABOUT[output.kind]}\n")
+    card = card or RepoCard(f"---\n{{}}\n---\n# {output.directory.name}\n\n{ABOUT[output.kind]}\n")
     list_split(card, settings["config"], settings["split"])
-    listed = card.data.language or []
-    languages = {listed} if isinstance(listed, str) else set(listed)
-    card.data.language = sorted(languages | {settings["language"]})
-    card.data.task_categories = ["automatic-speech-recognition"]
-    heading = f"## {settings['config']}, {settings['split']}"
-    others = re.sub(rf"(?ms)^{re.escape(heading)}\n.*?(?=^## |\Z)", "", card.text).rstrip()
+    fill_metadata(card, language=[settings["language"]], task_categories=["automatic-speech-recognition"])
+    title = f"{settings['config']}, {settings['split']}"
     description = describe_filter(output, read_json(output.record)["report"])
-    card.text = f"{others}\n\n{heading}\n\n{description}\n"
+    set_section(card, title, f"## {title}\n\n{description}")
     return str(card)
 
 

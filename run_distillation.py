@@ -70,6 +70,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
     DistributedType,
@@ -81,8 +82,8 @@ from accelerate.utils import (
     send_to_device,
 )
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import HfApi, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, RepoCard, constants, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
@@ -131,7 +132,7 @@ TOKENIZER_FILES = [
     "preprocessor_config.json",
     "processor_config.json",
 ]
-MODEL_FILES = ["config.json", "generation_config.json", "README.md"]
+MODEL_FILES = ["config.json", "generation_config.json"]
 # What the trained weights depend on, beside the data and the models. A run is resumed only with the same settings.
 SETTINGS = [
     "train_dataset_samples",
@@ -458,6 +459,77 @@ def push_again(push: Callable[[], object]) -> None:
             if error.response.status_code not in (409, 412) or not seconds:
                 raise
         time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: cards ---------------------------------------------------------------------------------------------------
+
+
+def read_card(path: Path, place: str | None = None) -> RepoCard | None:
+    """The card in a file, None where there is none. Fails in one line, which names `place`, if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return RepoCard(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        fail(f"the card of {place or path.parent} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+
+
+def download_card(repository: str, repo_type: str, revision: str | None = None) -> RepoCard | None:
+    """The card of a repository on the Hub, None where there is none."""
+    try:
+        path = HfApi().hf_hub_download(repository, "README.md", repo_type=repo_type, revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return read_card(Path(path), repository)
+
+
+def check_cards(
+    directory: Path, repository: str | None, repo_type: str, update: Callable[[RepoCard], object] | None = None
+) -> None:
+    """Try, before the work, what will be done with the cards that are there."""
+    try:
+        cards = [read_card(directory / "README.md"), download_card(repository, repo_type) if repository else None]
+    except HUB_ERRORS as error:
+        hub_fail(f"reading the cards of {directory} and {repository}", error)
+    for card in filter(None, cards):
+        if update:
+            update(card)
+
+
+def fill_metadata(card: RepoCard, **values: str | list | None) -> None:
+    """Add to a card's metadata what they do not have. A value that is there stays, a list gets what it lacks."""
+    for name, value in values.items():
+        present = card.data.get(name)
+        if not present:
+            card.data[name] = value
+        elif isinstance(value, list):
+            present = present if isinstance(present, list) else [present]
+            card.data[name] = [*present, *(item for item in value if item not in present)]
+
+
+def set_section(card: RepoCard, name: str, section: str) -> None:
+    """Put our part into a card, in the place of what an earlier run put there. All else in the card stays."""
+    begin = f"<!-- {name}: begin. What stands up to its end is replaced by the next run. -->"
+    end = f"<!-- {name}: end -->"
+    part = f"{begin}\n\n{section.replace('<!--', '&lt;!--').strip()}\n\n{end}"
+    earlier = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if earlier.search(card.text):
+        card.text = earlier.sub(lambda _: part, card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{part}\n"
+
+
+def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:
+    """Update the card of a repository on the Hub; `update` gives the text for the card there, None if there is none."""
+    api = HfApi()
+
+    def push() -> None:
+        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        text = update(download_card(repository, repo_type, head))
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+
+    push_again(push)
 
 
 # ---- common: models --------------------------------------------------------------------------------------------------
@@ -2043,7 +2115,7 @@ def write_model(training: Training, models: Models, record: dict, args: argparse
         save_student(partial, models, weights)
         entries = read_metrics(output_dir / "metrics.jsonl")
         draw_curves(entries, partial / "training_curves.png")
-        card = distillation_card(record, entries, args)
+        card = distillation_card(record, entries, args, read_card(output_dir / "README.md"))
         (partial / "README.md").write_text(card, encoding="utf-8")
         for script in SCRIPTS:
             path = Path(__file__).resolve().with_name(script)
@@ -2107,17 +2179,19 @@ def shown_name(reference: str) -> str:
     return directory.resolve().name if directory else reference
 
 
-def distillation_card(record: dict, entries: list[dict], args: argparse.Namespace) -> str:
-    """README.md: what the model was made from and how, its curves, and what was measured while it was made."""
+def distillation_card(record: dict, entries: list[dict], args: argparse.Namespace, card: RepoCard | None) -> str:
+    """README.md: what the model was made from and how it went, beside what others wrote into `card`."""
     teacher = args.teacher_model_name_or_path
     trained_on = args.train_dataset_name.split("+")
-    metadata = ModelCardData(
+    card = card or RepoCard(f"---\n{{}}\n---\n# {args.output_dir.resolve().name}\n")
+    fill_metadata(
+        card,
         language=args.language,
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "distillation"],
         base_model=None if local_directory(teacher) else teacher,
-        datasets=[reference for reference in trained_on if not local_directory(reference)] or None,
+        datasets=[reference for reference in trained_on if not local_directory(reference)],
     )
     evaluations = []
     teacher_entry = {"step": "teacher", **(record.get("teacher_evaluation") or {})}
@@ -2131,13 +2205,8 @@ def distillation_card(record: dict, entries: list[dict], args: argparse.Namespac
         columns = ["step", "loss", "CER %", "WER %"]
         evaluation = f"Held out, on {held_out}, greedy, normalised:\n\n{card_table(columns, evaluations)}\n"
     epochs = record["steps"] / record["steps_per_epoch"]
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {args.output_dir.resolve().name}
-
-A Whisper with {record["layers"]["encoder"]} encoder and {record["layers"]["decoder"]} decoder layers, distilled from \
+    layers = record["layers"]
+    section = f"""A Whisper with {layers["encoder"]} encoder and {layers["decoder"]} decoder layers, distilled from \
 {shown_name(teacher)} on {record["rows"]:,} rows of {" and ".join(map(shown_name, trained_on))}: \
 {record["steps"]:,} steps of {record["settings"]["global_batch_size"]} rows, {epochs:.2f} epochs.
 The loss is {args.ce_weight} · CE + {args.kl_weight} · T² · KL(teacher ‖ student) at T = {args.temperature}.
@@ -2150,6 +2219,8 @@ Weights are float32.
 
 Made by `run_distillation.py`: `{RECORD}` has all arguments and library versions, `metrics.jsonl` every figure.
 """
+    set_section(card, "model", section)
+    return str(card)
 
 
 def home_repository(directory: Path) -> str:
@@ -2185,16 +2256,22 @@ def published_files(args: argparse.Namespace) -> list[str]:
     return patterns
 
 
-def push_model(repo_id: str, message: str, args: argparse.Namespace, run_as_future: bool = False) -> Any:
-    """Upload the model repository; as a future, in the background."""
-    return HfApi().upload_folder(
+def push_model(repo_id: str, message: str, args: argparse.Namespace) -> None:
+    """Upload the model repository, and update its card, in which others may have written since."""
+    output_dir = args.output_dir
+    upload = functools.partial(
+        HfApi().upload_folder,
         repo_id=repo_id,
-        folder_path=args.output_dir,
+        folder_path=output_dir,
         allow_patterns=published_files(args),
         ignore_patterns=[".*", "*.partial"],
         commit_message=message,
-        run_as_future=run_as_future,
     )
+    push_again(upload)
+    record = read_json(output_dir / RECORD)
+    update = functools.partial(distillation_card, record, read_metrics(output_dir / "metrics.jsonl"), args)
+    local_card = read_card(output_dir / "README.md")
+    push_card(repo_id, "model", lambda card: update(card or local_card), message)
 
 
 def is_pushing(training: "Training") -> bool:
@@ -2213,13 +2290,14 @@ def push_progress(training: "Training", models: Models, args: argparse.Namespace
         step = training.state.step
         write_model(training, models, training.record | {"steps": step}, args)
         if training.repo_id:
-            training.push = push_model(training.repo_id, f"Training in progress, step {step}", args, run_as_future=True)
+            message = f"Training in progress, step {step}"
+            training.push = HfApi().run_as_future(push_model, training.repo_id, message, args)
 
 
 def push_result(repo_id: str, args: argparse.Namespace) -> None:
     """Push what is not on the Hub yet."""
     try:
-        push_again(lambda: push_model(repo_id, "Distilled model", args))
+        push_model(repo_id, "Distilled model", args)
     except HUB_ERRORS as error:
         fail(f"the push to {repo_id} failed: {first_line(error)}. All is in {args.output_dir}. {CONTINUE}")
     logger.info("pushed to %s/%s", constants.ENDPOINT, repo_id)
@@ -2438,6 +2516,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.push_to_hub and args.do_train and accelerator.is_main_process:
             repository = args.hub_model_id or home_repository(args.output_dir)
             repo_id = prepare_repository(repository, "model", args.hub_private_repo, args.dry_run)
+        if accelerator.is_main_process:
+            check_cards(args.output_dir, repo_id, "model")
 
         # 3. Load.
         models = load_models(args, accelerator.device)

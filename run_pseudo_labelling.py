@@ -56,11 +56,13 @@ import pyarrow.parquet as pq
 import soundfile
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from datasets.data_files import sanitize_patterns
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import DatasetCard, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, RepoCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -362,6 +364,77 @@ def push_again(push: Callable[[], object]) -> None:
         time.sleep(seconds * random.uniform(0.5, 1))
 
 
+# ---- common: cards ---------------------------------------------------------------------------------------------------
+
+
+def read_card(path: Path, place: str | None = None) -> RepoCard | None:
+    """The card in a file, None where there is none. Fails in one line, which names `place`, if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return RepoCard(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        fail(f"the card of {place or path.parent} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+
+
+def download_card(repository: str, repo_type: str, revision: str | None = None) -> RepoCard | None:
+    """The card of a repository on the Hub, None where there is none."""
+    try:
+        path = HfApi().hf_hub_download(repository, "README.md", repo_type=repo_type, revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return read_card(Path(path), repository)
+
+
+def check_cards(
+    directory: Path, repository: str | None, repo_type: str, update: Callable[[RepoCard], object] | None = None
+) -> None:
+    """Try, before the work, what will be done with the cards that are there."""
+    try:
+        cards = [read_card(directory / "README.md"), download_card(repository, repo_type) if repository else None]
+    except HUB_ERRORS as error:
+        hub_fail(f"reading the cards of {directory} and {repository}", error)
+    for card in filter(None, cards):
+        if update:
+            update(card)
+
+
+def fill_metadata(card: RepoCard, **values: str | list | None) -> None:
+    """Add to a card's metadata what they do not have. A value that is there stays, a list gets what it lacks."""
+    for name, value in values.items():
+        present = card.data.get(name)
+        if not present:
+            card.data[name] = value
+        elif isinstance(value, list):
+            present = present if isinstance(present, list) else [present]
+            card.data[name] = [*present, *(item for item in value if item not in present)]
+
+
+def set_section(card: RepoCard, name: str, section: str) -> None:
+    """Put our part into a card, in the place of what an earlier run put there. All else in the card stays."""
+    begin = f"<!-- {name}: begin. What stands up to its end is replaced by the next run. -->"
+    end = f"<!-- {name}: end -->"
+    part = f"{begin}\n\n{section.replace('<!--', '&lt;!--').strip()}\n\n{end}"
+    earlier = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if earlier.search(card.text):
+        card.text = earlier.sub(lambda _: part, card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{part}\n"
+
+
+def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:
+    """Update the card of a repository on the Hub; `update` gives the text for the card there, None if there is none."""
+    api = HfApi()
+
+    def push() -> None:
+        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        text = update(download_card(repository, repo_type, head))
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+
+    push_again(push)
+
+
 # ---- common: dataset repositories ------------------------------------------------------------------------------------
 
 
@@ -386,26 +459,42 @@ def read_notes(path: Path) -> dict | None:
     return json.loads(metadata.get(b"kotoba", "{}"))
 
 
-def list_split(card: DatasetCard, config: str, split: str) -> None:
-    """Name the files of a split in a dataset card, which keeps what it says of other splits."""
-    configs = {entry["config_name"]: entry for entry in card.data.get("configs") or []}
-    entry = configs.setdefault(config, {"config_name": config})
-    listed = entry.get("data_files")
-    others = [files for files in listed if files["split"] != split] if isinstance(listed, list) else []
-    entry["data_files"] = [*others, {"split": split, "path": f"{config}/{split}-*"}]
-    card.data.configs = list(configs.values())
-    card.data.dataset_info = None  # row counts of earlier contents, on which `datasets` would insist
+def list_split(card: RepoCard, config: str, split: str) -> None:
+    """Name the files of a split in a dataset card, which keeps what it says of other splits and configurations."""
+    try:
+        configs = {entry.get("config_name", "default"): entry for entry in card.data.get("configs") or []}
+        entry = configs.setdefault(config, {"config_name": config})
+        directory = entry.pop("data_dir", None)
+        files = sanitize_patterns(entry.get("data_files") or ({"train": f"{directory}/**"} if directory else {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        fail(f"`configs` of the dataset's card cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+    files.pop(split, None)
+    files[split] = [f"{config}/{split}-*"]
+    entry["data_files"] = []
+    for name, patterns in files.items():
+        entry["data_files"].append({"split": name, "path": patterns[0] if len(patterns) == 1 else patterns})
+    card.data["configs"] = list(configs.values())
+    infos = card.data.get("dataset_info") or []
+    infos = infos if isinstance(infos, list) else [infos]
+    # Row counts of earlier contents, on which `datasets` would insist.
+    card.data["dataset_info"] = [info for info in infos if info.get("config_name", "default") != config] or None
+
+
+def write_card(directory: Path, update: Callable[[RepoCard | None], str]) -> None:
+    """Update the card of a local dataset, one run at a time: another may write another split of it."""
+    with hold_lock(directory / ".card.lock", f"the card of {directory}", ".README.md.*.partial", wait=True):
+        write_atomically(directory / "README.md", update(read_card(directory / "README.md")))
 
 
 def push_dataset(
-    repository: str, directory: Path, patterns: list[str], update_card: Callable[[str | None], str], message: str
+    repository: str, directory: Path, patterns: list[str], update: Callable[[RepoCard | None], str], message: str
 ) -> None:
     """Upload the files of a directory that match, and then the card.
 
     Args:
         repository: Hub id of a dataset.
         patterns: which files are this run's; those that are only on the Hub are deleted there.
-        update_card: gives the new text of the card for the one on the Hub, None where there is none.
+        update: gives the new text of the card for the one on the Hub, None where there is none.
         message: of the commits.
     """
     api, target = HfApi(), {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
@@ -416,19 +505,9 @@ def push_dataset(
             folder_path=directory, allow_patterns=patterns, delete_patterns=patterns, ignore_patterns=ignored, **target
         )
 
-    def push_card() -> None:
-        head = api.dataset_info(repository).sha
-        try:
-            path = api.hf_hub_download(repository, "README.md", repo_type="dataset", revision=head)
-            text = Path(path).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            text = None
-        card = update_card(text).encode()
-        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", parent_commit=head, **target)
-
     try:
         push_again(push_files)
-        push_again(push_card)
+        push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
     logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
@@ -1498,19 +1577,18 @@ def labelling_card(
     teacher: str,
     split: LabelledSplit,
     total: dict,
-    text: str | None,
+    card: RepoCard | None,
 ) -> str:
-    """The dataset card with this split's files and section, keeping the rest of the card `text`."""
-    card = DatasetCard(text or NEW_CARD)
+    """The dataset card with this split's files and section, keeping the rest of `card`."""
+    card = card or RepoCard(NEW_CARD)
     list_split(card, split.config, split.name)
-    card.data.language = card.data.language or split.settings["language"]
-    heading = f"## {split.config}, {split.name}"
-    others = re.sub(rf"(?ms)^{re.escape(heading)}\n.*?(?=^## |\Z)", "", card.text).rstrip()
+    fill_metadata(card, language=split.settings["language"])
+    title = f"{split.config}, {split.name}"
     values = {"teacher": teacher, **split.settings, **total, "unusable": len(total["unusable"])}
     table = "| | |\n| --- | --- |\n"
     for name, value in values.items():
         table += f"| {name.replace('_', ' ')} | {value} |\n"
-    card.text = f"{others}\n\n{heading}\n\nLabels are in `{LABEL_COLUMN}`.\n\n{table}"
+    set_section(card, title, f"## {title}\n\nLabels are in `{LABEL_COLUMN}`.\n\n{table}")
     return str(card)
 
 
@@ -1593,7 +1671,12 @@ def main(argv: list[str] | None = None) -> int:
     source = Path(args.dataset_name).expanduser()
     if source.is_dir() and source.resolve() == args.output_dir.resolve():
         fail(f"--output_dir {args.output_dir} is the input: choose another directory")
-    repository = repository_to_push(args) if is_main else None
+    repository = None
+    if is_main:
+        repository = repository_to_push(args)
+        config = args.dataset_config_name or "default"
+        list_ours = functools.partial(list_split, config=config, split=args.dataset_split_name)
+        check_cards(args.output_dir, repository, "dataset", list_ours)
 
     # 3. Load.
     teacher = load_teacher(args, accelerator.device)
@@ -1621,8 +1704,7 @@ def main(argv: list[str] | None = None) -> int:
             # 6. Write record and card.
             total = add_up(split)
             update_card = functools.partial(labelling_card, args.model_name_or_path, split, total)
-            card = args.output_dir / "README.md"
-            write_atomically(card, update_card(card.read_text(encoding="utf-8") if card.exists() else None))
+            write_card(args.output_dir, update_card)
             seconds = time.monotonic() - progress.started
             clips = count_rows(split, pending)
             last_run = {"clips": clips, "wall_seconds": seconds, "clips_per_second": clips / seconds}

@@ -72,11 +72,12 @@ import pyarrow.parquet as pq
 import soundfile
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import EvalResult, HfApi, metadata_update
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import EvalResult, HfApi, ModelCard, metadata_update
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import httpx
 from matplotlib.figure import Figure
@@ -1633,6 +1634,16 @@ def save_metrics(path: Path, metrics: dict) -> None:
     write_atomically(path, content)
 
 
+def check_rates(model: str) -> None:
+    """Fail where the rates could not be written into the card of a model, because it cannot be read."""
+    try:
+        ModelCard.load(model)
+    except EntryNotFoundError:
+        pass  # it will be made
+    except (*HUB_ERRORS, yaml.YAMLError, ValueError, TypeError) as error:
+        fail(f"the card of {model} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
+
+
 def publish_rates(metrics: dict) -> None:
     """Write both error rates into the `model-index` of the model card, which the Hub displays."""
     dataset = metrics["dataset"]
@@ -1714,6 +1725,7 @@ def main(argv: list[str] | None = None) -> int:
         if local_directory(args.model_name_or_path):
             fail(f"--push_to_hub writes into a model's card on the Hub; {args.model_name_or_path} is a local directory")
         prepare_repository(args.model_name_or_path, "model", None, args.dry_run)
+        check_rates(args.model_name_or_path)
 
     # 3. Load.
     clips = load_clips(args)

@@ -827,10 +827,11 @@ def test_the_card_keeps_what_others_wrote_and_replaces_its_own_section(source, f
     assert text.startswith("---\n")
     assert "\n# speech.cer_10.0\n\nClips whose teacher label agrees" in text
     notes = "## Notes\n\nWritten by hand.\n\n"
-    edited = text.replace("## tiny, train\n", f"{notes}## tiny, train\n\nof an earlier run\n")
+    begin = "<!-- tiny, train: begin"
+    edited = text.replace(begin, notes + begin).replace("## tiny, train\n", "## tiny, train\n\nof an earlier run\n")
     card.write_text(edited.replace("language:\n- ja\n", "language:\n- en\n- ja\nlicense: cc0-1.0\n"))
     assert run(source, *SAME, output=tmp_path) == 0
-    expected = text.replace("## tiny, train\n", f"{notes}## tiny, train\n")
+    expected = text.replace(begin, notes + begin)
     found = card.read_text()
     assert found.partition("\n# ")[2] == expected.partition("\n# ")[2]
     assert "license: cc0-1.0" in found

@@ -265,6 +265,18 @@ def test_all_that_is_written_may_be_read_by_others(stage, stages, tmp_path):
     assert not {path: mode for path, mode in modes.items() if mode not in ("0o644", "0o755")}
 
 
+@pytest.mark.parametrize("stage", ["label", "filter", "initialise", "distil", "load"])
+def test_a_card_that_cannot_be_read_is_named_in_one_line_before_the_work(stage, stages, tmp_path):
+    output = tmp_path / "out"
+    directory = output / "labels.wer_1000000000.0" if stage == "filter" else output
+    directory.mkdir(parents=True)
+    (directory / "README.md").write_text("---\nlicense: [mit\n---\nMine.\n")
+    with pytest.raises(SystemExit) as error:
+        stages[stage](str(output))
+    assert f"the card of {directory} cannot be read" in one_line(error)
+    assert not [path for path in directory.rglob("*") if path.suffix in (".parquet", ".safetensors", ".json")]
+
+
 def test_a_dataset_without_rows_is_labelled_and_then_refused_by_name(tiny_teacher, tmp_path):
     data = str(write_dataset(tmp_path / "none", []))
     assert label(tiny_teacher, data, str(tmp_path / "labels")) == 0

@@ -20,6 +20,7 @@ COMMON = [
     "common",
     "common: records",
     "common: the Hub",
+    "common: cards",
     "common: dataset repositories",
     "common: models",
     "common: generation config",
