@@ -124,18 +124,22 @@ def vectorized(examples, tmp_path_factory) -> Path:
     return write_dataset(root, "tiny", "train", examples, VECTORIZED)
 
 
-@pytest.fixture
-def command(student, tiny_teacher, vectorized, tmp_path):
+@pytest.fixture(scope="module")
+def arguments(student, tiny_teacher, vectorized):
     """Arguments of a run of six steps of four rows (two epochs, each with a last batch of two), saved every two."""
 
-    def arguments(output: str = "out", *more: str) -> list[str]:
-        given = f"--model_name_or_path {student} --teacher_model_name_or_path {tiny_teacher}"
-        given += f" --output_dir {tmp_path / output}"
+    def make(output: Path, *more: str) -> list[str]:
+        given = f"--model_name_or_path {student} --teacher_model_name_or_path {tiny_teacher} --output_dir {output}"
         given += f" --train_dataset_name {vectorized} --train_dataset_config_name tiny --per_device_train_batch_size 4"
         given += " --learning_rate 0.003 --num_train_epochs 2 --save_steps 2 --logging_steps 1"
         return [*given.split(), *FLAGS.split(), *map(str, more)]
 
-    return arguments
+    return make
+
+
+@pytest.fixture
+def command(arguments, tmp_path):
+    return lambda output="out", *more: arguments(tmp_path / output, *more)
 
 
 @pytest.fixture
@@ -150,14 +154,11 @@ def run(command, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(student, tiny_teacher, vectorized, tmp_path_factory) -> Path:
+def uninterrupted(arguments, tmp_path_factory) -> Path:
     """The output of the plain run, which others are compared with."""
     output = tmp_path_factory.mktemp("reference") / "out"
     forget_processes()
-    given = f"--model_name_or_path {student} --teacher_model_name_or_path {tiny_teacher} --output_dir {output}"
-    given += f" --train_dataset_name {vectorized} --train_dataset_config_name tiny --per_device_train_batch_size 4"
-    given += " --learning_rate 0.003 --num_train_epochs 2 --save_steps 2 --logging_steps 1"
-    assert script.main([*given.split(), *FLAGS.split()]) == 0
+    assert script.main(arguments(output)) == 0
     return output
 
 
@@ -716,21 +717,30 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, errors[-3000:]
 
 
+HALVES = ("--per_device_train_batch_size", 2)  # of the batches of the plain run, for each of two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(arguments, tmp_path_factory) -> Path:
+    """The output of the plain run by two processes on one machine, which are not told to use the CPU."""
+    output = tmp_path_factory.mktemp("processes") / "out"
+    flags = ("--num_processes", "2", "--main_process_port", "0")
+    finish(launch(arguments(output, *HALVES), *flags, variables={}))
+    return output
+
+
 def test_two_machines_two_processes_and_one_train_the_same_model_and_take_over_from_each_other(
-    command, run, uninterrupted, tmp_path
+    command, run, uninterrupted, two_processes, tmp_path
 ):
-    halves = ("--per_device_train_batch_size", 2)
-    finish(launch(command("processes", *halves), "--num_processes", "2", "--main_process_port", "0"))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = str(unused.getsockname()[1])
     flags = ("--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port")
-    machines = [launch(command("machines", *halves), *flags, port, "--machine_rank", rank) for rank in ("0", "1")]
+    machines = [launch(command("machines", *HALVES), *flags, port, "--machine_rank", rank) for rank in ("0", "1")]
     for machine in machines:
         finish(machine)
-    assert_equal_weights(tmp_path / "machines", tmp_path / "processes")
-    assert metrics(tmp_path / "processes") == pytest.approx(metrics(uninterrupted), rel=1e-5)
-    assert_close_weights(tmp_path / "processes", uninterrupted, 2e-4)
+    assert_equal_weights(tmp_path / "machines", two_processes)
+    assert_close_weights(two_processes, uninterrupted, 2e-4)
     assert json.loads((tmp_path / "machines" / "distillation.json").read_text())["processes"] == 2
     interrupt(tmp_path / "machines", tmp_path / "one", keep=4)
     assert_close_weights(run("one"), uninterrupted, 2e-4)
@@ -756,13 +766,10 @@ def test_an_output_directory_that_another_machine_does_not_see_is_refused(comman
         script.main(command())
 
 
-def test_processes_without_a_gpu_know_of_each_other_without_being_told(command, uninterrupted, tmp_path):
-    halves = ("--per_device_train_batch_size", 2)
-    flags = ("--num_processes", "2", "--main_process_port", "0")
-    finish(launch(command("untold", *halves), *flags, variables={}))
-    assert json.loads((tmp_path / "untold" / "distillation.json").read_text())["processes"] == 2
-    assert metrics(tmp_path / "untold") == pytest.approx(metrics(uninterrupted), rel=1e-5)
-    assert metrics(tmp_path / "untold", "grad_norm") == pytest.approx(metrics(uninterrupted, "grad_norm"), rel=1e-3)
+def test_processes_without_a_gpu_know_of_each_other_without_being_told(two_processes, uninterrupted):
+    assert json.loads((two_processes / "distillation.json").read_text())["processes"] == 2
+    assert metrics(two_processes) == pytest.approx(metrics(uninterrupted), rel=1e-5)
+    assert metrics(two_processes, "grad_norm") == pytest.approx(metrics(uninterrupted, "grad_norm"), rel=1e-3)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_masters(run, uninterrupted):
