@@ -26,11 +26,14 @@ features from them.
 
 import argparse
 import contextlib
+import csv
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
@@ -47,6 +50,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,13 +69,16 @@ import librosa
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import soundfile
 import torch
 import yaml
 from accelerate import PartialState
 from datasets import Audio, Features, List, Value
-from datasets.data_files import sanitize_patterns
+from datasets.data_files import DataFilesDict, DataFilesList, sanitize_patterns
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from huggingface_hub import HfApi, HfFileSystem, RepoCard, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
@@ -624,19 +631,412 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
 # ---- common: finding datasets ----------------------------------------------------------------------------------------
 
 
-def find_files(reference: str, config: str | None, split: str) -> tuple[datasets.DatasetBuilder, list[str]]:
-    """The builder that `datasets` chooses for a local directory or a Hub id, and the files of one split."""
-    source = str(local_directory(reference) or reference)
-    builder = datasets.load_dataset_builder(source, config)
+def split_names(split: str) -> list[str]:
+    """The splits of a dataset that an expression such as `train[:1000]+test` names."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def split_title(split: str) -> str:
+    """A split expression as a name for files and splits: `train[10%:]+test` becomes train.10pct_to_and_test."""
+    if re.fullmatch(r"\w+(\.\w+)*", split):
+        return split
+    readable = {"[": ".", "]": "", ":": "_to_", "%": "pct", "+": "_and_", "-": "minus"}
+    title = re.sub(r"[^\w.]", "_", split.replace(" ", "").translate(str.maketrans(readable)))
+    return title.replace("__", "_").replace("._", ".").strip("_")
+
+
+def find_files(
+    reference: str, config: str | None, split: str
+) -> tuple[datasets.DatasetBuilder, dict[str, DataFilesList]]:
+    """The builder that `datasets` chooses for a local directory or a Hub id, and the files of the named splits."""
+    directory = local_directory(reference)
+    builder = datasets.load_dataset_builder(str(directory or reference), config)
+    is_text = directory and type(builder).__module__.endswith(".text")
+    if is_text and any(path.suffix.lower() in AudioFolder.EXTENSIONS for path in directory.rglob("*")):
+        # The texts lie beside audio, which is what counts.
+        builder = datasets.load_dataset_builder("audiofolder", data_dir=str(directory.resolve()))
     files_by_split = builder.config.data_files or {}
-    if split not in files_by_split:
-        fail(f"{reference} ({builder.config.name}) has no split {split!r}; it has {', '.join(files_by_split)}")
-    files = list(files_by_split[split])
-    directories = {file.rpartition("/")[0] for file in files}
-    shard = re.search(r"-of-(\d+)\.parquet$", files[0])
-    if shard and len(directories) == 1 and len(files) != int(shard[1]):
-        fail(f"{reference} has {len(files)} of {int(shard[1])} shards of {split}: finish the stage that writes it")
-    return builder, files
+    found = {}
+    for name in split_names(split):
+        if name not in files_by_split:
+            fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(files_by_split)}")
+        found[name] = files_by_split[name]
+        refuse_missing_shards(reference, name, found[name])
+    return builder, found
+
+
+def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
+    """Fail where shards of one of our stages are missing; warn where the names of other people's files say so."""
+    numbers = defaultdict(set)  # by export: several may make up a split
+    for file in files:
+        if shard := re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.parquet", file):
+            numbers[shard[1], int(shard[3])].add(int(shard[2]))
+    for (export, total), there in numbers.items():
+        if len(there) == total:
+            continue
+        problem = f"{reference} has {len(there)} of {total} shards of {split}"
+        with fsspec.open(f"{export}-{min(there):05d}-of-{total:05d}.parquet") as file:
+            if b"kotoba" in (pq.read_metadata(file).metadata or {}):
+                fail(f"{problem}: finish the stage that writes it")
+        logger.warning("%s by their names: is it complete?", problem)
+
+
+# ---- common: reading datasets ----------------------------------------------------------------------------------------
+
+MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
+PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
+SAMPLED_ROWS = 100_000  # about so many clips are looked into for a digest
+SAMPLED_BYTES = 4096  # of each
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
+METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
+LOADING_ERRORS = (
+    *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
+    *(pa.ArrowException, datasets.exceptions.DatasetsError),
+)
+
+
+class Place(NamedTuple):
+    """Where the files lie that rows of a dataset name."""
+
+    base: str  # what relative paths are relative to: a directory, or hf://datasets/org/name@revision
+    is_confined: bool  # only files inside of it are read, because somebody else may have written the paths
+
+
+class Unreadable(Exception):
+    """An audio file that cannot be read; the message says why."""
+
+
+def store_undecoded(feature: datasets.Audio, value: str | bytes | dict) -> dict:
+    """What `datasets` stores of an audio value. Its own `Audio.encode_example` needs torchcodec for this."""
+    if isinstance(value, str):
+        return {"bytes": None, "path": value}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if value.get("array") is not None:
+        file = io.BytesIO()
+        samples = np.asarray(value["array"], np.float32).T  # (samples), or (channels, samples)
+        soundfile.write(file, samples, int(value["sampling_rate"]), format="WAV", subtype="FLOAT")
+        return {"bytes": file.getvalue(), "path": None}
+    return {"bytes": value.get("bytes"), "path": value.get("path")}
+
+
+def mend_datasets() -> None:
+    """Let `datasets` load audio without torchcodec, all kinds of audio, and metadata as it is written."""
+    datasets.Audio.encode_example = store_undecoded
+    AudioFolder._read_metadata = read_metadata
+    AudioFolder.EXTENSIONS = list(dict.fromkeys([*AudioFolder.EXTENSIONS, *MORE_AUDIO]))
+    for suffix in AudioFolder.EXTENSIONS:
+        for form in (suffix, suffix.upper(), suffix.title()):
+            if form not in datasets.load._EXTENSION_TO_MODULE:
+                datasets.load._EXTENSION_TO_MODULE[form] = ("audiofolder", {})
+                datasets.load._MODULE_TO_EXTENSIONS["audiofolder"].append(form)
+                datasets.load._ALL_ALLOWED_EXTENSIONS.append(form)
+
+
+def read_metadata(builder: AudioFolder, file: str, metadata_ext: str) -> Iterator[pa.Table]:
+    """The metadata of an audio folder. What `datasets` does instead turns the text "007" into 7, and "NA" into none."""
+    if metadata_ext == ".parquet":
+        yield from FolderBasedBuilder._read_metadata(builder, file, metadata_ext)
+        return
+    table = read_table(file, metadata_ext)
+    names = table.column_names
+    if not any(name.endswith(("file_name", "file_names")) for name in names):
+        raise ValueError(f"{file} needs the columns file_name (paths relative to it) and text, and has {names}")
+    yield table
+
+
+def load_builder(path: Path, config: str | None, dir_suffix: str | None) -> datasets.DatasetBuilder:
+    """The builder that a Python file defines. `load_dataset` does not run such files any more.
+
+    `dir_suffix` says which part of a download in parts to read, as our data loader's `dataset_dir_suffix`.
+    """
+    if not path.is_file():
+        fail(f"--dataset_name {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where worker processes look for it
+    spec.loader.exec_module(module)
+    builders = []
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, datasets.DatasetBuilder) and value.__module__ == path.stem:
+            builders.append(value)
+    if len(builders) != 1:
+        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, and it defines {len(builders)}")
+    options = {"dataset_dir_suffix": dir_suffix} if dir_suffix else {}
+    return builders[0](config_name=config, **options)
+
+
+def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
+    """A table of strings. Raises ValueError for a row that has more or fewer cells than the header."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    rows = []
+    try:
+        for cells in reader:
+            if rows and cells and len(cells) != len(rows[0]):
+                advice = f"; quote texts that have a {delimiter!r}" if len(cells) > len(rows[0]) else ""
+                raise csv.Error(f"it has {len(cells)} cells, the header {len(rows[0])}{advice}")
+            if cells:  # an empty line has none
+                rows.append(cells)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    names = [name.strip() for name in rows[0]]
+    return pa.table(
+        [pa.array(column, pa.string()) for column in zip(*rows[1:], strict=True)] or len(names) * [[]], names
+    )
+
+
+def read_cells(path: str, text: str, suffix: str) -> pa.Table:
+    """The table of a .csv or .tsv file, whose header tells the delimiter. Only a .tsv may do without quoting."""
+    header = text.lstrip().partition("\n")[0]
+    delimiter = next((mark for mark in ("\t,;|" if suffix == ".tsv" else ",;\t|") if mark in header), ",")
+    try:
+        return parse_cells(path, text, delimiter, csv.QUOTE_MINIMAL)
+    except ValueError:
+        if delimiter != "\t":
+            raise
+    return parse_cells(path, text, delimiter, csv.QUOTE_NONE)
+
+
+def read_table(path: str, suffix: str) -> pa.Table:
+    """The rows of a .csv, .tsv, .jsonl or .json file. Cells stay the text that they are."""
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error}): convert it, for example with iconv -f CP932 -t UTF-8"
+        ) from None
+    if suffix in (".csv", ".tsv"):
+        return read_cells(path, text, suffix)
+    rows = []
+    lines = [text] if suffix == ".json" and text.lstrip().startswith("[") else text.split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line) if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        rows += value if isinstance(value, list) else [value]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} needs an object for each row, such as {{'audio': 'clip.flac', 'text': '…'}}")
+    if any(row.get("offset") for row in rows):
+        raise ValueError(f"{path} names parts of recordings (offset): cut them into files of their own")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+
+def select_split(parts: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
+    """The rows that a split expression such as `train[:10%]+test` names."""
+    sizes = {name: len(part) for name, part in parts.items()}
+    chosen = []
+    for piece in datasets.ReadInstruction.from_spec(split).to_absolute(sizes):
+        chosen.append(parts[piece.splitname].select(range(piece.from_ or 0, piece.to or sizes[piece.splitname])))
+    return datasets.concatenate_datasets(chosen)
+
+
+def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of some files, by the loader `kind` of `datasets`, or by our own where that would change texts."""
+    if kind in ("csv", "json"):
+        tables = [read_table(file, os.path.splitext(file.removesuffix(".gz"))[1]) for file in files]
+        return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive"))
+    is_local = not place.base.startswith("hf://")
+    if is_local and kind == "parquet" and not any(pq.read_metadata(file).num_rows for file in files):
+        return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
+    if kind == "audiofolder":
+        return load_folder(files, place, **options)
+    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
+    # configuration holds all splits.
+    return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+
+
+def load_folder(
+    files: DataFilesList, place: Place, num_proc: int | None = None, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of an audio folder, with the metadata above it where there is none in it."""
+    above = []
+    if not any(os.path.basename(file) in METADATA for file in files):
+        above = [f"{place.base}/{name}" for name in METADATA if os.path.exists(f"{place.base}/{name}")]
+    data_files = DataFilesDict(train=files + DataFilesList.from_patterns(list(map(glob.escape, above))))
+    # With other names than the default, so that nothing comes from a cache that `datasets` filled in its own way.
+    builder = AudioFolder(data_files=data_files, metadata_filenames=METADATA)
+    if streaming:
+        return builder.as_streaming_dataset("train")
+    builder.download_and_prepare(num_proc=num_proc)
+    dataset = builder.as_dataset("train")
+    return dataset if place.base.startswith("hf://") else match_files(dataset, files, bool(above))
+
+
+def match_files(dataset: datasets.Dataset, files: list[str], is_shared: bool) -> datasets.Dataset:
+    """Name the files of an audio folder that are in no row. `is_shared`: the rows are those of all splits."""
+    column = next(name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio))
+    paths = pc.struct_field(dataset.data.column(column), "path").to_pylist()
+    compared = [unicodedata.normalize("NFC", path or "") for path in paths]
+    there = {unicodedata.normalize("NFC", file) for file in files}
+    audio = {file for file in there if os.path.splitext(file)[1].lower() in AudioFolder.EXTENSIONS}
+    if unnamed := sorted(audio - set(compared)):
+        names = ", ".join(unnamed[:10])
+        logger.warning("left out: %d audio files that no row of the metadata names: %s", len(unnamed), names)
+    if not is_shared:
+        return dataset
+    return dataset.select([row for row, path in enumerate(compared) if path in there or not os.path.exists(path)])
+
+
+def read_repository(
+    reference: str, config: str | None, split: str, num_proc: int, streaming: bool
+) -> tuple[datasets.Dataset | datasets.IterableDataset, Place]:
+    """A split of a local directory or a Hub id, by the loader that `datasets` chooses, and where its files lie."""
+    builder, files = find_files(reference, config, split)
+    directory = local_directory(reference)
+    kind = type(builder).__module__.rpartition(".")[2]
+    place = Place(os.path.realpath(directory) if directory else builder.base_path, is_confined=True)
+    parts = {}
+    for name, paths in files.items():
+        options = {"num_proc": min(num_proc, len(paths))} if num_proc > 1 else {}
+        if streaming and split == name:
+            options = {"streaming": True}
+        parts[name] = load_part(kind, paths, place, **options)
+    if kind == "audiofolder" and not directory:
+        place = Place("", is_confined=False)  # the loader has found and downloaded the files itself
+    return parts[split] if split in parts else select_split(parts, split), place
+
+
+def find_audio(reference: str, dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
+    """The rows with undecoded audio in the named column, which may have another name where there is no doubt."""
+    if audio_column not in (dataset.column_names or []):
+        features = dataset.features or {}
+        found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+        if not found:
+            found = [name for name in PATH_COLUMNS if features.get(name) == datasets.Value("string")][:1]
+        if len(found) != 1:
+            return dataset
+        logger.info("the audio is in the column %s", found[0])
+        dataset = dataset.rename_column(found[0], audio_column)
+    undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
+    stored = dataset.features and dataset.features[audio_column]
+    if isinstance(stored, dict) and "array" in stored and isinstance(dataset, datasets.Dataset):
+        return dataset.cast(datasets.Features({**dataset.features, audio_column: undecoded}))  # bit by bit
+    return dataset.cast_column(audio_column, undecoded)
+
+
+def find_texts(reference: str, dataset: datasets.Dataset, flag: str, column: str | None) -> datasets.Dataset:
+    """The rows with the names of classes in a column of texts. Fails where it holds something else."""
+    feature = dataset.features.get(column)
+    if feature is None or isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    values = dataset.data.column(column)
+    if isinstance(feature, datasets.ClassLabel):
+        numbers = values.combine_chunks()
+        values = pa.array(feature.names).take(pc.if_else(pc.less(numbers, 0), None, numbers))  # -1 is no class
+    elif feature == datasets.Value("null"):
+        values = pa.nulls(len(values), pa.string())
+    elif feature not in (datasets.Value("string"), datasets.Value("large_string")):
+        fail(f"{column!r} (--{flag}) of {reference} is not text: it has the type {values.type}")
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid as error:
+        fail(f"{column!r} (--{flag}) of {reference} is not text in UTF-8: {first_line(error)}")
+    empty = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(values, "")), "")
+    if number := pc.sum(empty).as_py():
+        logger.warning("%d of %d rows of %s have no %s", number, len(values), reference, column)
+    if isinstance(feature, datasets.Value) and feature.dtype != "null":
+        return dataset
+    order = dataset.column_names
+    return dataset.remove_columns(column).add_column(column, values).select_columns(order)
+
+
+def open_dataset(
+    reference: str,
+    config: str | None,
+    split: str,
+    audio_column: str,
+    text_column: str | None = None,
+    dir_suffix: str | None = None,
+    num_proc: int = 1,
+    streaming: bool = False,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, Place]:
+    """The rows of a split, with the audio column, where there is one, undecoded, and where the files they name lie.
+
+    Args:
+        reference: a .py file with a builder, a .csv, .tsv, .jsonl or .json manifest, a local directory, or a Hub id.
+        config, split: which part of it; None is the default configuration.
+        text_column: a column that must be text, if it is there.
+        dir_suffix: which part of a download in parts, for our data loader.
+        num_proc: processes that convert what is not Arrow yet.
+        streaming: read it where it lies, and prepare nothing in the cache.
+    """
+    mend_datasets()
+    path = Path(reference).expanduser()
+    place = Place(os.path.realpath(path.parent), is_confined=False)
+    try:
+        if path.suffix == ".py":
+            builder = load_builder(path, config, dir_suffix)
+            place = Place(os.getcwd(), is_confined=False)
+            if not streaming:
+                builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
+            dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
+        elif path.suffix in MANIFESTS and not path.is_dir():
+            (name,) = split_names(split)
+            dataset = select_split({name: datasets.Dataset(read_table(str(path), path.suffix))}, split)
+            dataset = dataset.to_iterable_dataset() if streaming else dataset
+        else:
+            dataset, place = read_repository(reference, config, split, num_proc, streaming)
+        dataset = find_audio(reference, dataset, audio_column)
+    except LOADING_ERRORS as error:
+        hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
+        if glob.has_magic(reference):
+            hint = ". `datasets` takes the characters *, ? and [ of its path for a pattern: rename the directory"
+        cause = first_line(error.__cause__ or error)
+        fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
+    return find_texts(reference, dataset, "text_column_name", text_column), place
+
+
+def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
+    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
+    for flag, column in columns.items():
+        if column is not None and column not in dataset.column_names:
+            path = Path(reference).expanduser()
+            tables = (
+                [str(file) for file in sorted(path.rglob("*")) if file.suffix in MANIFESTS] if path.is_dir() else []
+            )
+            hint = f". Name a table instead of the directory: {tables[0]}" if tables else ""
+            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
+
+
+def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
+    """Size of a file that a row names, and what lies in its middle; None where it cannot be read."""
+    try:
+        with fsspec.open(find_file(path, place), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(size // 2)
+            return size, file.read(SAMPLED_BYTES)
+    except (Unreadable, OSError, ValueError, KeyError, httpx.HTTPError):
+        return None
+
+
+def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, columns: list[str]) -> str:
+    """Digest that tells datasets apart, wherever they lie and whenever they were copied.
+
+    It is of the columns' names, of the given columns, of the sizes of all audio in the rows, and of pieces from the
+    middle of clips: of all, or of some 100,000 where there are more.
+    """
+    digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
+    step = math.ceil(len(dataset) / SAMPLED_ROWS) or 1
+    batch_size = 10_000
+    stored = dataset.select_columns([audio_column, *columns]).with_format("arrow")
+    for start in range(0, len(dataset), batch_size):
+        rows = stored[start : start + batch_size]
+        contents = pc.struct_field(rows[audio_column], "bytes")
+        paths = pc.struct_field(rows[audio_column], "path")
+        texts = rows.drop_columns(audio_column).to_pydict()
+        digest.update(json.dumps([pc.binary_length(contents).to_pylist(), texts], default=str).encode())
+        for row in range(-start % step, len(rows), step):
+            content = contents[row].as_buffer()
+            if content is not None:
+                digest.update(content[len(content) // 2 :][:SAMPLED_BYTES])
+            elif path := paths[row].as_py():
+                digest.update(repr(sample_file(path, place)).encode())
+    return digest.hexdigest()[:16]
 
 
 # ---- common: audio ---------------------------------------------------------------------------------------------------
@@ -645,6 +1045,9 @@ SAMPLING_RATE = 16_000  # Hz; Whisper's
 WINDOW_SECONDS = 30  # what Whisper hears at a time
 HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200 samples to either side of its centre
 WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
+DAMAGED_BLOCK = 1024  # samples; of damaged files so many are read at a time
+UNKNOWN_FORMAT = 1  # libsndfile's code
+MP3_RATES = 40  # the highest bit rate of an MP3, by the lowest
 
 
 class Clip(NamedTuple):
@@ -656,47 +1059,119 @@ class Clip(NamedTuple):
     problem: str | None = None
 
 
-def read_audio(audio: dict | None) -> bytes | None:
-    """The encoded bytes of an undecoded value of an audio column, which may only name a file."""
-    if not audio:
-        return None
-    if audio["bytes"] is None and audio["path"]:
-        try:
-            with fsspec.open(audio["path"], "rb") as file:
-                return file.read()
-        except (OSError, ValueError):
-            return None
-    return audio["bytes"]
+class Stream(soundfile.SoundFile):
+    """An audio file that is read to its end, because its header may only estimate the number of frames."""
+
+    def seekable(self) -> bool:
+        return False
 
 
-def decode_clip(content: bytes | None, whole: bool = False) -> Clip:
+class Lengthened(io.BytesIO):
+    """A file that claims to be longer than it is. libsndfile guesses from this how many frames an MP3 has at most."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END and offset == 0:
+            return super().seek(MP3_RATES * self.getbuffer().nbytes)
+        return super().seek(offset, whence)
+
+
+def open_stream(content: bytes) -> Stream:
+    """Open an audio file for reading, whatever its header says of its length."""
+    if content.startswith(b"RIFF"):  # a WAV that was written to a pipe: its length was to be filled in later
+        content = content[:4096].replace(b"data\0\0\0\0", b"data\xff\xff\xff\xff", 1) + content[4096:]
+    stream = Stream(io.BytesIO(content))
+    if stream.format == "MP3" and not any(name in content[:65536] for name in (b"Xing", b"Info", b"VBRI")):
+        stream = Stream(Lengthened(content))
+    return stream
+
+
+def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2**19) -> Clip:
     """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
 
-    It is read to its end, because the header of a damaged file, and of many an MP3, only estimates the length.
+    It is read as far as it decodes: neither its header nor damage behind that point decides. `block_size` is the
+    number of samples that are read at a time; large blocks are faster, and of small ones damage takes less with it.
     """
     if not content:
         return Clip(None, 0, 0.0, "no audio")
-    kept, frames = [], 0
+    kept, frames, problem = [], 0, "zero length"
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
+        with open_stream(content) as file:
             rate = file.samplerate
-            # A block is a second longer than what is kept, so that resampling sees what follows the cut.
-            while len(block := file.read((WINDOW_SECONDS + 1) * rate, dtype="float32", always_2d=True)):
+            if not 1000 <= rate <= 1_000_000:
+                return Clip(None, 0, 0.0, f"a sampling rate of {rate} Hz")
+            while True:
+                expected = max(DAMAGED_BLOCK, file.frames - frames)  # of which the header may know nothing
+                block_frames = max(1, min(expected, block_size // file.channels))
+                block = file.read(block_frames, dtype="float32", always_2d=True)  # (frames, channels)
+                if not len(block):
+                    break
                 if not np.isfinite(block).all():
                     return Clip(None, 0, 0.0, "samples that are not finite numbers")
-                if whole or not kept:
+                # A second more than what is heard, so that resampling sees what follows the cut.
+                if whole or frames < (WINDOW_SECONDS + 1) * rate:
                     kept.append(block.mean(axis=1))
                 frames += len(block)
     except soundfile.LibsndfileError as error:
-        return Clip(None, 0, 0.0, f"undecodable audio: {error.error_string}")
+        if block_size > DAMAGED_BLOCK:
+            return decode_clip(content, whole, DAMAGED_BLOCK)
+        problem = f"undecodable audio: {error.error_string.strip('. ')}"
+        if error.code == UNKNOWN_FORMAT:
+            problem += ". Convert it, for example: ffmpeg -i FILE -ar 16000 FILE.flac"
     if not frames:
-        return Clip(None, 0, 0.0, "zero length")
+        return Clip(None, 0, 0.0, problem)
     waveform = np.concatenate(kept)
     if rate != SAMPLING_RATE:
         waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
     if not whole:
         waveform = waveform[: WINDOW_SECONDS * SAMPLING_RATE]
     return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
+
+
+def find_file(path: str, place: Place) -> str:
+    """Where a file lies that a row names. Raises Unreadable where it is not there, or must not be read."""
+    inner, separator, file = path.rpartition("::")  # zip://clip.flac::/data/train.zip
+    if "://" in file and not place.is_confined:
+        return path
+    is_foreign = "://" in file or (separator and ("::" in inner or not inner.startswith("zip://")))
+    if place.base.startswith("hf://"):
+        name = os.path.normpath(file)
+        if is_foreign or os.path.isabs(name) or name.startswith(".."):
+            raise Unreadable(f"not in the dataset: {path}")
+        return f"{place.base}/{name}"
+    forms = [file, file.replace("\\", "/"), *(unicodedata.normalize(form, file) for form in ("NFC", "NFD"))]
+    found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
+    full = next(filter(os.path.exists, found), found[0])
+    root = re.sub(r"/snapshots/[^/]+$", "", place.base)  # the Hub's cache links to blobs beside its snapshots
+    if place.is_confined and (is_foreign or os.path.commonpath([root, full]) != root):
+        raise Unreadable(f"not in the dataset: {path}")
+    if not os.path.exists(full):
+        raise Unreadable(f"file not found: {path}")
+    if not os.path.isfile(full) or full.startswith(("/proc/", "/sys/")):
+        raise Unreadable(f"not a regular file: {path}")
+    return inner + separator + full
+
+
+def read_audio(audio: dict | None, place: Place) -> bytes:
+    """The encoded bytes of an undecoded value of an audio column, which may only name a file."""
+    if audio and audio["bytes"] is None and audio["path"]:
+        try:
+            with fsspec.open(find_file(audio["path"], place), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            raise Unreadable(f"file not found: {audio['path']}") from None
+        except (OSError, ValueError, KeyError, httpx.HTTPError) as error:
+            raise Unreadable(f"cannot read {audio['path']}: {first_line(error)}") from None
+    if not audio or not audio["bytes"]:
+        raise Unreadable("no audio")
+    return audio["bytes"]
+
+
+def load_clip(audio: dict | None, place: Place, whole: bool = False) -> Clip:
+    """Read and decode an undecoded value of an audio column."""
+    try:
+        return decode_clip(read_audio(audio, place), whole)
+    except Unreadable as error:
+        return Clip(None, 0, 0.0, str(error))
 
 
 def filled_frames(samples: int) -> int:
@@ -792,7 +1267,10 @@ class Output:
 class Job:
     """What a worker needs to know. Every worker receives it once."""
 
-    row_groups: list[RowGroup]
+    row_groups: list[RowGroup]  # none where the rows are in `dataset`
+    dataset: datasets.Dataset | None  # what is not stored as parquet in the form of our labelling
+    place: Place  # where the files lie that rows name
+    rows: int  # of the labelled dataset
     columns: dict[str, str]  # names by role: audio, text, label; if they are needed, name, speaker and scores
     tokenizer: WhisperTokenizerFast
     tokens: SpecialTokens
@@ -820,6 +1298,9 @@ def find_row_groups(paths: list[str]) -> tuple[list[RowGroup], str]:
 def read_rows(job: Job, start: int, stop: int, roles: list[str]) -> pa.Table:
     """Rows `start` to `stop` of the labelled dataset, or up to its end. Columns are chosen and named by role."""
     columns = [job.columns[role] for role in roles]
+    if job.dataset is not None:
+        stored = job.dataset.select_columns(columns).with_format("arrow")
+        return stored[start : min(stop, job.rows)].select(columns).rename_columns(roles)
     tables = []
     first = bisect_right(job.row_groups, start, key=lambda group: group.stop)
     for group in job.row_groups[first:]:
@@ -987,10 +1468,12 @@ def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) ->
 
 
 def measure_rows(rows: pd.DataFrame, clips: dict[int, dict]) -> pd.DataFrame:
-    """The `MEASURES` of the rows. A clip that cannot be decoded has 0 samples."""
+    """The `MEASURES` of the rows. A clip that cannot be read or decoded has 0 samples."""
     measures = []
     for row in rows.index:
         clip = decode_clip(clips[row]["bytes"])
+        if problem := clips[row]["problem"] or clip.problem:
+            logger.warning("left out: %s (%s)", clips[row]["path"] or rows.name[row], problem)
         counts = error_counts(rows.reference[row], rows.hypothesis[row])
         measures.append([clip.samples, *counts])
     return pd.DataFrame(measures, columns=MEASURES)
@@ -1031,12 +1514,15 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
 
 
 def read_clips(job: Job, start: int, stop: int) -> dict[int, dict]:
-    """The encoded audio of these rows as `{bytes, path}`; the keys count from 0."""
+    """The encoded audio of these rows as `{bytes, path, problem}`; the keys count from 0."""
     column = read_rows(job, start, stop, ["audio"])["audio"]
     clips = {}
     for row, audio in enumerate(column.to_pylist()):
-        path = audio["path"] if audio else None
-        clips[row] = {"bytes": read_audio(audio), "path": path}
+        clips[row] = {"bytes": None, "path": audio["path"] if audio else None, "problem": None}
+        try:
+            clips[row]["bytes"] = read_audio(audio, job.place)
+        except Unreadable as error:
+            clips[row]["problem"] = str(error)
     return clips
 
 
@@ -1082,7 +1568,7 @@ def filter_shard(job: Job, shard: int) -> None:
         clips = read_clips(job, start, stop)
     stored = table.take(pa.array(kept.index, pa.int64()))
     columns = {
-        "audio": [clips[row] for row in kept.index],
+        "audio": [{"bytes": clips[row]["bytes"], "path": clips[row]["path"]} for row in kept.index],
         "text": stored["text"],
         "whisper_transcript": stored["label"],
         "labels": kept.labels.to_list(),
@@ -1634,16 +2120,46 @@ def draw_report(report: dict, settings: dict) -> bytes:
 
 
 def find_parquet(args: argparse.Namespace) -> tuple[str, list[str]]:
-    """The name of the configuration and the parquet files of the split, downloaded if the work reads all of them."""
+    """The name of the configuration and the parquet files of the split, downloaded if the work reads all of them.
+
+    There are no files if the dataset is not parquet with texts and the audio itself, as our labelling writes it.
+    """
+    if Path(args.dataset_name).expanduser().is_file():
+        return "default", []
     try:
-        builder, paths = find_files(args.dataset_name, args.dataset_config_name, args.split)
+        mend_datasets()
+        builder, files = find_files(args.dataset_name, args.dataset_config_name, args.split)
+        paths = files.get(args.split, [])  # none for an expression such as train[:1000]
         if not all(path.endswith(".parquet") for path in paths):
-            fail(f"{args.dataset_name} is not stored as parquet: push it with `push_to_hub` of `datasets`")
-        if not (args.dry_run or args.skip_filtering):
+            return builder.config.name, []
+        if paths and not (args.dry_run or args.skip_filtering):
             paths = datasets.DownloadManager().download(paths)
     except (ValueError, *HUB_ERRORS) as error:
         hub_fail(f"reading {args.dataset_name} ({args.dataset_config_name})", error)
-    return builder.config.name, paths
+    return builder.config.name, paths if all(is_as_labelled(args, path) for path in paths) else []
+
+
+def is_as_labelled(args: argparse.Namespace, path: str) -> bool:
+    """Whether a parquet file has the form in which our labelling writes texts and audio."""
+    parquet = pq.ParquetFile(path)
+    schema = parquet.schema_arrow
+    if not {args.audio_column_name, args.text_column_name} <= set(schema.names):
+        return True  # which is refused later
+    audio = schema.field(args.audio_column_name).type
+    is_text = pa.types.is_string(schema.field(args.text_column_name).type)
+    if not is_text or not pa.types.is_struct(audio) or audio.get_field_index("bytes") < 0:
+        return False
+    try:
+        if not path.startswith("hf://"):
+            parquet.read([args.text_column_name]).validate(full=True)
+    except pa.ArrowInvalid:  # texts in another encoding
+        return False
+    if parquet.metadata.num_row_groups:
+        group = parquet.metadata.row_group(0)
+        columns = {column["path_in_schema"]: column for column in group.to_dict()["columns"]}
+        statistics = columns[f"{args.audio_column_name}.bytes"]["statistics"] or {}
+        return statistics.get("null_count") != group.num_rows  # otherwise the audio is in files that the rows name
+    return True
 
 
 def find_columns(args: argparse.Namespace, available: list[str]) -> dict[str, str]:
@@ -1675,8 +2191,21 @@ def load_job(args: argparse.Namespace) -> Job:
     if (args.max_label_length or 0) > model.max_target_positions:
         fail(f"--max_label_length {args.max_label_length} is over the decoder's {model.max_target_positions} positions")
     config, paths = find_parquet(args)
-    row_groups, dataset_digest = find_row_groups(paths)
-    if not row_groups or not row_groups[-1].stop:
+    dataset = None
+    place = Place(os.path.realpath(local_directory(args.dataset_name) or "/nowhere"), is_confined=True)
+    if paths:
+        row_groups, dataset_digest = find_row_groups(paths)
+        rows = row_groups[-1].stop if row_groups else 0
+        columns = find_columns(args, pq.ParquetFile(paths[0]).schema_arrow.names)
+    else:
+        options = (args.dataset_config_name, args.split, args.audio_column_name, args.text_column_name)
+        dataset, place = open_dataset(args.dataset_name, *options)
+        row_groups = []
+        rows = len(dataset)
+        columns = find_columns(args, dataset.column_names)
+        others = [column for role, column in columns.items() if role != "audio"]
+        dataset_digest = speech_digest(dataset, place, args.audio_column_name, others)
+    if not rows:
         fail(f"{args.dataset_name} ({config}, {args.split}) has no rows")
     settings = {
         "dataset": dataset_digest,
@@ -1690,15 +2219,19 @@ def load_job(args: argparse.Namespace) -> Job:
     }
     for name in FILTER_ARGUMENTS:
         settings[name] = getattr(args, name)
+    settings["split"] = split_title(args.split)
     results = results_path(args)
     return Job(
         row_groups=row_groups,
-        columns=find_columns(args, pq.ParquetFile(paths[0]).schema_arrow.names),
+        dataset=dataset,
+        place=place,
+        rows=rows,
+        columns=columns,
         tokenizer=tokenizer,
         tokens=find_special_tokens(vocabulary, prompt),
         extractor=extractor,
         batch_size=args.preprocessing_batch_size,
-        outputs=name_outputs(args, results, settings, row_groups[-1].stop),
+        outputs=name_outputs(args, results, settings, rows),
         results=results,
     )
 
@@ -1830,7 +2363,7 @@ def print_filtering_plan(
 ) -> None:
     """Print what a run would do and how long it would take, measured on the first rows in a temporary directory."""
     settings = job.outputs["filtered"].settings
-    rows = job.row_groups[-1].stop
+    rows = job.rows
     sample_rows = min(rows, SAMPLE_ROWS)
     seconds = 0.0
     lines = []
@@ -1975,7 +2508,7 @@ def main(argv: list[str] | None = None) -> int:
             "status": "complete",
             "arguments": vars(args),
             "seconds": round(seconds, 1),
-            "clips_per_second": round(share_done * job.row_groups[-1].stop / seconds, 1),
+            "clips_per_second": round(share_done * job.rows / seconds, 1),
             "versions": library_versions(*LIBRARIES),
         }
         report = write_results(job, run)

@@ -467,8 +467,8 @@ def test_unusable_rows_are_counted_and_named_and_the_others_are_kept(clips, teac
         "null audio": (None, text, good),
         "no audio": (b"not audio at all", text, good),
         "empty wav": (tone(0), text, good),
-        "cut flac": (flac[: len(flac) // 2], text, good),
-        "damaged flac": (flac[: len(flac) // 2] + bytes(2000) + flac[len(flac) // 2 + 2000 :], text, good),
+        "cut flac": (flac[:60], text, good),
+        "damaged flac": (flac[:60] + bytes(2000), text, good),
     }
     rows = [
         {"name": name, "audio": audio, "transcription": reference, "whisper_transcript": label}
@@ -977,10 +977,10 @@ def test_a_mistake_gives_one_line(source, run, tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dataset_that_is_not_stored_as_parquet_is_refused_by_name(run, tmp_path):
+def test_a_table_without_audio_is_refused_by_name(run, tmp_path):
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "train.csv").write_text("transcription,whisper_transcript\n東京,東京\n")
-    with pytest.raises(SystemExit, match="table is not stored as parquet"):
+    with pytest.raises(SystemExit, match="table has no column 'audio'"):
         run(tmp_path / "table", "--dataset_config_name", "default", output=tmp_path / "out")
 
 

@@ -43,14 +43,16 @@ def make_clips(number: int, root: Path) -> Path:
         members = [tar.extractfile(member).read() for member in tar if member.isfile()][:number]
     for index, audio in enumerate(members):
         (root / f"{index}.flac").write_bytes(audio)
-    (root / "clips.csv").write_text("audio,text\n" + "".join(f"{index}.flac,音声\n" for index in range(len(members))))
+    lines = "".join(f"{root / f'{index}.flac'},音声\n" for index in range(len(members)))
+    (root / "clips.csv").write_text(f"audio,text\n{lines}")
     return root / "clips.csv"
 
 
 def ours(clips: datasets.Dataset, recogniser: evaluation.Recogniser, args: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory() as root:
         shards = {Path(root) / "shard.jsonl": [[row] for row in range(len(clips))]}
-        evaluation.predict(clips, shards, recogniser, args)
+        place = evaluation.Place(root, is_confined=False)  # the paths of the clips are absolute
+        evaluation.predict(clips, place, shards, recogniser, args)
         predictions, _ = evaluation.read_predictions(shards)
     return [prediction["hypothesis"] for prediction in predictions]
 
@@ -85,7 +87,7 @@ def prepare_runs(
         recogniser = evaluation.load_recogniser(args, device)
         return lambda clips: ours(clips, recogniser, args)
 
-    clips = evaluation.load_clips(evaluation.parse_args(flags))
+    clips, _ = evaluation.load_clips(evaluation.parse_args(flags))
     if options.assistant:  # which goes one clip at a time, so what it gains is against that
         runs = {ALONE: run_ours("--per_device_eval_batch_size", "1")}
         runs[ASSISTED] = run_ours("--assistant_model", options.assistant)

@@ -107,14 +107,14 @@ def timed(work: Callable[[], None]) -> dict:
 def run_ours(options: argparse.Namespace, root: Path) -> dict:
     args = script_arguments(options, root / "out")
     accelerator = labelling.start_accelerator(args)
-    dataset = labelling.open_speech(args)
+    dataset, place = labelling.open_speech(args)
     teacher = labelling.load_teacher(args, accelerator.device)
     split = labelling.plan_split(args, teacher, len(dataset), None)
     shards = list(range(len(split.shards)))
     progress = labelling.start_progress(accelerator, split, shards)
     if options.torch_compile:
         labelling.label_batch(teacher, [np.zeros(1600, np.float32)], options.batch_size)
-    result = timed(lambda: labelling.label_shards(args, dataset, teacher, split, shards, progress))
+    result = timed(lambda: labelling.label_shards(args, dataset, place, teacher, split, shards, progress))
     rows = [row for path in split.shards for row in pq.read_table(path).to_pylist()]
     result["labels"] = {row["name"]: row["whisper_transcript"] for row in rows}
     return result
@@ -122,7 +122,7 @@ def run_ours(options: argparse.Namespace, root: Path) -> dict:
 
 def run_baseline(options: argparse.Namespace, root: Path) -> dict:
     args = script_arguments(options, root / "out")
-    dataset = labelling.open_speech(args).with_format(None)
+    dataset = labelling.open_speech(args)[0].with_format(None)
     extractor = WhisperFeatureExtractor.from_pretrained(options.teacher)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
     model = WhisperForConditionalGeneration.from_pretrained(options.teacher, dtype=dtype).to(device).eval()

@@ -1,0 +1,668 @@
+"""What people have as audio and datasets: every stage takes it, or says in one line what is wrong and what to do."""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tarfile
+import unicodedata
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Audio, ClassLabel, Features, Value
+
+import run_distillation
+import run_short_form_eval
+from run_short_form_eval import decode_clip, load_clip, open_dataset, speech_digest, split_title
+from tests.stages import (
+    encoded,
+    evaluate,
+    filter_clips,
+    initialise,
+    label,
+    make_label,
+    read_metrics,
+    read_predictions,
+    read_rows,
+    run,
+    tone,
+)
+
+TEXTS = ["西日本では雨です。", "コンマ,です", "はい", "いいえ", "三つください", "ありがとう"]
+NAMES = [f"clip{number}.flac" for number in range(len(TEXTS))]
+SHORT = ("--max_label_length", 12, "--language", "ja")
+
+
+def clip(number: int) -> bytes:
+    return tone(0.5 + 0.1 * number, 200 + 40 * number)
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_clips(directory: Path, names: list[str] = NAMES) -> Path:
+    for number, name in enumerate(names):
+        write(directory / name, clip(number))
+    return directory
+
+
+def write_csv(path: Path, rows: list, **form) -> Path:
+    file = io.StringIO(newline="")
+    csv.writer(file, **form).writerows(rows)
+    return write(path, file.getvalue())
+
+
+def score(teacher: Path, dataset: Path, output: Path, *flags) -> Path:
+    """Evaluate a model on clips without ids; gives the directory of the results."""
+    given = ["--model_name_or_path", teacher, "--dataset_name", dataset, "--output_dir", output, "--dtype", "float32"]
+    given += ["--dataset_split_name", "train", "--text_column_name", "transcription", "--generation_max_length", 8]
+    run(run_short_form_eval.main, *given, *flags)
+    return output
+
+
+def write_parquet(path: Path, **columns) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def embedded(number: int = len(TEXTS)) -> list[dict]:
+    return [{"bytes": clip(n), "path": NAMES[n]} for n in range(number)]
+
+
+def opened(dataset: Path, split: str = "train", text: str | None = "transcription") -> list[tuple]:
+    """Text, seconds and problem of each clip, as every stage reads them."""
+    rows, place = open_dataset(str(dataset), None, split, "audio", text)
+    found = []
+    for row in rows:
+        heard = load_clip(row["audio"], place)
+        found.append((row.get(text), round(heard.seconds, 1), heard.problem))
+    return found
+
+
+def refusal(stage, *arguments) -> str:
+    """The line in which a stage says why it fails."""
+    with pytest.raises(SystemExit) as error:
+        stage(*arguments)
+    line = str(error.value)
+    assert "\n" not in line and ": error: " in line
+    return line
+
+
+WHOLE = [(text, 0.5 + 0.1 * number, None) for number, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def student(tiny_teacher, tmp_path_factory) -> Path:
+    return initialise(tiny_teacher, tmp_path_factory.mktemp("student") / "init")
+
+
+def hold_out(student: Path, teacher: Path, dataset: Path, output: Path, *flags) -> int:
+    """Evaluate a student on held-out clips as the training does."""
+    given = ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--output_dir", output]
+    given += ["--eval_dataset_name", dataset, "--eval_split_name", "train", "--language", "ja", "--freeze_encoder"]
+    given += ["--text_column_name", "transcription", "--dtype", "float32", "--report_to", "none", *flags]
+    return run_distillation.main([*map(str, given), "--max_label_length", "12"])
+
+
+# ---- audio folders ---------------------------------------------------------------------------------------------------
+
+
+def test_texts_and_ids_of_a_csv_stay_what_the_file_has(tiny_teacher, tmp_path):
+    data = write_clips(tmp_path / "digits" / "train")
+    rows = [(name, f"00{n}", f"{7 * n:03d}") for n, name in enumerate(NAMES)]
+    write_csv(data / "metadata.csv", [("file_name", "id", "transcription"), *rows])
+    flags = (*SHORT, "--id_column_name", "id", "--text_column_name", "transcription")
+    found = read_rows(label(tiny_teacher, data.parent, tmp_path / "labels", *flags))
+    assert [(row["id"], row["transcription"]) for row in found] == [row[1:] for row in rows]
+    filter_clips(tiny_teacher, tmp_path / "labels", "--wer_threshold", 1e9, "--skip_logmel", "--max_label_length", 20)
+    assert [row["text"] for row in read_rows(tmp_path / "labels.wer_1000000000.0")] == [row[2] for row in rows]
+
+
+def test_metadata_without_a_header_is_named_with_its_columns_and_those_needed(tiny_teacher, tmp_path):
+    data = write_clips(tmp_path / "ljspeech" / "train")
+    rows = [(name[:-5], text, text) for name, text in zip(NAMES, TEXTS, strict=True)]
+    write_csv(data / "metadata.csv", rows, delimiter="|")
+    line = refusal(label, tiny_teacher, data.parent, tmp_path / "labels")
+    assert str(data / "metadata.csv") in line and "file_name" in line and "'clip0', '西日本では雨です。'" in line
+
+
+def test_metadata_that_names_no_file_that_is_there_is_an_error(tiny_teacher, tmp_path):
+    data = write_clips(tmp_path / "nothing" / "train")
+    write_csv(data / "metadata.csv", [("file_name", "transcription"), *zip(["x.flac", "y.flac"], TEXTS, strict=False)])
+    line = refusal(label, tiny_teacher, data.parent, tmp_path / "labels")
+    assert "none of the 2 clips" in line and f"file not found: {data / 'x.flac'}" in line
+    assert "none" in refusal(score, tiny_teacher, data.parent, tmp_path / "eval")
+
+
+def test_files_that_are_not_there_or_not_named_are_counted_and_named(tiny_teacher, tmp_path, caplog):
+    data = write_clips(tmp_path / "partly" / "train")
+    named = [*NAMES[:4], "gone.flac", "also_gone.flac"]
+    write_csv(data / "metadata.csv", [("file_name", "transcription"), *zip(named, TEXTS, strict=True)])
+    output = label(tiny_teacher, data.parent, tmp_path / "labels", *SHORT)
+    record = json.loads((output / "labelling.default.train.json").read_text())
+    assert (record["rows_in"], record["rows_out"]) == (6, 4)
+    gone = [str(data / name) for name in named[4:]]
+    assert record["unusable"] == [[name, f"file not found: {name}"] for name in gone]
+    assert "2 audio files that no row of the metadata names" in caplog.text
+    assert all(str(data / name) in caplog.text for name in NAMES[4:])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "zip"])
+def test_metadata_of_every_kind_is_read(kind, tmp_path):
+    data = tmp_path / kind / "train"
+    rows = [{"file_name": f"音声/{name}", "transcription": text} for name, text in zip(NAMES, TEXTS, strict=True)]
+    write_clips(data / "音声")
+    if kind == "parquet":
+        write_parquet(data / "metadata.parquet", **{key: [row[key] for row in rows] for key in rows[0]})
+    elif kind == "jsonl":
+        write(data / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        write_csv(data / "metadata.csv", [[*rows[0]], *(row.values() for row in rows)])
+    if kind == "zip":
+        with zipfile.ZipFile(data.parent / "train.zip", "w") as archive:
+            for path in data.rglob("*.*"):
+                archive.write(path, path.relative_to(data))
+        shutil.rmtree(data)
+    assert opened(data.parent) == WHOLE
+
+
+def test_one_metadata_file_above_the_splits_serves_them_all(tmp_path, caplog):
+    root = tmp_path / "all"
+    places = [f"{'train' if number < 4 else 'test'}/{name}" for number, name in enumerate(NAMES)]
+    write_clips(root, places)
+    rows = [*zip(places, TEXTS, strict=True), ("train/gone.flac", "x")]
+    write_csv(root / "metadata.csv", [("file_name", "transcription"), *rows])
+    gone = ("x", 0.0, f"file not found: {root / 'train/gone.flac'}")
+    assert opened(root, "train") == [*WHOLE[:4], gone]
+    assert opened(root, "test") == [*WHOLE[4:], gone]
+    assert opened(root, "train[:1]+test[1:2]") == [WHOLE[0], WHOLE[5]]
+    assert "left out" not in caplog.text
+
+
+def test_a_folder_as_it_lies_on_a_disk_is_read(tmp_path):
+    root = tmp_path / "録音 2024"
+    write_clips(root, ["話者 A/録音 1.WAV", "話者 A/ 2.Flac", "B/深い/x.y.wav"])
+    for name, content in (("Thumbs.db", b"x"), ("B/._x.wav", b"x"), ("B/x.y.srt", b"1"), ("話者 A/memo.txt", b"x")):
+        write(root / name, content)
+    assert sorted(opened(root, text=None)) == [(None, 0.5, None), (None, 0.6, None), (None, 0.7, None)]
+
+
+def test_texts_beside_the_audio_do_not_hide_it(tmp_path):
+    root = write_clips(tmp_path / "pairs")
+    for name in NAMES:
+        write(root / f"{name[:-5]}.txt", "x")
+        write(root / f"{name[:-5]}.normalised.txt", "x")
+    assert [seconds for _, seconds, _ in opened(root, text=None)] == [seconds for _, seconds, _ in WHOLE]
+
+
+def test_names_match_whatever_their_unicode_form_and_the_csv_s_dialect(tmp_path):
+    root = tmp_path / "forms"
+    names = [f"がぎ{number}.wav" for number in range(4)]
+    write_clips(root, [unicodedata.normalize("NFD", name) for name in names])
+    cells = ['"一行\r\n二行; です"', "NA", "null", "007"]
+    lines = "".join(f"{name};{cell}\r\n" for name, cell in zip(names, cells, strict=True))
+    write(root / "metadata.csv", f"\ufefffile_name;transcription\r\n{lines}\r\n")
+    found = opened(root)
+    assert [text for text, *_ in found] == ["一行\r\n二行; です", "NA", "null", "007"]
+    assert not [problem for *_, problem in found if problem]
+
+
+def test_the_only_audio_column_is_taken_whatever_its_name(tmp_path):
+    root = write_clips(tmp_path / "speech")
+    rows = [("speech_file_name", "transcription"), *zip(NAMES, TEXTS, strict=True)]
+    write_csv(root / "metadata.csv", rows)
+    assert opened(root) == WHOLE
+
+
+def test_class_labels_are_read_by_their_names(tmp_path):
+    write_clips(tmp_path / "words", ["はい/a.flac", "いいえ/b.flac"])
+    assert sorted(text for text, *_ in opened(tmp_path / "words", text="label")) == ["いいえ", "はい"]
+    features = Features({"audio": Audio(), "transcription": ClassLabel(names=["いいえ", "はい"])})
+    table = pa.table({"audio": embedded(2), "transcription": [1, 0]})
+    (tmp_path / "classes").mkdir()
+    pq.write_table(table.cast(features.arrow_schema), tmp_path / "classes" / "train.parquet")
+    assert [text for text, *_ in opened(tmp_path / "classes")] == ["はい", "いいえ"]
+
+
+# ---- parquet, tars and manifests -------------------------------------------------------------------------------------
+
+
+def test_a_webdataset_is_read_without_torchcodec(tiny_teacher, tmp_path):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "train-000.tar", "w") as archive:
+        for number, text in enumerate(TEXTS):
+            for suffix, content in (("flac", clip(number)), ("txt", text.encode())):
+                member = tarfile.TarInfo(f"clip{number}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    assert opened(tmp_path / "tars", text="txt") == WHOLE
+    flags = ("--audio_column_name", "flac", "--text_column_name", "txt")
+    found = read_rows(label(tiny_teacher, tmp_path / "tars", tmp_path / "labels", *SHORT, *flags))
+    assert [(row["flac"]["bytes"], row["txt"]) for row in found] == [(clip(n), text) for n, text in enumerate(TEXTS)]
+
+
+def test_paths_in_parquet_are_relative_to_the_dataset(tiny_teacher, tmp_path):
+    root = tmp_path / "paths"
+    write_clips(root / "clips")
+    paths = [*(f"clips/{name}" for name in NAMES), "clips/gone.flac"]
+    write_parquet(root / "data" / "train-00000-of-00001.parquet", audio=paths, transcription=[*TEXTS, "x"])
+    assert opened(root) == [*WHOLE, ("x", 0.0, "file not found: clips/gone.flac")]
+    labels = [make_label(tiny_teacher, "東京")] * 7
+    columns = {"audio": paths, "transcription": [*TEXTS, "x"], "whisper_transcript": labels}
+    write_parquet(root / "data" / "train-00000-of-00001.parquet", **columns)
+    filter_clips(tiny_teacher, root, "--wer_threshold", 1e9, "--timestamp_probability", 0)
+    assert [row["audio"]["bytes"] for row in read_rows(tmp_path / "paths.wer_1000000000.0")] == [*map(clip, range(6))]
+
+
+def test_two_exports_make_up_a_split(tmp_path):
+    for part in ("a", "b"):
+        write_parquet(tmp_path / part / "train-00000-of-00001.parquet", audio=embedded(), transcription=TEXTS)
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ['a/*', 'b/*']\n---\n"
+    write(tmp_path / "README.md", card)
+    assert opened(tmp_path) == WHOLE + WHOLE
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001-0123456789abcdef.parquet", "train-00001-of-00002-fedcba9876543210.parquet"),
+        ("old-train-00000-of-00001.parquet", "new-train-00000-of-00001.parquet"),
+        ("train_a.parquet", "train_b.parquet"),
+        ("train-00000-of-00009.parquet", "train-00007-of-00009.parquet"),
+    ],
+)
+def test_other_people_s_shards_are_read_under_any_name(names, tmp_path):
+    for name in names:
+        write_parquet(tmp_path / name, audio=embedded(), transcription=TEXTS)
+    assert sorted(opened(tmp_path)) == sorted(WHOLE + WHOLE)
+
+
+def test_columns_of_samples_are_read(tmp_path):
+    samples = np.sin(np.arange(8000) / 20).astype(np.float32)
+    audio = [{"array": samples.tolist(), "sampling_rate": 16_000}, {"array": samples.tolist(), "sampling_rate": 8_000}]
+    write_parquet(tmp_path / "train.parquet", audio=audio, transcription=TEXTS[:2])
+    assert opened(tmp_path) == [(TEXTS[0], 0.5, None), (TEXTS[1], 1.0, None)]
+    rows, place = open_dataset(str(tmp_path), None, "train", "audio")
+    np.testing.assert_array_equal(load_clip(rows[0]["audio"], place).waveform, samples)
+
+
+NOT_TEXT = {
+    "int64": pa.array([7, 14]),
+    "list": pa.array([["はい"], ["いいえ"]]),
+    "struct": pa.array([{"text": "はい"}, {"text": "いいえ"}]),
+    "binary": pa.array(["はい".encode("cp932")] * 2),
+    "UTF-8": pa.array(["はい".encode("cp932")] * 2).view(pa.string()),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TEXT)
+def test_a_text_column_that_is_not_text_is_one_line_before_any_work_in_every_stage(
+    kind, student, tiny_teacher, tmp_path
+):
+    root = tmp_path / "data"
+    labels = [make_label(tiny_teacher, "東京")] * 2
+    columns = {"audio": embedded(2), "transcription": NOT_TEXT[kind], "whisper_transcript": labels}
+    write_parquet(root / "train.parquet", **columns)
+    output = tmp_path / "out"
+    lines = [
+        refusal(label, tiny_teacher, root, output, "--text_column_name", "transcription"),
+        refusal(filter_clips, tiny_teacher, root, "--output_dir", output),
+        refusal(hold_out, student, tiny_teacher, root, output),
+        refusal(score, tiny_teacher, root, output),
+    ]
+    assert all("'transcription' (--text_column_name)" in line and kind in line for line in lines)
+    assert not [path for path in output.rglob("*") if path.suffix in (".parquet", ".csv", ".jsonl")]
+
+
+def test_a_csv_row_with_too_many_or_too_few_cells_is_an_error_with_its_line(tiny_teacher, tmp_path):
+    write_clips(tmp_path)
+    table = write(tmp_path / "list.csv", 'audio,transcription\nclip0.flac,"西\n日"\nclip1.flac,コンマ,です\n')
+    assert f"{table}, line 4" in refusal(score, tiny_teacher, table, tmp_path / "out")
+    write(table, "audio,transcription\nclip0.flac\n")
+    assert f"{table}, line 2" in refusal(label, tiny_teacher, table, tmp_path / "out")
+    folder = write_clips(tmp_path / "folder")
+    write(folder / "metadata.csv", "file_name,transcription\nclip0.flac,コンマ,です\nclip1.flac,はい,です\n")
+    assert "metadata.csv, line 2" in refusal(label, tiny_teacher, folder, tmp_path / "out")
+
+
+def test_rows_without_a_text_are_counted_and_the_others_scored(tiny_teacher, tmp_path, caplog):
+    write_clips(tmp_path)
+    rows = [{"audio": name, **({"transcription": TEXTS[n]} if n else {})} for n, name in enumerate(NAMES)]
+    table = write(tmp_path / "list.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    output = score(tiny_teacher, table, tmp_path / "out")
+    assert f"1 of 6 rows of {table} have no transcription" in caplog.text
+    assert [row["problem"] for row in read_predictions(output)] == ["no reference", *[""] * 5]
+    assert read_metrics(output)["clips"] == 5
+
+
+MANIFESTS = {
+    "list.csv": "path;transcription\n{root}/wavs/clip0.flac;はい, そう\nwavs\\clip1.flac;007\n",
+    "list.tsv": 'x\tpath\ttranscription\na\twavs/clip0.flac\t"はい\nb\twavs/clip1.flac\t007\n',
+    "list.json": '{{"audio_filepath": "wavs/clip0.flac", "transcription": "はい", "duration": 9}}\n'
+    '{{"audio_filepath": "wavs/clip1.flac", "transcription": "007", "duration": 9}}\n',
+    "rows.json": '[{{"audio": "wavs/clip0.flac", "transcription": "はい"}},\n'
+    '{{"audio": "wavs/clip1.flac", "transcription": "007"}}]',
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_as_people_write_them_are_read(name, tmp_path):
+    write_clips(tmp_path / "wavs")
+    table = write(tmp_path / name, MANIFESTS[name].format(root=tmp_path))
+    first, second = opened(table)
+    assert first[0] in ("はい", "はい, そう", '"はい') and first[1:] == (0.5, None)
+    assert second == ("007", 0.6, None)
+    assert opened(table, "train[1:]") == [second]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("audio,transcription\nx.wav,東京\n".encode("cp932"), "not UTF-8"),
+        (b'{"audio": "a.wav", "text": "x", "offset": 3.0}', "parts of recordings"),
+        (b"[1, 2]", "an object for each row"),
+        (b"", "an object for each row"),
+        (b'{"audio": 1', "list.json"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_one_line(content, said, tmp_path):
+    table = write(tmp_path / ("list.csv" if content.startswith(b"audio") else "list.json"), content)
+    assert said in refusal(opened, table)
+
+
+def test_a_directory_whose_table_is_not_metadata_tells_to_name_the_table(tiny_teacher, tmp_path):
+    write_clips(tmp_path / "data" / "wavs")
+    write(tmp_path / "data" / "list.csv", "audio,transcription\n")
+    line = refusal(label, tiny_teacher, tmp_path / "data", tmp_path / "out", "--text_column_name", "transcription")
+    assert f"Name a table instead of the directory: {tmp_path / 'data' / 'list.csv'}" in line
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_splits_are_named_as_datasets_writes_them_and_files_stay_sane(student, tiny_teacher, tmp_path):
+    root = tmp_path / "data"
+    for number, split in enumerate(("train.360", "test")):
+        names = [f"{number}{number}", *TEXTS[1:]]
+        write_parquet(root / f"{split}.parquet", audio=embedded(), transcription=names)
+    lines = [f"  - split: {split}\n    path: {split}.parquet\n" for split in ("train.360", "test")]
+    write(root / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files:\n{''.join(lines)}---\n")
+    for split, title in (
+        ("train.360", "train.360"),
+        ("train.360[:2]", "train.360.to_2"),
+        ("train.360[50%:]+test", "train.360.50pct_to_and_test"),
+    ):
+        expected = opened(root, split)
+        labels = label(tiny_teacher, root, tmp_path / "labels", *SHORT, "--dataset_split_name", split)
+        assert [row["transcription"] for row in read_rows(labels, split=title)] == [text for text, *_ in expected]
+        assert (labels / f"labelling.default.{title}.json").exists()
+    assert len(expected) == 9
+    assert [text for text, *_ in opened(labels, title)] == [text for text, *_ in expected]  # by the card's name
+    flags = ("--split", "train.360.50pct_to_and_test[:4]", "--wer_threshold", 1e9, "--skip_logmel")
+    filter_clips(tiny_teacher, labels, *flags, "--max_label_length", 20)
+    found = read_rows(tmp_path / "labels.wer_1000000000.0", split="train.360.50pct_to_and_test.to_4")
+    assert [row["text"] for row in found] == [text for text, *_ in expected[:4]]
+    output = score(tiny_teacher, root, tmp_path / "eval", "--dataset_split_name", "test[1:3]")
+    assert [row["reference"] for row in read_predictions(output, "test.1_to_3")] == TEXTS[1:3]
+    assert hold_out(student, tiny_teacher, root, tmp_path / "out", "--eval_split_name", "train.360[:1]+test[:1]") == 0
+
+
+def test_titles_of_split_expressions_are_names_of_splits_and_differ():
+    expressions = ["train", "train.360", "a+b", "train[:10]", "train[10:]", "train[:10%]", "train[-10:]", "a[1:2]+b"]
+    titles = [split_title(split) for split in expressions]
+    assert len(set(titles)) == len(titles)
+    assert all(re.fullmatch(r"\w+(\.\w+)*", title) for title in titles)
+
+
+# ---- what decodes ----------------------------------------------------------------------------------------------------
+
+
+def noise(seconds: float, rate: int = 16_000, channels: int = 1) -> np.ndarray:
+    samples = np.random.default_rng(0).standard_normal((round(seconds * rate), channels))
+    return (0.2 * samples).astype(np.float32)
+
+
+def without_mp3_header(samples: np.ndarray) -> bytes:
+    """An MP3 of variable bit rate, without its first frame, which counts the others."""
+    content = encoded(samples, format="MP3", bitrate_mode="VARIABLE", compression_level=0.0)
+    return content[content.index(content[:2], 10) :]
+
+
+def holed(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(300) + content[middle + 300 :]
+
+
+def with_size(content: bytes, size: int) -> bytes:
+    """A WAV whose header claims another size."""
+    return content[:4] + size.to_bytes(4, "little") + content[8:40] + size.to_bytes(4, "little") + content[44:]
+
+
+QUIET_END = np.concatenate([noise(1), np.zeros((16_000 * 10, 1), np.float32)])
+
+
+@pytest.mark.parametrize(
+    ("content", "shortest", "longest"),
+    [
+        (encoded(noise(3), format="FLAC")[:-20_000], 1.0, 2.9),
+        (encoded(noise(3), format="OGG")[:-5_000], 1.0, 2.9),
+        (encoded(noise(3), format="OGG", subtype="OPUS"), 3, 3),
+        (encoded(noise(3), format="MP3"), 3, 3),
+        (holed(encoded(noise(3), format="MP3")), 2.5, 3),
+        (without_mp3_header(QUIET_END), 11, 11.2),
+        (without_mp3_header(QUIET_END[::-1]), 11, 11.2),
+        (encoded(noise(3), format="WAV", subtype="FLOAT"), 3, 3),
+        (encoded(noise(3), format="WAV", subtype="PCM_24"), 3, 3),
+        (encoded(noise(3), format="WAV", subtype="ULAW"), 3, 3),
+        (with_size(encoded(noise(3), format="WAV"), 0), 3, 3),
+        (with_size(encoded(noise(3), format="WAV"), 0xFFFFFFFF), 3, 3),
+        (encoded(noise(3, 8_000), 8_000, format="WAV"), 3, 3),
+        (encoded(noise(3, 96_000, 6), 96_000, format="WAV"), 3, 3),
+        (encoded(noise(31), format="FLAC"), 31, 31),
+    ],
+)
+def test_the_decoded_length_is_the_length(content, shortest, longest):
+    heard = decode_clip(content)
+    assert heard.problem is None
+    assert shortest <= heard.seconds <= longest
+    assert len(heard.waveform) == min(heard.samples, 30 * 16_000)
+
+
+def test_audio_that_soundfile_cannot_read_tells_how_to_convert_it():
+    problem = decode_clip(b"\0\0\0\x20ftypM4A " + bytes(500)).problem
+    assert "ffmpeg -i FILE -ar 16000 FILE.flac" in problem
+
+
+def make_zoo(root: Path, teacher: Path) -> tuple[Path, dict[str, str]]:
+    """An audio folder of odd files with labels, and the problem of each file that cannot be used."""
+    spoiled = noise(1)
+    spoiled[100] = np.nan
+    files = {
+        "truncated.flac": encoded(noise(3), format="FLAC")[:-20_000],
+        "opus.opus": encoded(noise(1), format="OGG", subtype="OPUS"),
+        "vbr.mp3": without_mp3_header(QUIET_END),
+        "holed.mp3": holed(encoded(noise(2), format="MP3")),
+        "pipe.wav": with_size(encoded(noise(1), format="WAV"), 0),
+        "SURROUND.WAV": encoded(noise(1, 48_000, 6), 48_000, format="WAV"),
+        "telephone.wav": encoded(noise(1, 8_000), 8_000, format="WAV", subtype="ULAW"),
+    }
+    problems = {
+        "torn.flac": (encoded(noise(3), format="FLAC")[:900], "undecodable audio: Error : flac decoder lost sync"),
+        "apple.m4a": (b"\0\0\0\x20ftypM4A " + bytes(500), "undecodable audio: Format not recognised. Convert it"),
+        "text.wav": (b"not audio at all", "undecodable audio: Format not recognised"),
+        "infinite.wav": (encoded(spoiled, format="WAV", subtype="FLOAT"), "samples that are not finite numbers"),
+        "silent.wav": (encoded(noise(0), format="WAV"), "zero length"),
+        "empty.wav": (b"", "no audio"),
+    }
+    for name, content in [*files.items(), *((name, content) for name, (content, _) in problems.items())]:
+        write(root / name, content)
+    write(root.parent / "elsewhere.wav", encoded(noise(1), format="WAV"))
+    (root / "link.wav").symlink_to(root.parent / "elsewhere.wav")
+    os.mkfifo(root / "fifo.wav")
+    expected = {name: problem for name, (_, problem) in problems.items()}
+    expected |= {"gone.wav": "file not found", "link.wav": "not in the dataset", "fifo.wav": "not a regular file"}
+    given = {"transcription": "東京", "whisper_transcript": make_label(teacher, "東京")}
+    rows = [{"file_name": name, "name": name, **given} for name in [*files, *expected]]
+    write(root / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return root, expected
+
+
+def test_every_stage_leaves_out_the_same_clips_of_a_zoo_for_the_same_reasons(student, tiny_teacher, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    zoo, expected = make_zoo(tmp_path / "zoo", tiny_teacher)
+    names = [json.loads(line)["name"] for line in (zoo / "metadata.jsonl").read_text().splitlines()]
+    found = {}
+    labels = label(tiny_teacher, zoo, tmp_path / "labels", *SHORT, "--id_column_name", "name")
+    found["label"] = dict(json.loads((labels / "labelling.default.train.json").read_text())["unusable"])
+    predictions = read_predictions(evaluate(tiny_teacher, zoo, tmp_path / "eval"))
+    found["evaluate"] = {row["id"]: row["problem"] for row in predictions if row["problem"]}
+    caplog.clear()
+    filter_clips(tiny_teacher, zoo, "--wer_threshold", 1e9, "--timestamp_probability", 0)
+    lines = re.findall(r"left out: \S+/(\S+) \((.*)\)", caplog.text)
+    found["filter"] = dict(lines)
+    report = json.loads((tmp_path / "zoo.wer_1000000000.0" / "filtering.default.train.json").read_text())["report"]
+    assert set(report["unusable"]["undecodable audio"]) == set(expected)
+    caplog.clear()
+    assert hold_out(student, tiny_teacher, zoo, tmp_path / "out") == 0
+    lines = re.findall(r"row (\d+): unreadable audio, left out of the loss: (.*)", caplog.text)
+    found["train"] = {names[int(row)]: problem for row, problem in lines}
+    for stage, problems in found.items():
+        assert problems == found["label"], stage
+    assert problems.keys() == expected.keys()
+    assert all(problems[name].startswith(expected[name]) for name in expected)
+
+
+# ---- whose files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_s_paths_reach_no_file_outside_of_it_in_any_stage(student, tiny_teacher, tmp_path, caplog):
+    secret = write(tmp_path / "secret.wav", encoded(noise(1), format="WAV"))
+    root = tmp_path / "data"
+    write(root / "inside.flac", clip(0))
+    (root / "link.wav").symlink_to(secret)
+    os.mkfifo(root / "fifo.wav")
+    hostile = [str(secret), "../secret.wav", "link.wav", "fifo.wav", "/proc/kmsg", "/dev/zero", f"file://{secret}"]
+    hostile += [f"zip://x::{secret}", f"zip://x::file://{secret}::inside.flac", "http://127.0.0.1:9/x.wav"]
+    paths = ["inside.flac", *hostile]
+    columns = {"name": paths, "audio": [{"bytes": None, "path": path} for path in paths]}
+    columns |= {
+        "transcription": ["東京"] * len(paths),
+        "whisper_transcript": [make_label(tiny_teacher, "東京")] * len(paths),
+    }
+    write_parquet(root / "train.parquet", **columns)
+    labels = label(tiny_teacher, root, tmp_path / "labels", *SHORT)
+    filter_clips(tiny_teacher, root, "--wer_threshold", 1e9, "--timestamp_probability", 0, "--skip_logmel")
+    for written in (labels, tmp_path / "data.wer_1000000000.0"):
+        assert [row["audio"]["bytes"] for row in read_rows(written)] == [clip(0)]
+    output = evaluate(tiny_teacher, root, tmp_path / "eval")
+    assert [row["id"] for row in read_predictions(output) if not row["problem"]] == ["inside.flac"]
+    caplog.clear()
+    assert hold_out(student, tiny_teacher, root, tmp_path / "out") == 0
+    assert len(set(re.findall(r"row (\d+): unreadable", caplog.text))) == len(hostile)
+
+
+def test_a_manifest_of_the_user_may_name_files_elsewhere_but_no_devices(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere" / "a.flac", clip(0))
+    os.mkfifo(tmp_path / "fifo")
+    rows = [(elsewhere, "x"), ("elsewhere/a.flac", "x"), ("/dev/zero", "x"), ("/proc/self/maps", "x"), ("fifo", "x")]
+    table = write_csv(tmp_path / "list.csv", [("audio", "transcription"), *rows])
+    problems = [problem for *_, problem in opened(table)]
+    assert problems[:2] == [None, None]
+    assert all(problem.startswith("not a regular file") for problem in problems[2:])
+
+
+def test_a_dataset_on_the_hub_names_files_of_its_repository_only(hub, tmp_path):
+    from huggingface_hub import HfApi
+
+    write(tmp_path / "secret.wav", encoded(noise(1), format="WAV"))
+    write_clips(tmp_path / "data" / "clips")
+    paths = ["clips/clip0.flac", str(tmp_path / "secret.wav"), "../secret.wav", "clips/gone.flac"]
+    audio = [{"bytes": None, "path": path} for path in paths]
+    write_parquet(tmp_path / "data" / "train.parquet", audio=audio, transcription=TEXTS[:4])
+    HfApi().create_repo("acme/paths", repo_type="dataset")
+    HfApi().upload_folder(repo_id="acme/paths", folder_path=tmp_path / "data", repo_type="dataset")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train.parquet\n---\n"
+    HfApi().upload_file(
+        path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id="acme/paths", repo_type="dataset"
+    )
+    found = opened("acme/paths")
+    assert found[0] == WHOLE[0]
+    assert [problem.split(":")[0] for *_, problem in found[1:]] == [*["not in the dataset"] * 2, "file not found"]
+
+
+def test_an_audio_folder_on_the_hub_is_read(hub, tmp_path):
+    from huggingface_hub import HfApi
+
+    write_csv(write_clips(tmp_path) / "metadata.csv", [("file_name", "transcription"), *zip(NAMES, TEXTS, strict=True)])
+    HfApi().create_repo("acme/folder", repo_type="dataset")
+    HfApi().upload_folder(repo_id="acme/folder", folder_path=tmp_path, repo_type="dataset")
+    assert opened("acme/folder") == WHOLE
+
+
+# ---- other speech under the same name -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["embedded", "named"])
+def test_other_speech_in_the_same_place_is_noticed_and_a_copy_is_not_other_speech(kind, tiny_teacher, tmp_path):
+    def fill(root: Path, pitch: float) -> None:
+        samples = 0.2 * np.sin(2 * np.pi * pitch * np.arange(16_000) / 16_000)
+        content = encoded(samples, format="WAV")  # of the same size at every pitch
+        if kind == "embedded":
+            write_parquet(root / "train.parquet", audio=[{"bytes": content, "path": "a.wav"}], transcription=["x"])
+        else:
+            write(root / "a.wav", content)
+            write_parquet(root / "train.parquet", audio=["a.wav"], transcription=["x"])
+
+    fill(tmp_path / "data", 220)
+    label(tiny_teacher, tmp_path / "data", tmp_path / "labels", *SHORT)
+    score(tiny_teacher, tmp_path / "data", tmp_path / "eval")
+    shard = tmp_path / "labels" / "default" / "train-00000-of-00001.parquet"
+    before = shard.stat().st_mtime_ns
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)  # with times of its own
+    label(tiny_teacher, tmp_path / "copy", tmp_path / "labels", *SHORT)
+    assert shard.stat().st_mtime_ns == before
+    fill(tmp_path / "data", 330)
+    line = refusal(label, tiny_teacher, tmp_path / "data", tmp_path / "labels", *SHORT)
+    assert "dataset_digest was" in line
+    assert "rows_digest was" in refusal(score, tiny_teacher, tmp_path / "data", tmp_path / "eval")
+
+
+def test_a_digest_of_many_clips_looks_into_some_of_them_and_at_the_size_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_short_form_eval, "SAMPLED_ROWS", 2)
+
+    def digest(changed: int | None, content: bytes) -> str:
+        audio = [{"bytes": b"same size", "path": None} for _ in range(6)]
+        if changed is not None:
+            audio[changed]["bytes"] = content
+        write_parquet(tmp_path / "train.parquet", audio=audio, transcription=TEXTS)
+        return speech_digest(*open_dataset(str(tmp_path), None, "train", "audio"), "audio", [])
+
+    unchanged = digest(None, b"")
+    assert digest(3, b"other one") != unchanged
+    assert digest(4, b"another") != unchanged
+    assert digest(4, b"other one") == unchanged  # rows 0 and 3 are looked into
+
+
+# ---- what is written decodes for everybody ---------------------------------------------------------------------------
+
+
+def test_nothing_that_is_written_tells_others_not_to_decode_it(tiny_teacher, tmp_path):
+    root = write_clips(tmp_path / "data")
+    write_csv(root / "metadata.csv", [("file_name", "transcription"), *zip(NAMES, TEXTS, strict=True)])
+    labels = label(tiny_teacher, root, tmp_path / "labels", *SHORT)
+    filter_clips(tiny_teacher, labels, "--wer_threshold", 1e9, "--skip_logmel", "--max_label_length", 20)
+    for path in (*labels.rglob("*.parquet"), *tmp_path.glob("labels.*/default/*.parquet")):
+        features = Features.from_arrow_schema(pq.read_schema(path))
+        assert features["audio"].decode
+        assert features["whisper_transcript"] != Value("string")
