@@ -88,10 +88,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizerFast
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+from transformers.utils import find_adapter_config_file
 
 STEP_SECONDS = 0.02  # from one timestamp token to the next
 TIMESTAMP_SAMPLES = 320  # the same in samples
-TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, the last ids of the vocabulary
 MAX_CLIP_LABEL = 128  # tokens; for clips, if --max_label_length is not given
 MAX_WINDOW_LABEL = 256  # tokens; for windows, likewise
 PACKED_ROWS = 1000  # fewest rows of the labelled dataset that are packed together: fewer would fill windows less well
@@ -562,6 +562,8 @@ def push_dataset(
 # ---- common: models --------------------------------------------------------------------------------------------------
 
 ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
+TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, behind <|notimestamps|>; tokens behind these were added later and are text
+ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
 
 
 def local_directory(reference: str) -> Path | None:
@@ -587,6 +589,12 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
 
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds."""
+    with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
+        if find_adapter_config_file(str(local_directory(reference) or reference), **options):
+            fail(
+                f"{reference} has an adapter_config.json: an adapter (LoRA) has to be merged into its model first. "
+                "Load it with PEFT, call `merge_and_unload()`, and save model and processor in a directory of their own"
+            )
     config = load_pretrained(AutoConfig, reference, **options)
     if config.model_type != "whisper":
         fail(f"{reference} is a {config.model_type} model, not a Whisper")
@@ -597,9 +605,28 @@ def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
     """The tokenizer of a Whisper. Without its files, `transformers` silently makes one with an empty vocabulary."""
     tokenizer = load_pretrained(WhisperTokenizerFast, reference, **options)
     # "a" as well: with tokenizer_config.json alone there are the special tokens, and no others.
-    if not {"a", "<|startoftranscript|>"} <= tokenizer.get_vocab().keys():
-        fail(f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt")
+    if not {"a", "<|startoftranscript|>", "<|notimestamps|>"} <= tokenizer.get_vocab().keys():
+        fail(
+            f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt. "
+            "Copy them from the model that it was trained from"
+        )
     return tokenizer
+
+
+def refuse_other_sizes(
+    reference: str, config: WhisperConfig, vocabulary: dict[str, int], extractor: WhisperFeatureExtractor
+) -> None:
+    """Fail where tokenizer or feature extractor are not of the model that config.json describes."""
+    last_token = max(*vocabulary.values(), vocabulary["<|notimestamps|>"] + TIMESTAMPS)
+    is_padded = config.vocab_size > last_token and config.vocab_size % 8 == 0  # for the sake of speed
+    sizes = {
+        "the tokenizer's ids": (last_token + 1, config.vocab_size, "vocab_size"),
+        "the feature extractor's mel bins": (extractor.feature_size, config.num_mel_bins, "num_mel_bins"),
+        "the encoder's positions": (ENCODER_POSITIONS, config.max_source_positions, "max_source_positions"),
+    }
+    for name, (expected, actual, key) in sizes.items():
+        if expected != actual and not (key == "vocab_size" and is_padded):
+            fail(f"{reference} has files of several models: {name} are {expected}, {key} in config.json is {actual}")
 
 
 def is_multilingual(vocabulary: dict[str, int]) -> bool:
@@ -1232,12 +1259,22 @@ class RowGroup(NamedTuple):
 
 
 class SpecialTokens(NamedTuple):
-    """Ids of Whisper's special tokens. They are above the ids of text, and timestamps are above `no_timestamps`."""
+    """Ids of Whisper's special tokens: those of text come before `end`, those of timestamps behind `no_timestamps`."""
 
     prefix: TokenIds  # <|startoftranscript|> <|ja|> <|transcribe|>; only the first in an English-only model
     end: int  # <|endoftext|>, the first special token
     previous: int  # <|startofprev|>
     no_timestamps: int
+    last: int  # of the vocabulary
+
+    @property
+    def timestamps(self) -> range:
+        """Ids of <|0.00|> to <|30.00|>."""
+        return range(self.no_timestamps + 1, self.no_timestamps + 1 + TIMESTAMPS)
+
+    def is_text(self, token: int) -> bool:
+        """Whether a token is text. Those behind the timestamps were added to the vocabulary later."""
+        return token < self.end or token >= self.timestamps.stop
 
 
 @dataclass
@@ -1340,19 +1377,20 @@ def find_special_tokens(vocabulary: dict[str, int], prompt: dict[str, str]) -> S
         end=vocabulary["<|endoftext|>"],
         previous=vocabulary["<|startofprev|>"],
         no_timestamps=vocabulary["<|notimestamps|>"],
+        last=max(*vocabulary.values(), vocabulary["<|notimestamps|>"] + TIMESTAMPS),
     )
 
 
 def tokenize_label(label: str, tokenizer: WhisperTokenizerFast, tokens: SpecialTokens) -> TokenIds:
     """The decoder sequence of a label that is stored as text with timestamps such as `<|1.08|>`."""
-    special = tokenizer.get_added_vocab()
+    vocabulary = tokenizer.get_vocab()
     body = []
     for piece in re.split(r"(<\|[^<>|]*\|>)", label):
         timestamp = re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece)
         if timestamp:
             step = round(float(timestamp[1]) / STEP_SECONDS)
             body.append(tokens.no_timestamps + 1 + step)
-        elif piece not in special:
+        elif tokens.is_text(vocabulary.get(piece, 0)):
             body += tokenizer(piece, add_special_tokens=False).input_ids
     return [*tokens.prefix, *body, tokens.end]
 
@@ -1362,7 +1400,7 @@ def label_body(stored: TokenIds | str | None, tokenizer: WhisperTokenizerFast, t
     label = tokenize_label(stored, tokenizer, tokens) if isinstance(stored, str) else stored
     if not label:
         raise UnusableLabel("no label")
-    if min(label) < 0 or max(label) > tokens.no_timestamps + TIMESTAMPS:
+    if min(label) < 0 or max(label) > tokens.last:
         raise UnusableLabel("label ids outside the vocabulary")
     if label[0] != tokens.prefix[0]:
         raise UnusableLabel("malformed label")
@@ -1381,7 +1419,7 @@ def label_body(stored: TokenIds | str | None, tokenizer: WhisperTokenizerFast, t
 
 def text_ids(body: TokenIds, tokens: SpecialTokens) -> TokenIds:
     """The body of a label without its timestamps."""
-    return [token for token in body if token < tokens.end]
+    return [token for token in body if tokens.is_text(token)]
 
 
 def build_label(
@@ -1740,18 +1778,18 @@ def place_body(body: TokenIds, start: int, samples: int, tokens: SpecialTokens) 
     No timestamp is later than the end of the clip. If the text has no timestamp before or after it, the start or the
     end of the clip is added. A label without text is left out: Whisper has timestamps in pairs, with text between.
     """
-    zero = tokens.no_timestamps + 1
-    text = [number for number, token in enumerate(body) if token < zero]
+    zero = tokens.timestamps.start
+    text = [number for number, token in enumerate(body) if tokens.is_text(token)]
     if not text:
         return []
     first = text[0]
     last = text[-1]
     before = body[first - 1] if first else zero
-    after = body[last + 1] if last + 1 < len(body) else zero + TIMESTAMPS
+    after = body[last + 1] if last + 1 < len(body) else tokens.timestamps[-1]
     end = start + round(samples / TIMESTAMP_SAMPLES)
     placed = []
     for token in [before, *body[first : last + 1], after]:
-        if token >= zero:
+        if token in tokens.timestamps:
             token = zero + min(token - zero + start, end)
         placed.append(token)
     return placed
@@ -1775,7 +1813,7 @@ def join_ids(
     joined_text = join_texts(texts, language)
     leading_space = " " if texts[0].startswith(" ") else ""
     ids = tokenizer(leading_space + joined_text, add_special_tokens=False).input_ids
-    is_text = "\ufffd" not in joined_text and max(ids, default=0) < tokens.end
+    is_text = "\ufffd" not in joined_text and all(map(tokens.is_text, ids))
     if len(parts) > 1 and is_text and len(ids) <= limit:
         return ids
     space = [] if language in UNSPACED else tokenizer(" ", add_special_tokens=False).input_ids
@@ -2185,6 +2223,7 @@ def load_job(args: argparse.Namespace) -> Job:
     extractor = load_pretrained(WhisperFeatureExtractor, args.model)
     language = language_code(args.language)
     vocabulary = tokenizer.get_vocab()
+    refuse_other_sizes(args.model, model, vocabulary, extractor)
     prompt = prompt_arguments(args.model, vocabulary, language, args.task)
     if language == "en" and tokenizer.english_spelling_normalizer is None:
         logger.warning("%s has no normalizer.json: British and American spellings count as different", args.model)

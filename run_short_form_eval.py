@@ -100,7 +100,7 @@ from transformers import (
 )
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import cached_file, find_adapter_config_file, is_flash_attn_2_available
 
 TOO_LONG = "longer than 30 s"
 METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # in per cent; _raw = without normalisation
@@ -392,6 +392,8 @@ def push_again(push: Callable[[], object]) -> None:
 # ---- common: models --------------------------------------------------------------------------------------------------
 
 ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
+TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, behind <|notimestamps|>; tokens behind these were added later and are text
+ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
 
 
 def local_directory(reference: str) -> Path | None:
@@ -417,6 +419,12 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
 
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds."""
+    with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
+        if find_adapter_config_file(str(local_directory(reference) or reference), **options):
+            fail(
+                f"{reference} has an adapter_config.json: an adapter (LoRA) has to be merged into its model first. "
+                "Load it with PEFT, call `merge_and_unload()`, and save model and processor in a directory of their own"
+            )
     config = load_pretrained(AutoConfig, reference, **options)
     if config.model_type != "whisper":
         fail(f"{reference} is a {config.model_type} model, not a Whisper")
@@ -427,9 +435,28 @@ def load_tokenizer(reference: str, **options) -> WhisperTokenizerFast:
     """The tokenizer of a Whisper. Without its files, `transformers` silently makes one with an empty vocabulary."""
     tokenizer = load_pretrained(WhisperTokenizerFast, reference, **options)
     # "a" as well: with tokenizer_config.json alone there are the special tokens, and no others.
-    if not {"a", "<|startoftranscript|>"} <= tokenizer.get_vocab().keys():
-        fail(f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt")
+    if not {"a", "<|startoftranscript|>", "<|notimestamps|>"} <= tokenizer.get_vocab().keys():
+        fail(
+            f"{reference} lacks the files of its tokenizer: tokenizer.json, or vocab.json and merges.txt. "
+            "Copy them from the model that it was trained from"
+        )
     return tokenizer
+
+
+def refuse_other_sizes(
+    reference: str, config: WhisperConfig, vocabulary: dict[str, int], extractor: WhisperFeatureExtractor
+) -> None:
+    """Fail where tokenizer or feature extractor are not of the model that config.json describes."""
+    last_token = max(*vocabulary.values(), vocabulary["<|notimestamps|>"] + TIMESTAMPS)
+    is_padded = config.vocab_size > last_token and config.vocab_size % 8 == 0  # for the sake of speed
+    sizes = {
+        "the tokenizer's ids": (last_token + 1, config.vocab_size, "vocab_size"),
+        "the feature extractor's mel bins": (extractor.feature_size, config.num_mel_bins, "num_mel_bins"),
+        "the encoder's positions": (ENCODER_POSITIONS, config.max_source_positions, "max_source_positions"),
+    }
+    for name, (expected, actual, key) in sizes.items():
+        if expected != actual and not (key == "vocab_size" and is_padded):
+            fail(f"{reference} has files of several models: {name} are {expected}, {key} in config.json is {actual}")
 
 
 def is_multilingual(vocabulary: dict[str, int]) -> bool:
@@ -437,39 +464,76 @@ def is_multilingual(vocabulary: dict[str, int]) -> bool:
     return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
 
 
-# ---- common: generation config ---------------------------------------------------------------------------------------
+# ---- common: weights and decoding ------------------------------------------------------------------------------------
+
+# What is taken over from generation_config.json. How to search and what to return is up to the flags of each script.
+DECODING_RULES = (
+    "alignment_heads",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "max_initial_timestamp_index",
+    "no_repeat_ngram_size",
+    "pad_token_id",
+    "repetition_penalty",
+    "suppress_tokens",
+)
 
 
 def load_generation_config(
     reference: str, config: WhisperConfig, vocabulary: dict[str, int], **options
 ) -> GenerationConfig:
-    """How a model decodes. What its file lacks, as those of 2022 do, comes from vocabulary and configuration."""
+    """How a model decodes: the rules of its file, and what follows from its vocabulary and its configuration.
+
+    The file may be missing, as in 2022, lack most of this, or have settings that `transformers` 5 refuses.
+    """
+    source = str(local_directory(reference) or reference)
     try:
-        source = str(local_directory(reference) or reference)
-        generation_config = GenerationConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        if "does not appear to have a file named" not in str(error):  # a damaged file, or a Hub that does not answer
-            fail(f"cannot load the generation config of {reference}: {first_line(error)}")
-        generation_config = GenerationConfig()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            setattr(generation_config, name, getattr(config, name))
-        for name in ("suppress_tokens", "begin_suppress_tokens"):
-            setattr(generation_config, name, getattr(config, name, None))
-    generation_config.is_multilingual = is_multilingual(vocabulary)
-    values = {
-        "max_length": config.max_target_positions,
-        "max_initial_timestamp_index": 50,  # the first timestamp is at most 1 s, as in openai/whisper
-        "no_timestamps_token_id": vocabulary.get("<|notimestamps|>"),
+        path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
+        stored = read_json(Path(path)) if path else {}
+    except (OSError, ValueError) as error:  # a damaged file, or a Hub that does not answer
+        fail(f"cannot load the generation config of {reference}: {first_line(error)}")
+    positions = config.max_target_positions
+    values = {"max_initial_timestamp_index": 50}  # the first timestamp is at most 1 s, as in openai/whisper
+    for name in DECODING_RULES:
+        value = stored.get(name, getattr(config, name, None))
+        if value is not None:
+            values[name] = value
+    values |= {
+        "decoder_start_token_id": vocabulary["<|startoftranscript|>"],
+        "eos_token_id": vocabulary["<|endoftext|>"],
+        "is_multilingual": is_multilingual(vocabulary),
+        "max_length": min(stored.get("max_length") or positions, positions),
+        "no_timestamps_token_id": vocabulary["<|notimestamps|>"],
         "prev_sot_token_id": vocabulary.get("<|startofprev|>"),
+        "return_timestamps": False,
     }
     if is_multilingual(vocabulary):
         tokens = [f"<|{code}|>" for code in LANGUAGES]
         values["lang_to_id"] = {token: vocabulary[token] for token in tokens if token in vocabulary}
         values["task_to_id"] = {task: vocabulary[f"<|{task}|>"] for task in TASK_IDS}
-    for name, value in values.items():
-        if getattr(generation_config, name, None) is None:
-            setattr(generation_config, name, value)
-    return generation_config
+    return GenerationConfig(**values)
+
+
+def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
+    """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
+    model, report = load_pretrained(
+        WhisperForConditionalGeneration,
+        reference,
+        generation_config=generation_config,  # otherwise the one that is stored is loaded, which may be refused
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
+        **options,
+    )
+    problems = {
+        "lack": report["missing_keys"],
+        "have another shape of": {name for name, *_ in report["mismatched_keys"]},
+        "have, and config.json does not know,": report["unexpected_keys"],
+    }
+    for problem, names in problems.items():
+        if names:
+            fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
+    model.config.forced_decoder_ids = None  # of 2022, in place of language and task
+    return model
 
 
 # ---- common: languages -----------------------------------------------------------------------------------------------
@@ -1512,6 +1576,7 @@ def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recognise
     tokenizer = load_tokenizer(reference, **source)
     extractor = load_pretrained(WhisperFeatureExtractor, reference, **source)
     vocabulary = tokenizer.get_vocab()
+    refuse_other_sizes(reference, config, vocabulary, extractor)
     decoding = prompt_arguments(reference, vocabulary, args.language, args.task)
     decoding["max_new_tokens"] = min(args.generation_max_length, config.max_target_positions - PROMPT_TOKENS)
     decoding["num_beams"] = args.generation_num_beams
@@ -1519,8 +1584,8 @@ def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recognise
 
     attention = choose_attention(args.attn_type, args.dtype, device, torch_compile=False)
     precision = {"dtype": getattr(torch, args.dtype), "attn_implementation": attention}
-    model = load_pretrained(WhisperForConditionalGeneration, reference, **precision, **source)
-    model.generation_config = load_generation_config(reference, config, vocabulary, **source)
+    generation_config = load_generation_config(reference, config, vocabulary, **source)
+    model = load_whisper(reference, generation_config, **precision, **source)
     assistance = {}
     if args.assistant_model:
         assistant = load_assistant(args.assistant_model, model, precision)
@@ -1534,13 +1599,14 @@ def load_assistant(
     reference: str, model: WhisperForConditionalGeneration, precision: dict[str, Any]
 ) -> WhisperForCausalLM:
     """A draft model. It gets the main model's encoder outputs, so its own encoder must be identical."""
-    draft_model = load_pretrained(WhisperForConditionalGeneration, reference, **precision)
+    options = precision | {"generation_config": model.generation_config}
+    draft_model = load_whisper(reference, **options)
     weights = list(draft_model.model.encoder.parameters())
     expected = list(model.model.encoder.parameters())
     same_encoder = len(weights) == len(expected) and all(map(torch.equal, weights, expected))
     if not same_encoder or draft_model.config.vocab_size != model.config.vocab_size:
         fail(f"--assistant_model {reference} has another encoder or vocabulary than the model, so it cannot assist")
-    return load_pretrained(WhisperForCausalLM, reference, **precision).eval()  # without the encoder
+    return load_pretrained(WhisperForCausalLM, reference, **options).eval()  # without the encoder
 
 
 def model_digest(model: WhisperForConditionalGeneration) -> str:
@@ -2091,8 +2157,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. Load.
     clips, place = load_clips(args)
-    recording_rows = plan_recordings(clips, place, args)
     recogniser = load_recogniser(args, accelerator.device)
+    recording_rows = plan_recordings(clips, place, args)
 
     # 4. Find what is left to do.
     directory = Path(args.output_dir) / f".predictions.{args.name}"

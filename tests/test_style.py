@@ -23,7 +23,7 @@ COMMON = [
     "common: cards",
     "common: dataset repositories",
     "common: models",
-    "common: generation config",
+    "common: weights and decoding",
     "common: languages",
     "common: devices and trackers",
     "common: finding datasets",
