@@ -1,6 +1,6 @@
 # make demo    the whole job on this machine: Japanese speech in, a distilled Whisper and its error rates out
 # make test    the tests
-# make chaos   the chain, killed and disturbed 50 times, against a run that was not
+# make chaos   the chain, killed and disturbed 50 times, against a run that was not; CHAOS_ARGS="--kinds damage" for others
 # make mutants one-line faults in copies of the scripts, each of which a test must notice
 # make lint    the style
 # make bench-labelling, bench-filtering, bench-distillation, ...    speed, against a plain baseline in the same run
