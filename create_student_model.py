@@ -51,7 +51,7 @@ import yaml
 from huggingface_hub import HfApi, RepoCard, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -142,6 +142,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     hub = parser.add_argument_group("Hugging Face Hub")
     hub.add_argument("--push_to_hub", **switch, help="publish the student")
     hub.add_argument("--hub_model_id", help="repository to push to; unset = --save_dir, if it reads org/name")
+    private = switch | {"default": True}
+    hub.add_argument(
+        "--hub_private_repo", **private, help="make a new repository private; an existing one stays as it is"
+    )
 
     args = parser.parse_args(argv)
     args.hub_model_id = args.hub_model_id or args.save_dir
@@ -157,9 +161,14 @@ CONTINUE = "Run the same command again to continue."
 logger = logging.getLogger(__name__)
 
 
+def without_password(text: str) -> str:
+    """The text without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+    raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 
 def boolean(value: str) -> bool:
@@ -185,6 +194,14 @@ def set_up_process(is_main_process: bool = True) -> None:
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 @contextlib.contextmanager
@@ -223,10 +240,13 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -249,9 +269,41 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def record_checksum(record: dict) -> str:
+    """SHA-256 of a record's content as JSON."""
+    return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, with a checksum by which `read_record` notices damage."""
+    write_json(path, record | {"checksum": record_checksum(record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None where there is nothing or, with a warning, where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = record.pop("checksum", None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # it may be whole
+        fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+    except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
+        record, checksum = {}, ""
+    if not record or (checksum is not None and checksum != record_checksum(record)):
+        logger.warning("%s is damaged: it does not count", path)
+        return None
+    return record
+
+
+def shown_arguments(args: argparse.Namespace) -> dict:
+    """The arguments for a record, which others may read: paths and URLs as `shown_name` shows them."""
+    shown = {}
+    for name, value in vars(args).items():
+        shown[name] = value
+        if isinstance(value, str | Path):  # datasets may be joined by +
+            shown[name] = "+".join(map(shown_name, str(value).split("+")))
+    return shown
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -297,27 +349,38 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
-    """Create a repository if it is missing, check the right to write to it, and return its full id.
+def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
+    """Create a repository if it is missing, and check the right to write to it.
 
-    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    A dry run creates nothing: it checks the repository, or else whether this token could create it. Audio goes into a
+    public repository only with --hub_private_repo False.
+
+    Returns:
+        its full id, and whether it is "private" or "public".
     """
     api = HfApi()
+    visibilities = {True: "private", False: "public"}
     try:
-        if not dry_run:
-            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
-            return url.repo_id
-        account = api.whoami()
-        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-        if api.repo_exists(repo_id, repo_type=repo_type):
-            api.auth_check(repo_id, repo_type=repo_type, write=True)
-        elif repo_id.split("/")[0] not in owners:
-            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
-        return repo_id
+        if dry_run:
+            account = api.whoami()
+            repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+            if not api.repo_exists(repo_id, repo_type=repo_type):
+                if repo_id.split("/")[0] not in owners:
+                    fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+                return repo_id, visibilities[private]
+        else:
+            repo_id = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_private = api.repo_info(repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         hub_fail(f"preparing the {repo_type} repository {repository}", error)
+    if repo_type == "dataset" and private and not is_private:
+        fail(
+            f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "
+            "another, or pass --hub_private_repo False"
+        )
+    return repo_id, visibilities[is_private]
 
 
 def push_again(push: Callable[[], object]) -> None:
@@ -428,11 +491,36 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
         return kind.from_pretrained(str(local_directory(reference) or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
+        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_damaged_model(directory: Path) -> None:
+    """Fail where a file of a student, before or after training, is not the one that its record tells of."""
+    hashes: dict[str, list[str]] = {}
+    for record_name in ("student.json", "distillation.json"):
+        record = read_record(directory / record_name) or {}
+        for name, hashed in record.get("files", {}).items():
+            hashes.setdefault(name, []).append(hashed)
+    for name, expected in hashes.items():
+        path = directory / name
+        if path.suffix in (".safetensors", ".json", ".txt") and path.exists() and file_hash(path) not in expected:
+            fail(
+                f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
+                "it is, delete student.json or distillation.json beside it"
+            )
 
 
 def load_config(reference: str, **options) -> WhisperConfig:
-    """The configuration of a Whisper; fails for models of other kinds."""
+    """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
+    if directory := local_directory(reference):
+        refuse_damaged_model(directory / options.get("subfolder", ""))
     with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
         if find_adapter_config_file(str(local_directory(reference) or reference), **options):
             fail(
@@ -503,7 +591,7 @@ def load_generation_config(
     source = str(local_directory(reference) or reference)
     try:
         path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
-        stored = read_json(Path(path)) if path else {}
+        stored = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError) as error:  # a damaged file, or a Hub that does not answer
         fail(f"cannot load the generation config of {reference}: {first_line(error)}")
     positions = config.max_target_positions
@@ -676,9 +764,11 @@ def find_student(save_dir: Path, settings: dict) -> bool:
     present = [name for name in STUDENT_FILES if (save_dir / name).exists() and name != "README.md"]
     if not present:
         return False
-    record = read_json(save_dir / RECORD)
-    if record is None:
+    if not (save_dir / RECORD).exists():
         fail(f"{save_dir} has a {present[0]} that this script did not write; --overwrite_output_dir replaces it")
+    record = read_record(save_dir / RECORD)
+    if record is None:
+        return True
     refuse_other_settings(save_dir, record["settings"], settings)
     return record["status"] == "complete"
 
@@ -690,7 +780,7 @@ def refuse_other_model(repository: str, settings: dict) -> None:
         files = api.list_repo_files(repository) if api.repo_exists(repository) else []
         record = {}
         if RECORD in files and TRAINING_RECORD not in files:
-            record = read_json(Path(api.hf_hub_download(repository, RECORD)))
+            record = read_record(Path(api.hf_hub_download(repository, RECORD)))
     except HUB_ERRORS as error:
         hub_fail(f"reading {repository}", error)
     weights = [name for name in files if "/" not in name and name.endswith((".safetensors", ".bin"))]
@@ -698,6 +788,38 @@ def refuse_other_model(repository: str, settings: dict) -> None:
         fail(f"{repository} has a {weights[0]} that this script did not write; --overwrite_output_dir replaces it")
     if record:
         refuse_other_settings(Path(repository), record["settings"], settings)
+
+
+def can_be_read(path: Path) -> bool:
+    """Whether a file of a student is there and is what its name says."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            json.loads(text)
+        return bool(text) and "\0" not in text
+    except (FileNotFoundError, SafetensorError, ValueError):
+        return False
+
+
+def is_undamaged(save_dir: Path, expected: str) -> bool:
+    """Whether all files of the student in `save_dir` are as they were written; `expected` is its fingerprint.
+
+    Fails for files that can be read but are not as they were written: somebody may want them so.
+    """
+    record = read_record(save_dir / RECORD)
+    hashes = record.get("files", {}) if record else {}
+    damaged = [name for name in (*hashes, "README.md") if not can_be_read(save_dir / name)]
+    for name, hashed in hashes.items():
+        if name not in damaged and file_hash(save_dir / name) != hashed:
+            fail(f"{save_dir / name} is not as it was written; --overwrite_output_dir makes it again")
+    if damaged:
+        logger.warning("%s has damaged files, and is made again: %s", save_dir, ", ".join(damaged))
+        return False
+    check_saved(save_dir, expected)
+    return record is not None
 
 
 def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
@@ -710,7 +832,7 @@ def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
     write_json(directory / "special_tokens_map.json", tokenizer.special_tokens_map)
     if tokenizer.english_spelling_normalizer is not None:
         write_json(directory / "normalizer.json", tokenizer.english_spelling_normalizer)
-    config = read_json(directory / "tokenizer_config.json")
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # transformers 4 fails over 5's name
     write_json(directory / "tokenizer_config.json", config)
 
@@ -738,7 +860,7 @@ def student_card(record: dict, card: RepoCard | None) -> str:
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "distillation", "student-initialisation"],
     )
-    source = Path(teacher).resolve().name
+    source = teacher
     if commit:
         source = f"[{teacher}](https://huggingface.co/{teacher}) at commit {commit}"
     rows = ""
@@ -774,7 +896,7 @@ def install(partial: Path, save_dir: Path, record: dict) -> None:
     if not save_dir.exists():
         os.replace(partial, save_dir)
         return
-    write_json(save_dir / RECORD, {**record, "status": "running"})
+    write_record(save_dir / RECORD, {**record, "status": "running"})
     for name in reversed(STUDENT_FILES[:-1]):
         (save_dir / name).unlink(missing_ok=True)
     for name in STUDENT_FILES:
@@ -794,8 +916,9 @@ def write_student(
         save_tokenizer_files(processor, partial)
         check_saved(partial, record["fingerprint"])
         write_atomically(partial / "README.md", student_card(record, read_card(save_dir / "README.md")))
+        record["files"] = {path.name: file_hash(path) for path in sorted(partial.iterdir()) if path.suffix != ".md"}
         record["wall_time_s"] = round(time.monotonic() - started, 1)
-        write_json(partial / RECORD, record)
+        write_record(partial / RECORD, record)
         install(partial, save_dir, record)
     except (OSError, SafetensorError) as error:
         fail(f"cannot write the student to {save_dir}: {error}. {CONTINUE}")
@@ -816,7 +939,7 @@ def push_student(save_dir: Path, repository: str, record: dict) -> None:
     except HUB_ERRORS as error:
         reason = first_line(error)
         fail(f"the student is complete in {save_dir}, but the push to {repository} failed: {reason}. {CONTINUE}")
-    logger.info("pushed to %s/%s", api.endpoint, repository)
+    logger.info("pushed to %s/%s", without_password(api.endpoint), repository)
 
 
 def weights_size(config: WhisperConfig, dtype: torch.dtype) -> float:
@@ -826,7 +949,9 @@ def weights_size(config: WhisperConfig, dtype: torch.dtype) -> float:
     return model.num_parameters() * dtype.itemsize / 1e9
 
 
-def print_student_plan(args: argparse.Namespace, config: WhisperConfig, layers: dict, exists: bool) -> None:
+def print_student_plan(
+    args: argparse.Namespace, config: WhisperConfig, layers: dict, exists: bool, pushes: str
+) -> None:
     """Say what a run would read, write and push. `config` is the teacher's and becomes the student's."""
     size = weights_size(config, config.dtype or torch.float32)
     print(f"input: {args.teacher_checkpoint}, {size:,.3f} GB of weights")
@@ -835,7 +960,7 @@ def print_student_plan(args: argparse.Namespace, config: WhisperConfig, layers: 
     size = weights_size(config, getattr(torch, args.dtype))
     print(f"done: {'the student is there and would be checked' if exists else 'nothing'}")
     print(f"writes: {'nothing' if exists else f'{args.save_dir}, about {size:,.3f} GB'}")
-    print(f"pushes: {f'{args.hub_model_id}, about {size:,.3f} GB' if args.push_to_hub else 'nothing'}")
+    print(f"pushes: {f'{pushes}, about {size:,.3f} GB' if args.push_to_hub else pushes}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -852,8 +977,10 @@ def main(argv=None) -> int:
     # 2. Refuse what can be refused.
     if save_dir.exists() and not save_dir.is_dir():
         fail(f"--save_dir {args.save_dir} is not a directory")
+    pushes = "nothing"
     if args.push_to_hub:
-        prepare_repository(args.hub_model_id, "model", None, args.dry_run)
+        pushes, visibility = prepare_repository(args.hub_model_id, "model", args.hub_private_repo, args.dry_run)
+        pushes += f" ({visibility})"
     repository, commit = fetch_teacher(args.teacher_checkpoint, args.cache_dir)
     check_cards(save_dir, args.hub_model_id if args.push_to_hub else None, "model")
     folder = repository / args.subfolder
@@ -868,7 +995,11 @@ def main(argv=None) -> int:
     layers = {side: choose_layers(args, side, depth) for side, depth in depths.items()}
 
     # 4. Find what is left to do.
-    settings = {"teacher_checkpoint": args.teacher_checkpoint, "subfolder": args.subfolder, "dtype": args.dtype}
+    settings = {
+        "teacher_checkpoint": shown_name(args.teacher_checkpoint),
+        "subfolder": args.subfolder,
+        "dtype": args.dtype,
+    }
     for side, chosen in layers.items():
         settings[f"{side}_layer_indices"] = chosen
     if args.push_to_hub and not args.overwrite_output_dir:
@@ -877,7 +1008,7 @@ def main(argv=None) -> int:
     with contextlib.nullcontext() if args.dry_run else lock:
         exists = not args.overwrite_output_dir and find_student(save_dir, settings)
         if args.dry_run:
-            print_student_plan(args, config, layers, exists)
+            print_student_plan(args, config, layers, exists, pushes)
             return 0
 
         # 5. Work.
@@ -893,12 +1024,11 @@ def main(argv=None) -> int:
             "parameters": {"teacher": teacher_parameters, "student": student.num_parameters()},
             "alignment_heads": student.generation_config.alignment_heads,
             "fingerprint": fingerprint(student, processor.tokenizer),
-            "arguments": vars(args),
+            "arguments": shown_arguments(args),
             "versions": library_versions("torch", "transformers", "safetensors"),
         }
-        if exists:
-            check_saved(save_dir, record["fingerprint"])
-        else:
+        exists = exists and is_undamaged(save_dir, record["fingerprint"])
+        if not exists:
             write_student(student, processor, save_dir, record, started)
         logger.info("the student of the layers %s %s %s", layers, "was already in" if exists else "is in", save_dir)
 

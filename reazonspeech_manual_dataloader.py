@@ -44,8 +44,8 @@ import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
@@ -145,9 +145,14 @@ CONTINUE = "Run the same command again to continue."
 logger = logging.getLogger(__name__)
 
 
+def without_password(text: str) -> str:
+    """The text without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+    raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 
 def boolean(value: str) -> bool:
@@ -173,6 +178,14 @@ def set_up_process(is_main_process: bool = True) -> None:
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 @contextlib.contextmanager
@@ -211,10 +224,13 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -237,9 +253,41 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def record_checksum(record: dict) -> str:
+    """SHA-256 of a record's content as JSON."""
+    return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, with a checksum by which `read_record` notices damage."""
+    write_json(path, record | {"checksum": record_checksum(record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None where there is nothing or, with a warning, where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = record.pop("checksum", None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # it may be whole
+        fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+    except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
+        record, checksum = {}, ""
+    if not record or (checksum is not None and checksum != record_checksum(record)):
+        logger.warning("%s is damaged: it does not count", path)
+        return None
+    return record
+
+
+def shown_arguments(args: argparse.Namespace) -> dict:
+    """The arguments for a record, which others may read: paths and URLs as `shown_name` shows them."""
+    shown = {}
+    for name, value in vars(args).items():
+        shown[name] = value
+        if isinstance(value, str | Path):  # datasets may be joined by +
+            shown[name] = "+".join(map(shown_name, str(value).split("+")))
+    return shown
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -285,27 +333,38 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
-    """Create a repository if it is missing, check the right to write to it, and return its full id.
+def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
+    """Create a repository if it is missing, and check the right to write to it.
 
-    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    A dry run creates nothing: it checks the repository, or else whether this token could create it. Audio goes into a
+    public repository only with --hub_private_repo False.
+
+    Returns:
+        its full id, and whether it is "private" or "public".
     """
     api = HfApi()
+    visibilities = {True: "private", False: "public"}
     try:
-        if not dry_run:
-            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
-            return url.repo_id
-        account = api.whoami()
-        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-        if api.repo_exists(repo_id, repo_type=repo_type):
-            api.auth_check(repo_id, repo_type=repo_type, write=True)
-        elif repo_id.split("/")[0] not in owners:
-            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
-        return repo_id
+        if dry_run:
+            account = api.whoami()
+            repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+            if not api.repo_exists(repo_id, repo_type=repo_type):
+                if repo_id.split("/")[0] not in owners:
+                    fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+                return repo_id, visibilities[private]
+        else:
+            repo_id = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_private = api.repo_info(repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         hub_fail(f"preparing the {repo_type} repository {repository}", error)
+    if repo_type == "dataset" and private and not is_private:
+        fail(
+            f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "
+            "another, or pass --hub_private_repo False"
+        )
+    return repo_id, visibilities[is_private]
 
 
 def push_again(push: Callable[[], object]) -> None:
@@ -391,28 +450,89 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     push_again(push)
 
 
+# ---- common: shards --------------------------------------------------------------------------------------------------
+
+FOOTER_MARK = b"kotoba-1"  # lies before the footer of a shard, followed by the SHA-256 of the footer
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading a parquet file comes from its content, and not from the operating system."""
+    return getattr(error, "errno", None) is None
+
+
+def read_footer(path: Path) -> pq.FileMetaData | None:
+    """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
+    try:
+        metadata = pq.read_metadata(path)
+        size = metadata.serialized_size + 8  # with its length and the end mark
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size - 40))
+            end = file.read()
+        mark, expected, footer = end[:8], end[8:-size], end[-size:]
+        is_other = mark == FOOTER_MARK and expected != hashlib.sha256(footer).digest()
+        return None if is_other else metadata
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return None
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a parquet file can be read and has the checksums that its pages were written with."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for number in range(file.num_row_groups):
+                file.read_row_group(number)
+        return True
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return False
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def find_damaged(paths: Sequence[Path], threads: int) -> list[Path]:
+    """The parquet files that are not whole, each told in one line. All are read to the end."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        checked = zip(paths, pool.map(is_whole, paths), strict=True)
+        damaged = [path for path, whole in checked if not whole]
+    for path in damaged:
+        logger.warning("%s is damaged", path)
+    return damaged
+
+
 # ---- common: dataset repositories ------------------------------------------------------------------------------------
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, notes: dict) -> None:
     """Write a shard that appears under its name only when it is complete and on the disk.
 
-    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made.
+    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made. Pages
+    have checksums, and the footer has its SHA-256 before it, where readers of parquet do not look.
     """
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
-        for table in tables:
-            if table.num_rows:  # `datasets` cannot read a row group without rows
-                writer.write_table(table, row_group_size=100)
-        writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+    options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with atomic_file(path) as file:
+        with pq.ParquetWriter(file, schema, **options) as writer:
+            for table in tables:
+                if table.num_rows:  # `datasets` cannot read a row group without rows
+                    writer.write_table(table, row_group_size=100)
+            writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        start = file.seek(-8 - length, os.SEEK_END)
+        footer = file.read()
+        file.seek(start)
+        file.write(FOOTER_MARK + hashlib.sha256(footer).digest() + footer)
 
 
 def read_notes(path: Path) -> dict | None:
     """What `write_parquet` noted in a shard; None where the shard is missing or damaged."""
     try:
-        metadata = pq.read_metadata(path).metadata or {}
-    except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
+        footer = read_footer(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return json.loads(metadata.get(b"kotoba", "{}"))
+    return footer and json.loads((footer.metadata or {}).get(b"kotoba", "{}"))
 
 
 def list_split(card: RepoCard, config: str, split: str) -> None:
@@ -466,7 +586,7 @@ def push_dataset(
         push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
-    logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
+    logger.info("pushed to %s/datasets/%s", without_password(api.endpoint), repository)
 
 
 # ---- downloaded files ------------------------------------------------------------------------------------------------
@@ -543,6 +663,7 @@ class TarJob(NamedTuple):
     tsv: Path
     line_ranges: array  # where the tsv has the tar's transcripts, as returned by `locate_transcripts`
     shard: Path | None = None  # parquet file to write; None = only statistics
+    settings: dict | None = None  # of the run that writes it
 
 
 def few(names: list[str], count: int) -> str:
@@ -783,7 +904,7 @@ def process_tar(job: TarJob) -> TarResult:
     """Count the clips of a tar, and write its shard if the job names one."""
     counts = collections.Counter()
     problems = collections.defaultdict(list)
-    notes = {"counts": counts, "problems": problems}
+    notes = {"settings": job.settings, "counts": counts, "problems": problems}
     tables = make_tables(job, counts, problems)
     try:
         if job.shard:
@@ -858,12 +979,12 @@ def split_name(target: str) -> str:
     return "test" if target == "test" else "train"
 
 
-def name_shards(jobs: list[TarJob], directory: Path, split: str) -> list[TarJob]:
-    """Return the jobs with the names of the shards that they write."""
+def name_shards(jobs: list[TarJob], directory: Path, split: str, settings: dict) -> list[TarJob]:
+    """Return the jobs with the names of the shards that they write, and the settings of the run."""
     named = []
     for number, job in enumerate(jobs):
         shard = directory / f"{split}-{number:05d}-of-{len(jobs):05d}.parquet"
-        named.append(job._replace(shard=shard))
+        named.append(job._replace(shard=shard, settings=settings))
     return named
 
 
@@ -878,12 +999,25 @@ def find_missing(jobs: list[TarJob]) -> list[TarJob]:
     return [job for job in jobs if job.shard is None or read_notes(job.shard) is None]
 
 
+def find_damaged_jobs(jobs: list[TarJob], threads: int) -> list[TarJob]:
+    """Return the jobs whose shards are damaged. That takes as long as reading all of them."""
+    damaged = find_damaged([job.shard for job in jobs], threads)
+    return [job for job in jobs if job.shard in damaged]
+
+
+def refuse_other_shards(jobs: list[TarJob]) -> None:
+    """Fail if shards that are complete were written by a run with other settings."""
+    for job in jobs:
+        if notes := read_notes(job.shard):
+            refuse_other_settings(job.shard, notes.get("settings") or {}, job.settings)
+
+
 def total_size(jobs: list[TarJob]) -> int:
     """Return the bytes of the tars."""
     return sum(job.tar.stat().st_size for job in jobs)
 
 
-def print_loading_plan(args: argparse.Namespace, jobs: list[TarJob]) -> None:
+def print_loading_plan(args: argparse.Namespace, jobs: list[TarJob], pushes: str) -> None:
     """Print what a run would read, write and push, and how long it would take, scaled up from the first tar."""
     started = time.monotonic()
     try:
@@ -904,8 +1038,7 @@ def print_loading_plan(args: argparse.Namespace, jobs: list[TarJob]) -> None:
     print(f"done: {len(jobs) - len(left)} of {len(jobs)} shards")
     print(f"left: {len(left)} tars, {total_size(left) / 1e9:,.3f} GB")
     print(f"writes: {args.output_dir or 'nothing'}")
-    visibility = "private" if args.hub_private_repo else "public"
-    print(f"pushes: {f'{args.hub_model_id} ({visibility})' if args.push_to_hub else 'nothing'}")
+    print(f"pushes: {pushes}")
     print(f"time: about {duration} (from a sample of {counts['clips']} clips)")
 
 
@@ -942,19 +1075,22 @@ def main(argv: list[str] | None = None) -> int:
     # 2. Refuse what can be refused.
     corpus = find_corpus(args.target, args.data_dir, args.dataset_dir_suffix)
     check_tars(args.target, corpus)
-    repository = None
+    repository = visibility = None
     if args.push_to_hub:
-        repository = prepare_repository(args.hub_model_id, "dataset", args.hub_private_repo, args.dry_run)
+        private = args.hub_private_repo
+        repository, visibility = prepare_repository(args.hub_model_id, "dataset", private, args.dry_run)
     if args.output_dir:
         check_cards(args.output_dir, repository, "dataset", partial(corpus_card, config=args.target, split=split))
 
     # 3. Load.
     unassigned_lines = {"counts": {}, "problems": collections.defaultdict(list)}  # lines of the tsv that name no tar
     jobs = list_jobs(corpus, unassigned_lines["problems"])
+    settings = {"files": corpus.fingerprint(), "tars": len(jobs)}
     if args.output_dir:
-        jobs = name_shards(jobs, args.output_dir / args.target, split)
+        jobs = name_shards(jobs, args.output_dir / args.target, split, settings)
     if args.dry_run:
-        print_loading_plan(args, jobs)
+        pushes = f"{repository} ({visibility})" if repository else "nothing"
+        print_loading_plan(args, jobs, pushes)
         return 0
     if not args.output_dir:
         all_notes = process_tars(jobs, count_workers(args.preprocessing_num_workers, jobs))
@@ -967,11 +1103,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.overwrite_output_dir:
             delete_split(args.output_dir / args.target, split)
             record_path.unlink(missing_ok=True)
-        settings = {"files": corpus.fingerprint(), "tars": len(jobs)}
-        if earlier := read_json(record_path):
+        if earlier := read_record(record_path):
             refuse_other_settings(record_path, earlier["settings"], settings)
-        write_json(record_path, {"status": "running", "settings": settings})
-        left = find_missing(jobs)
+        refuse_other_shards(jobs)
+        write_record(record_path, {"status": "running", "settings": settings})
+        left = find_missing(jobs) or find_damaged_jobs(jobs, args.preprocessing_num_workers)
         logger.info("%d of %d shards are complete", len(jobs) - len(left), len(jobs))
 
         # 5. Work.
@@ -991,14 +1127,14 @@ def main(argv: list[str] | None = None) -> int:
             **notes,
             "wall_seconds": seconds,
             "clips_per_second": counts["clips"] / seconds,
-            "arguments": vars(args),
+            "arguments": shown_arguments(args),
             "versions": library_versions("datasets", "huggingface_hub", "pyarrow"),
         }
-        write_json(record_path, record)
+        write_record(record_path, record)
         print_statistics(**notes)
 
         # 7. Push.
-        if args.push_to_hub:
+        if repository:
             push_dataset(
                 repository,
                 args.output_dir,

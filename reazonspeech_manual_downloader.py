@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.base_url = (args.base_url or os.environ.get("REAZONSPEECH_BASE_URL") or BASE_URL).rstrip("/")
     args.data_dir = Path(args.data_dir or os.environ.get("REAZONSPEECH_DATA_DIR") or DATA_DIR).expanduser().absolute()
     if not re.match("https?://.", args.base_url):
-        parser.error(f"--base_url must begin with http:// or https://, not {args.base_url!r}")
+        parser.error(f"--base_url must begin with http:// or https://, not {args.base_url.rpartition('@')[2]!r}")
     if args.pool < 1:
         parser.error(f"--pool must be at least 1, not {args.pool}")
     tars = TARS[args.target]
@@ -135,9 +135,14 @@ CONTINUE = "Run the same command again to continue."
 logger = logging.getLogger(__name__)
 
 
+def without_password(text: str) -> str:
+    """The text without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+    raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 
 def boolean(value: str) -> bool:
@@ -163,6 +168,14 @@ def set_up_process(is_main_process: bool = True) -> None:
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 @contextlib.contextmanager
@@ -201,10 +214,13 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -260,13 +276,19 @@ def check_tsv(path: Path) -> None:
 
 
 def looks_complete(path: Path) -> bool:
-    """Whether a file exists and ends as it should; another program may have left only its beginning."""
+    """Whether a file exists, and begins and ends as it should; another program may have left only its beginning."""
     if not path.is_file():
         return False
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
-        end = file.read()
-    return bool(end) and (path.suffix != ".tar" or not any(end))
+    try:
+        if path.suffix != ".tar":
+            check_tsv(path)
+            return True
+        with open(path, "rb") as file:
+            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+            file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
+            return not any(file.read())
+    except (ValueError, tarfile.HeaderError):
+        return False
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -359,7 +381,7 @@ def retry_after(value: str) -> float:
 def check_status(response: requests.Response, url: str, accepted: set[int]) -> None:
     """Raise TryAgainError or GiveUpError if the status is not accepted or a redirect left https."""
     if url.startswith("https:") and not response.url.startswith("https:"):
-        raise GiveUpError(f"the server redirects from https to {response.url}")
+        raise GiveUpError(f"the server redirects from https to {without_password(response.url)}")
     if response.status_code in accepted:
         return
     answer = f"the server sends {response.status_code} {response.reason}"

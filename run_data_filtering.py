@@ -54,7 +54,7 @@ import unicodedata
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -70,6 +70,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import soundfile
 import torch
@@ -235,9 +236,14 @@ CONTINUE = "Run the same command again to continue."
 logger = logging.getLogger(__name__)
 
 
+def without_password(text: str) -> str:
+    """The text without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+    raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 
 def boolean(value: str) -> bool:
@@ -263,6 +269,14 @@ def set_up_process(is_main_process: bool = True) -> None:
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 @contextlib.contextmanager
@@ -301,10 +315,13 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -327,9 +344,41 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def record_checksum(record: dict) -> str:
+    """SHA-256 of a record's content as JSON."""
+    return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, with a checksum by which `read_record` notices damage."""
+    write_json(path, record | {"checksum": record_checksum(record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None where there is nothing or, with a warning, where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = record.pop("checksum", None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # it may be whole
+        fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+    except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
+        record, checksum = {}, ""
+    if not record or (checksum is not None and checksum != record_checksum(record)):
+        logger.warning("%s is damaged: it does not count", path)
+        return None
+    return record
+
+
+def shown_arguments(args: argparse.Namespace) -> dict:
+    """The arguments for a record, which others may read: paths and URLs as `shown_name` shows them."""
+    shown = {}
+    for name, value in vars(args).items():
+        shown[name] = value
+        if isinstance(value, str | Path):  # datasets may be joined by +
+            shown[name] = "+".join(map(shown_name, str(value).split("+")))
+    return shown
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -375,27 +424,38 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
-    """Create a repository if it is missing, check the right to write to it, and return its full id.
+def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
+    """Create a repository if it is missing, and check the right to write to it.
 
-    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    A dry run creates nothing: it checks the repository, or else whether this token could create it. Audio goes into a
+    public repository only with --hub_private_repo False.
+
+    Returns:
+        its full id, and whether it is "private" or "public".
     """
     api = HfApi()
+    visibilities = {True: "private", False: "public"}
     try:
-        if not dry_run:
-            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
-            return url.repo_id
-        account = api.whoami()
-        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-        if api.repo_exists(repo_id, repo_type=repo_type):
-            api.auth_check(repo_id, repo_type=repo_type, write=True)
-        elif repo_id.split("/")[0] not in owners:
-            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
-        return repo_id
+        if dry_run:
+            account = api.whoami()
+            repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+            if not api.repo_exists(repo_id, repo_type=repo_type):
+                if repo_id.split("/")[0] not in owners:
+                    fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+                return repo_id, visibilities[private]
+        else:
+            repo_id = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_private = api.repo_info(repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         hub_fail(f"preparing the {repo_type} repository {repository}", error)
+    if repo_type == "dataset" and private and not is_private:
+        fail(
+            f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "
+            "another, or pass --hub_private_repo False"
+        )
+    return repo_id, visibilities[is_private]
 
 
 def push_again(push: Callable[[], object]) -> None:
@@ -481,28 +541,89 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     push_again(push)
 
 
+# ---- common: shards --------------------------------------------------------------------------------------------------
+
+FOOTER_MARK = b"kotoba-1"  # lies before the footer of a shard, followed by the SHA-256 of the footer
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading a parquet file comes from its content, and not from the operating system."""
+    return getattr(error, "errno", None) is None
+
+
+def read_footer(path: Path) -> pq.FileMetaData | None:
+    """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
+    try:
+        metadata = pq.read_metadata(path)
+        size = metadata.serialized_size + 8  # with its length and the end mark
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size - 40))
+            end = file.read()
+        mark, expected, footer = end[:8], end[8:-size], end[-size:]
+        is_other = mark == FOOTER_MARK and expected != hashlib.sha256(footer).digest()
+        return None if is_other else metadata
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return None
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a parquet file can be read and has the checksums that its pages were written with."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for number in range(file.num_row_groups):
+                file.read_row_group(number)
+        return True
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return False
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def find_damaged(paths: Sequence[Path], threads: int) -> list[Path]:
+    """The parquet files that are not whole, each told in one line. All are read to the end."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        checked = zip(paths, pool.map(is_whole, paths), strict=True)
+        damaged = [path for path, whole in checked if not whole]
+    for path in damaged:
+        logger.warning("%s is damaged", path)
+    return damaged
+
+
 # ---- common: dataset repositories ------------------------------------------------------------------------------------
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, notes: dict) -> None:
     """Write a shard that appears under its name only when it is complete and on the disk.
 
-    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made.
+    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made. Pages
+    have checksums, and the footer has its SHA-256 before it, where readers of parquet do not look.
     """
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
-        for table in tables:
-            if table.num_rows:  # `datasets` cannot read a row group without rows
-                writer.write_table(table, row_group_size=100)
-        writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+    options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with atomic_file(path) as file:
+        with pq.ParquetWriter(file, schema, **options) as writer:
+            for table in tables:
+                if table.num_rows:  # `datasets` cannot read a row group without rows
+                    writer.write_table(table, row_group_size=100)
+            writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        start = file.seek(-8 - length, os.SEEK_END)
+        footer = file.read()
+        file.seek(start)
+        file.write(FOOTER_MARK + hashlib.sha256(footer).digest() + footer)
 
 
 def read_notes(path: Path) -> dict | None:
     """What `write_parquet` noted in a shard; None where the shard is missing or damaged."""
     try:
-        metadata = pq.read_metadata(path).metadata or {}
-    except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
+        footer = read_footer(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return json.loads(metadata.get(b"kotoba", "{}"))
+    return footer and json.loads((footer.metadata or {}).get(b"kotoba", "{}"))
 
 
 def list_split(card: RepoCard, config: str, split: str) -> None:
@@ -556,7 +677,7 @@ def push_dataset(
         push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
-    logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
+    logger.info("pushed to %s/datasets/%s", without_password(api.endpoint), repository)
 
 
 # ---- common: models --------------------------------------------------------------------------------------------------
@@ -584,11 +705,36 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
         return kind.from_pretrained(str(local_directory(reference) or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
+        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_damaged_model(directory: Path) -> None:
+    """Fail where a file of a student, before or after training, is not the one that its record tells of."""
+    hashes: dict[str, list[str]] = {}
+    for record_name in ("student.json", "distillation.json"):
+        record = read_record(directory / record_name) or {}
+        for name, hashed in record.get("files", {}).items():
+            hashes.setdefault(name, []).append(hashed)
+    for name, expected in hashes.items():
+        path = directory / name
+        if path.suffix in (".safetensors", ".json", ".txt") and path.exists() and file_hash(path) not in expected:
+            fail(
+                f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
+                "it is, delete student.json or distillation.json beside it"
+            )
 
 
 def load_config(reference: str, **options) -> WhisperConfig:
-    """The configuration of a Whisper; fails for models of other kinds."""
+    """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
+    if directory := local_directory(reference):
+        refuse_damaged_model(directory / options.get("subfolder", ""))
     with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
         if find_adapter_config_file(str(local_directory(reference) or reference), **options):
             fail(
@@ -657,6 +803,12 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
 
 # ---- common: finding datasets ----------------------------------------------------------------------------------------
 
+WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's directory
+    "loading": "reazonspeech_manual_dataloader.py",
+    "labelling": "run_pseudo_labelling.py",
+    "filtering": "run_data_filtering.py",
+}
+
 
 def split_names(split: str) -> list[str]:
     """The splits of a dataset that an expression such as `train[:1000]+test` names."""
@@ -688,11 +840,31 @@ def find_files(
         if name not in files_by_split:
             fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(files_by_split)}")
         found[name] = files_by_split[name]
-        refuse_missing_shards(reference, name, found[name])
+        refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found
 
 
-def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
+def refuse_unfinished(reference: str, config: str, split: str, files: list[str]) -> None:
+    """Fail where the stage before has not finished a split, where shards are missing, or where one is damaged.
+
+    The record and the footers are read in local directories only: the Hub checks what it stores, and a split is pushed
+    when it is complete.
+    """
+    directory = local_directory(reference)
+    writer = "the command that writes it"
+    for stage, script in WRITERS.items() if directory else ():
+        record = directory / f"{stage}.{config}.{split}.json"
+        if record.exists():
+            writer = f"{script} with the same flags"
+            if (read_record(record) or {}).get("status") != "complete":
+                fail(f"{reference} is not finished, says {record.name}: run {writer} again")
+    for file in files if directory else ():
+        if file.endswith(".parquet") and read_footer(Path(file)) is None:
+            fail(f"{file} is damaged: run {writer} again")
+    refuse_missing_shards(reference, split, files, writer)
+
+
+def refuse_missing_shards(reference: str, split: str, files: list[str], writer: str) -> None:
     """Fail where shards of one of our stages are missing; warn where the names of other people's files say so."""
     numbers = defaultdict(set)  # by export: several may make up a split
     for file in files:
@@ -704,7 +876,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
         problem = f"{reference} has {len(there)} of {total} shards of {split}"
         with fsspec.open(f"{export}-{min(there):05d}-of-{total:05d}.parquet") as file:
             if b"kotoba" in (pq.read_metadata(file).metadata or {}):
-                fail(f"{problem}: finish the stage that writes it")
+                lost = min(set(range(total)) - there)
+                fail(f"{problem}, -{lost:05d}-of-{total:05d} is missing: run {writer} again")
         logger.warning("%s by their names: is it complete?", problem)
 
 
@@ -874,7 +1047,14 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         return load_folder(files, place, **options)
     # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
     # configuration holds all splits.
-    return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    if kind == "parquet":
+        options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    try:
+        return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    except datasets.exceptions.DatasetGenerationError:
+        if is_local and kind == "parquet" and (damaged := find_damaged(list(map(Path, files)), threads=1)):
+            fail(f"{damaged[0]} is damaged: run the command that wrote it again")
+        raise
 
 
 def load_folder(
@@ -1228,6 +1408,21 @@ def pad_window(features: torch.Tensor) -> torch.Tensor:
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
 
 
+def remove_bracketed(text: str) -> str:
+    """The text without what is in brackets, as Whisper's normalisers begin.
+
+    From each bracket that nothing closes, theirs search to the end of the text, which takes hours for some texts. Here
+    such a bracket becomes another mark, which they treat alike. Long gaps, another such case, are shortened.
+    """
+    for opening, closing, pattern in (("<[", ">]", r"[<\[][^>\]]*[>\]]"), ("(", ")", r"\([^)]+\)")):
+        end = max(text.rfind(mark) for mark in closing) + 1
+        rest = text[end:]
+        for mark in opening:
+            rest = rest.replace(mark, "|")
+        text = re.sub(pattern, "", text[:end]) + rest
+    return re.sub(r"\s{100,}", " " * 100, text)
+
+
 def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
     """The rule by which two texts are compared for WER and CER, the same in filter, training and evaluation.
 
@@ -1237,7 +1432,9 @@ def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable
     whisper_rule = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
 
     def normalise(text: str) -> str:
-        words = whisper_rule(text).split()
+        if language == "en":
+            text = re.sub(r"\d{1000,}", " ", text)  # which its normaliser fails to read as a number
+        words = whisper_rule(remove_bracketed(text)).split()
         return ("" if language in UNSPACED else " ").join(words)
 
     return normalise
@@ -1286,6 +1483,7 @@ class Output:
     repository: str | None  # Hub id; None = it is not pushed
     settings: dict  # that its contents depend on
     shards: int
+    visibility: str = ""  # of the repository: private or public
 
     @property
     def record(self) -> Path:
@@ -1296,8 +1494,13 @@ class Output:
         return self.directory / self.settings["config"] / name
 
     def missing_shards(self) -> list[int]:
-        """The shards that do not exist or are damaged."""
+        """The shards that do not exist or whose footer is damaged."""
         return [shard for shard in range(self.shards) if read_notes(self.shard_path(shard)) is None]
+
+    def present_shards(self) -> list[Path]:
+        """The shards that exist, whatever they were made with."""
+        directory = self.directory / self.settings["config"]
+        return sorted(directory.glob(f"{self.settings['split']}-*-of-*.parquet"))
 
 
 @dataclass
@@ -1317,13 +1520,25 @@ class Job:
     results: Path  # directory and name of the outputs, without the suffix of each
 
 
+@contextlib.contextmanager
+def naming_damage(path: str) -> Iterator[None]:
+    """Fail with the name of a file of the labelled dataset where reading it shows that it is damaged."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
+        fail(f"{path} is damaged: run the command that wrote it again, or delete it if it was downloaded. {CONTINUE}")
+
+
 def find_row_groups(paths: list[str]) -> tuple[list[RowGroup], str]:
     """The row groups of parquet files, and a digest of their footers, which hold sizes, minima and maxima."""
     row_groups = []
     footers = io.BytesIO()
     start = 0
     for path in paths:
-        metadata = pq.ParquetFile(path).metadata
+        with naming_damage(path):
+            metadata = pq.ParquetFile(path).metadata
         metadata.write_metadata_file(footers)
         for number in range(metadata.num_row_groups):
             stop = start + metadata.row_group(number).num_rows
@@ -1343,7 +1558,9 @@ def read_rows(job: Job, start: int, stop: int, roles: list[str]) -> pa.Table:
     for group in job.row_groups[first:]:
         if group.start >= stop:
             break
-        table = pq.ParquetFile(group.path).read_row_group(group.number, columns)
+        with naming_damage(group.path):
+            file = pq.ParquetFile(group.path, page_checksum_verification=True)
+            table = file.read_row_group(group.number, columns)
         skipped = max(start - group.start, 0)
         tables.append(table.slice(skipped, stop - group.start - skipped))
     return pa.concat_tables(tables).select(columns).rename_columns(roles)
@@ -1556,7 +1773,10 @@ def read_clips(job: Job, start: int, stop: int) -> dict[int, dict]:
     column = read_rows(job, start, stop, ["audio"])["audio"]
     clips = {}
     for row, audio in enumerate(column.to_pylist()):
-        clips[row] = {"bytes": None, "path": audio["path"] if audio else None, "problem": None}
+        path = audio["path"] if audio else None
+        if path and os.path.isabs(path):
+            path = os.path.basename(path)  # others may read the result
+        clips[row] = {"bytes": None, "path": path, "problem": None}
         try:
             clips[row]["bytes"] = read_audio(audio, job.place)
         except Unreadable as error:
@@ -1571,7 +1791,7 @@ def copy_from_others(job: Job, output: Output, shard: int, source: str, column: 
     pattern = f"{job.results.name}.[cw]er_*/{output.settings['config']}/{output.shard_path(shard).name}"
     for other in sorted(job.results.parent.glob(pattern)):
         found = read_notes(other)
-        if found and found.get("source") == source:
+        if found and found.get("source") == source and is_whole(other):
             notes = found
             stored = pq.read_table(other, columns=[column])[column]
             values |= zip(notes["kept"], stored.to_pylist(), strict=True)
@@ -1621,7 +1841,7 @@ def filter_shard(job: Job, shard: int) -> None:
         types["speaker"] = Value("string")
         columns["speaker"] = stored["speaker"]
     schema = Features(types).arrow_schema
-    notes = shard_notes(rows, source)
+    notes = {"settings": output.settings, **shard_notes(rows, source)}
     write_parquet(output.shard_path(shard), [pa.table(columns, schema)], schema, notes)
 
 
@@ -1673,7 +1893,7 @@ def vectorize_shard(job: Job, shard: int) -> None:
             features[number] = filled.T.astype("<f2").tobytes()
     columns = {"input_features": features, "labels": clips["labels"], "input_length": clips["input_length"]}
     schema = Features(FEATURE_COLUMNS).arrow_schema
-    features_notes = {"source": source, "kept": notes["kept"]}
+    features_notes = {"settings": output.settings, "source": source, "kept": notes["kept"]}
     write_parquet(output.shard_path(shard), [pa.table(columns, schema)], schema, features_notes)
 
 
@@ -1913,7 +2133,7 @@ def pack_shard(job: Job, shard: int) -> None:
             "tokens": len(label),
         }
         windows.append(statistics)
-    notes = {"kept": list(range(len(rows))), "windows": windows}
+    notes = {"settings": settings, "kept": list(range(len(rows))), "windows": windows}
     schema = Features(AUDIO_COLUMNS | WINDOW_COLUMNS).arrow_schema
     table = pa.Table.from_pylist(rows, schema)
     write_parquet(packed.shard_path(shard), [table], schema, notes)
@@ -2179,7 +2399,7 @@ def find_parquet(args: argparse.Namespace) -> tuple[str, list[str]]:
 
 def is_as_labelled(args: argparse.Namespace, path: str) -> bool:
     """Whether a parquet file has the form in which our labelling writes texts and audio."""
-    parquet = pq.ParquetFile(path)
+    parquet = pq.ParquetFile(path, page_checksum_verification=True)
     schema = parquet.schema_arrow
     if not {args.audio_column_name, args.text_column_name} <= set(schema.names):
         return True  # which is refused later
@@ -2189,7 +2409,9 @@ def is_as_labelled(args: argparse.Namespace, path: str) -> bool:
         return False
     try:
         if not path.startswith("hf://"):
-            parquet.read([args.text_column_name]).validate(full=True)
+            with naming_damage(path):
+                texts = parquet.read([args.text_column_name])
+            texts.validate(full=True)
     except pa.ArrowInvalid:  # texts in another encoding
         return False
     if parquet.metadata.num_row_groups:
@@ -2332,7 +2554,7 @@ def fetch_filtered(args: argparse.Namespace, filtered: Output) -> None:
             )
         except HUB_ERRORS as error:
             hub_fail(f"downloading {filtered.repository}", error)
-    if filtered.missing_shards():
+    if filtered.missing_shards() or find_damaged(filtered.present_shards(), args.preprocessing_num_workers):
         fail(
             f"--skip_filtering, but {filtered.directory} does not have all shards of {filtered.record.stem}: "
             "filter first"
@@ -2340,25 +2562,30 @@ def fetch_filtered(args: argparse.Namespace, filtered: Output) -> None:
 
 
 def refuse_other_results(output: Output) -> None:
-    """Fail if the directory has results of a run with other settings, or shards without a record."""
-    record = read_json(output.record)
-    if record is None and len(output.missing_shards()) == output.shards:
-        return
-    earlier = record["settings"] if record else {}
-    refuse_other_settings(output.directory, earlier, output.settings)
+    """Fail if the directory has results of a run with other settings."""
+    if record := read_record(output.record):
+        refuse_other_settings(output.directory, record["settings"], output.settings)
+    for path in output.present_shards():
+        if notes := read_notes(path):
+            refuse_other_settings(output.directory, notes.get("settings", {}), output.settings)
+
+
+def delete_damaged(output: Output, threads: int) -> None:
+    """Delete damaged shards, which are then made again."""
+    for path in find_damaged(output.present_shards(), threads):
+        path.unlink()
 
 
 def open_output(output: Output, overwrite: bool) -> None:
     """Create the directory and the record of an output; `overwrite` first deletes what earlier runs made."""
-    directory = output.directory / output.settings["config"]
     if overwrite:
         output.record.unlink(missing_ok=True)
-        for path in directory.glob(f"{output.settings['split']}-*.parquet"):
+        for path in output.present_shards():
             path.unlink()
-    directory.mkdir(parents=True, exist_ok=True)
-    if not output.record.exists():
+    output.shard_path(0).parent.mkdir(parents=True, exist_ok=True)
+    if output.missing_shards() or read_record(output.record) is None:
         record = {"stage": "filtering", "status": "running", "settings": output.settings}
-        write_json(output.record, record)
+        write_record(output.record, record)
 
 
 def lock_output(output: Output) -> contextlib.AbstractContextManager:
@@ -2386,13 +2613,16 @@ def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: co
     pushed = [output for output in made if output.repository and args.push_to_hub is not False]
     if is_main:
         for output in pushed:
-            output.repository = prepare_repository(output.repository, "dataset", args.hub_private_repo, args.dry_run)
+            private = args.hub_private_repo
+            prepared = prepare_repository(output.repository, "dataset", private, args.dry_run)
+            output.repository, output.visibility = prepared
     if is_main:
         for output in made:
             list_ours = functools.partial(list_split, config=output.settings["config"], split=output.settings["split"])
             check_cards(output.directory, output.repository if output in pushed else None, "dataset", list_ours)
     if is_main and not args.dry_run:
         for output in made:
+            delete_damaged(output, args.preprocessing_num_workers)
             open_output(output, args.overwrite_output_dir)
     return pushed
 
@@ -2430,7 +2660,7 @@ def print_filtering_plan(
     print(f"keeps: {percent(len(notes['kept']), sample_rows):.0f} % of the first {sample_rows} clips")
     print(*lines, sep="\n")
     for output in pushed:
-        print(f"pushes: {output.repository}{' (private)' if args.hub_private_repo else ''}")
+        print(f"pushes: {output.repository} ({output.visibility})")
     if not pushed:
         print("pushes: nothing")
     print(f"time: about {seconds / workers / 60:.1f} min on {workers} cores")
@@ -2443,9 +2673,10 @@ def write_results(job: Job, run: dict) -> dict:
         if output.kind == "packed":
             report = report | {"windows": summarize_windows(output)}
             logger.info(describe_windows(report["windows"], output.settings))
-        if read_json(output.record)["status"] == "running":
+        record = read_record(output.record) or {"status": "running"}
+        if record["status"] == "running":
             record = run | {"settings": output.settings, "report": report}
-            write_json(output.record, record)
+            write_record(output.record, record)
         figure = draw_report(report, output.settings)
         write_atomically(output.record.with_suffix(".png"), figure)
         write_card(output.directory, functools.partial(filtering_card, output))
@@ -2477,7 +2708,7 @@ def filtering_card(output: Output, card: RepoCard | None) -> str:
     list_split(card, settings["config"], settings["split"])
     fill_metadata(card, language=[settings["language"]], task_categories=["automatic-speech-recognition"])
     title = f"{settings['config']}, {settings['split']}"
-    description = describe_filter(output, read_json(output.record)["report"])
+    description = describe_filter(output, read_record(output.record)["report"])
     set_section(card, title, f"## {title}\n\n{description}")
     return str(card)
 
@@ -2545,7 +2776,7 @@ def main(argv: list[str] | None = None) -> int:
         run = {
             "stage": "filtering",
             "status": "complete",
-            "arguments": vars(args),
+            "arguments": shown_arguments(args),
             "seconds": round(seconds, 1),
             "clips_per_second": round(share_done * job.rows / seconds, 1),
             "versions": library_versions(*LIBRARIES),

@@ -51,7 +51,7 @@ import time
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from multiprocessing import resource_tracker
@@ -276,7 +276,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--hub_model_id",
         help="repository to push to; unset = the one --output_dir is a clone of, else the org/name its path ends with",
     )
-    add("--hub_private_repo", **switch, help="make a missing repository private")
+    private = switch | {"default": True}
+    add("--hub_private_repo", **private, help="make a new repository private; an existing one stays as it is")
     add("--dry_run", **switch, help="print what a run would read, write and push, and what is done; change nothing")
     args = parser.parse_args(argv)
     args.output_dir = Path(args.output_dir).expanduser()
@@ -296,9 +297,14 @@ CONTINUE = "Run the same command again to continue."
 logger = logging.getLogger(__name__)
 
 
+def without_password(text: str) -> str:
+    """The text without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+    raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 
 def boolean(value: str) -> bool:
@@ -324,6 +330,14 @@ def set_up_process(is_main_process: bool = True) -> None:
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 @contextlib.contextmanager
@@ -362,10 +376,13 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -388,9 +405,41 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def record_checksum(record: dict) -> str:
+    """SHA-256 of a record's content as JSON."""
+    return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, with a checksum by which `read_record` notices damage."""
+    write_json(path, record | {"checksum": record_checksum(record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None where there is nothing or, with a warning, where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = record.pop("checksum", None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # it may be whole
+        fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+    except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
+        record, checksum = {}, ""
+    if not record or (checksum is not None and checksum != record_checksum(record)):
+        logger.warning("%s is damaged: it does not count", path)
+        return None
+    return record
+
+
+def shown_arguments(args: argparse.Namespace) -> dict:
+    """The arguments for a record, which others may read: paths and URLs as `shown_name` shows them."""
+    shown = {}
+    for name, value in vars(args).items():
+        shown[name] = value
+        if isinstance(value, str | Path):  # datasets may be joined by +
+            shown[name] = "+".join(map(shown_name, str(value).split("+")))
+    return shown
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -436,27 +485,38 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
-    """Create a repository if it is missing, check the right to write to it, and return its full id.
+def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
+    """Create a repository if it is missing, and check the right to write to it.
 
-    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    A dry run creates nothing: it checks the repository, or else whether this token could create it. Audio goes into a
+    public repository only with --hub_private_repo False.
+
+    Returns:
+        its full id, and whether it is "private" or "public".
     """
     api = HfApi()
+    visibilities = {True: "private", False: "public"}
     try:
-        if not dry_run:
-            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
-            return url.repo_id
-        account = api.whoami()
-        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-        if api.repo_exists(repo_id, repo_type=repo_type):
-            api.auth_check(repo_id, repo_type=repo_type, write=True)
-        elif repo_id.split("/")[0] not in owners:
-            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
-        return repo_id
+        if dry_run:
+            account = api.whoami()
+            repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+            if not api.repo_exists(repo_id, repo_type=repo_type):
+                if repo_id.split("/")[0] not in owners:
+                    fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+                return repo_id, visibilities[private]
+        else:
+            repo_id = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_private = api.repo_info(repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         hub_fail(f"preparing the {repo_type} repository {repository}", error)
+    if repo_type == "dataset" and private and not is_private:
+        fail(
+            f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "
+            "another, or pass --hub_private_repo False"
+        )
+    return repo_id, visibilities[is_private]
 
 
 def push_again(push: Callable[[], object]) -> None:
@@ -542,6 +602,58 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     push_again(push)
 
 
+# ---- common: shards --------------------------------------------------------------------------------------------------
+
+FOOTER_MARK = b"kotoba-1"  # lies before the footer of a shard, followed by the SHA-256 of the footer
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading a parquet file comes from its content, and not from the operating system."""
+    return getattr(error, "errno", None) is None
+
+
+def read_footer(path: Path) -> pq.FileMetaData | None:
+    """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
+    try:
+        metadata = pq.read_metadata(path)
+        size = metadata.serialized_size + 8  # with its length and the end mark
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size - 40))
+            end = file.read()
+        mark, expected, footer = end[:8], end[8:-size], end[-size:]
+        is_other = mark == FOOTER_MARK and expected != hashlib.sha256(footer).digest()
+        return None if is_other else metadata
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return None
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a parquet file can be read and has the checksums that its pages were written with."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for number in range(file.num_row_groups):
+                file.read_row_group(number)
+        return True
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return False
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def find_damaged(paths: Sequence[Path], threads: int) -> list[Path]:
+    """The parquet files that are not whole, each told in one line. All are read to the end."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        checked = zip(paths, pool.map(is_whole, paths), strict=True)
+        damaged = [path for path, whole in checked if not whole]
+    for path in damaged:
+        logger.warning("%s is damaged", path)
+    return damaged
+
+
 # ---- common: models --------------------------------------------------------------------------------------------------
 
 ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
@@ -567,11 +679,36 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
         return kind.from_pretrained(str(local_directory(reference) or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
+        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_damaged_model(directory: Path) -> None:
+    """Fail where a file of a student, before or after training, is not the one that its record tells of."""
+    hashes: dict[str, list[str]] = {}
+    for record_name in ("student.json", "distillation.json"):
+        record = read_record(directory / record_name) or {}
+        for name, hashed in record.get("files", {}).items():
+            hashes.setdefault(name, []).append(hashed)
+    for name, expected in hashes.items():
+        path = directory / name
+        if path.suffix in (".safetensors", ".json", ".txt") and path.exists() and file_hash(path) not in expected:
+            fail(
+                f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
+                "it is, delete student.json or distillation.json beside it"
+            )
 
 
 def load_config(reference: str, **options) -> WhisperConfig:
-    """The configuration of a Whisper; fails for models of other kinds."""
+    """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
+    if directory := local_directory(reference):
+        refuse_damaged_model(directory / options.get("subfolder", ""))
     with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
         if find_adapter_config_file(str(local_directory(reference) or reference), **options):
             fail(
@@ -642,7 +779,7 @@ def load_generation_config(
     source = str(local_directory(reference) or reference)
     try:
         path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
-        stored = read_json(Path(path)) if path else {}
+        stored = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError) as error:  # a damaged file, or a Hub that does not answer
         fail(f"cannot load the generation config of {reference}: {first_line(error)}")
     positions = config.max_target_positions
@@ -769,7 +906,7 @@ def start_tracker(accelerator: Accelerator, args: argparse.Namespace, run_name: 
         if args.report_to == "wandb":
             options["wandb"] = {"dir": args.output_dir, "name": run_name, "mode": wandb_mode(args.output_dir)}
         values = {}
-        for name, value in vars(args).items():
+        for name, value in shown_arguments(args).items():
             values[name] = value if isinstance(value, int | float) else str(value)
         accelerator.init_trackers(args.wandb_project, values, options)
         if not accelerator.trackers:
@@ -805,6 +942,12 @@ def track(accelerator: Accelerator, values: dict[str, float], step: int | None =
 
 # ---- common: finding datasets ----------------------------------------------------------------------------------------
 
+WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's directory
+    "loading": "reazonspeech_manual_dataloader.py",
+    "labelling": "run_pseudo_labelling.py",
+    "filtering": "run_data_filtering.py",
+}
+
 
 def split_names(split: str) -> list[str]:
     """The splits of a dataset that an expression such as `train[:1000]+test` names."""
@@ -836,11 +979,31 @@ def find_files(
         if name not in files_by_split:
             fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(files_by_split)}")
         found[name] = files_by_split[name]
-        refuse_missing_shards(reference, name, found[name])
+        refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found
 
 
-def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
+def refuse_unfinished(reference: str, config: str, split: str, files: list[str]) -> None:
+    """Fail where the stage before has not finished a split, where shards are missing, or where one is damaged.
+
+    The record and the footers are read in local directories only: the Hub checks what it stores, and a split is pushed
+    when it is complete.
+    """
+    directory = local_directory(reference)
+    writer = "the command that writes it"
+    for stage, script in WRITERS.items() if directory else ():
+        record = directory / f"{stage}.{config}.{split}.json"
+        if record.exists():
+            writer = f"{script} with the same flags"
+            if (read_record(record) or {}).get("status") != "complete":
+                fail(f"{reference} is not finished, says {record.name}: run {writer} again")
+    for file in files if directory else ():
+        if file.endswith(".parquet") and read_footer(Path(file)) is None:
+            fail(f"{file} is damaged: run {writer} again")
+    refuse_missing_shards(reference, split, files, writer)
+
+
+def refuse_missing_shards(reference: str, split: str, files: list[str], writer: str) -> None:
     """Fail where shards of one of our stages are missing; warn where the names of other people's files say so."""
     numbers = defaultdict(set)  # by export: several may make up a split
     for file in files:
@@ -852,7 +1015,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
         problem = f"{reference} has {len(there)} of {total} shards of {split}"
         with fsspec.open(f"{export}-{min(there):05d}-of-{total:05d}.parquet") as file:
             if b"kotoba" in (pq.read_metadata(file).metadata or {}):
-                fail(f"{problem}: finish the stage that writes it")
+                lost = min(set(range(total)) - there)
+                fail(f"{problem}, -{lost:05d}-of-{total:05d} is missing: run {writer} again")
         logger.warning("%s by their names: is it complete?", problem)
 
 
@@ -1022,7 +1186,14 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         return load_folder(files, place, **options)
     # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
     # configuration holds all splits.
-    return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    if kind == "parquet":
+        options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    try:
+        return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    except datasets.exceptions.DatasetGenerationError:
+        if is_local and kind == "parquet" and (damaged := find_damaged(list(map(Path, files)), threads=1)):
+            fail(f"{damaged[0]} is damaged: run the command that wrote it again")
+        raise
 
 
 def load_folder(
@@ -1376,6 +1547,21 @@ def pad_window(features: torch.Tensor) -> torch.Tensor:
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
 
 
+def remove_bracketed(text: str) -> str:
+    """The text without what is in brackets, as Whisper's normalisers begin.
+
+    From each bracket that nothing closes, theirs search to the end of the text, which takes hours for some texts. Here
+    such a bracket becomes another mark, which they treat alike. Long gaps, another such case, are shortened.
+    """
+    for opening, closing, pattern in (("<[", ">]", r"[<\[][^>\]]*[>\]]"), ("(", ")", r"\([^)]+\)")):
+        end = max(text.rfind(mark) for mark in closing) + 1
+        rest = text[end:]
+        for mark in opening:
+            rest = rest.replace(mark, "|")
+        text = re.sub(pattern, "", text[:end]) + rest
+    return re.sub(r"\s{100,}", " " * 100, text)
+
+
 def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
     """The rule by which two texts are compared for WER and CER, the same in filter, training and evaluation.
 
@@ -1385,7 +1571,9 @@ def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable
     whisper_rule = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
 
     def normalise(text: str) -> str:
-        words = whisper_rule(text).split()
+        if language == "en":
+            text = re.sub(r"\d{1000,}", " ", text)  # which its normaliser fails to read as a number
+        words = whisper_rule(remove_bracketed(text)).split()
         return ("" if language in UNSPACED else " ").join(words)
 
     return normalise
@@ -1987,13 +2175,43 @@ def read_outputs(cache: Path, index: int) -> dict[str, Tensor]:
         return {name: file.get_tensor(f"{name}.{place}") for name in ("states", "teacher_hidden")}
 
 
-def find_missing_blocks(rows: Rows, cache: Path, models: Models) -> list[int]:
-    """The blocks that no earlier run has written. Fails where the disk has no room for them."""
-    cache.mkdir(parents=True, exist_ok=True)
-    written = {int(path.stem) for path in cache.glob("*/*.safetensors")}
+def block_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the tensors of a block with their names and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def is_whole_block(path: Path) -> bool:
+    """Whether a block of the cache has the tensors that were written."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return (file.metadata() or {}).get("sha256") == block_digest(tensors)
+    except SafetensorError:
+        return False
+
+
+def find_missing_blocks(rows: Rows, cache: Path, accelerator: Accelerator) -> list[int]:
+    """The blocks that no earlier run has written, or that are damaged. Each process looks for its share of them."""
     num_blocks = math.ceil(len(rows) / CACHE_BLOCK)
-    missing = [block for block in range(num_blocks) if block not in written]
-    num_rows = min(len(rows), len(missing) * CACHE_BLOCK)
+    own = list(range(accelerator.process_index, num_blocks, accelerator.num_processes))
+    missing = []
+    for block in show_progress("checking the cache", accelerator, own, leave=False):
+        path = block_path(cache, block)
+        if not path.exists():
+            missing.append(block)
+        elif not is_whole_block(path):
+            logger.warning("%s is damaged and is made again", path)
+            missing.append(block)
+    return sorted(gather_object(missing))
+
+
+def refuse_small_disk(rows: Rows, num_blocks: int, cache: Path, models: Models) -> None:
+    """Fail where the disk has no room for so many blocks."""
+    num_rows = min(len(rows), num_blocks * CACHE_BLOCK)
     config = models.teacher.config
     values = config.max_source_positions * models.student.config.d_model  # of a row
     values += rows.token_counts.mean() * config.d_model
@@ -2002,7 +2220,6 @@ def find_missing_blocks(rows: Rows, cache: Path, models: Models) -> list[int]:
     logger.info("encoder cache of %s: %.2f GB to write, %.2f GB free in %s", rows.name, needed, free, cache.parent)
     if needed > free:
         fail(f"--cache_encoder_outputs needs {needed:.2f} GB for {rows.name}; {cache.parent} has {free:.2f} free")
-    return missing
 
 
 def encode_block(batch: dict, models: Models, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -2031,14 +2248,19 @@ def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argpa
     key = json.dumps([encoder_digest, models.digests["teacher"], rows.digest, args.dtype])
     name = hashlib.sha256(key.encode()).hexdigest()
     cache = directory / name[:16]
+    if accelerator.is_main_process:
+        cache.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    if not cache.is_dir():
+        fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
     lock = contextlib.nullcontext()
     if accelerator.is_main_process:
         lock = hold_lock(cache / ".lock", str(cache), "*/.*.partial", wait=True)
     with lock:
-        missing = find_missing_blocks(rows, cache, models) if accelerator.is_main_process else []
-        missing = broadcast_object_list([missing])[0]
-        if not cache.is_dir():
-            fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
+        accelerator.wait_for_everyone()  # until the main process has the lock
+        missing = find_missing_blocks(rows, cache, accelerator)
+        if accelerator.is_main_process:
+            refuse_small_disk(rows, len(missing), cache, models)
         blocks = missing[accelerator.process_index :: accelerator.num_processes]
         all_rows = range(len(rows))
         indices = [all_rows[block * CACHE_BLOCK :][:CACHE_BLOCK] for block in blocks]
@@ -2047,7 +2269,7 @@ def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argpa
             tensors = encode_block(next(batches), models, accelerator)
             path = block_path(cache, block)
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, safetensors.torch.save(tensors))
+            write_atomically(path, safetensors.torch.save(tensors, {"sha256": block_digest(tensors)}))
         accelerator.wait_for_everyone()
     return cache
 
@@ -2160,19 +2382,15 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_checkpoint(directory: Path) -> dict | None:
     """The manifest of a checkpoint; None, with a warning, where anything of the checkpoint is missing or damaged.
 
     What cannot be read just now, because of a permission or the disk, may be whole: that ends the run by an OSError.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_record(directory / MANIFEST)
+        if manifest is None:
+            raise ValueError(f"{MANIFEST} is missing or damaged")
         for name, expected in manifest["files"].items():
             if file_hash(directory / name) != expected:
                 raise ValueError(f"{name} is damaged")
@@ -2188,7 +2406,9 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
     wish = args.resume_from_checkpoint
     if wish.lower() not in ("auto", "true", "false", "none"):
         return start_from_named(Path(wish), settings, args)
-    record = read_json(output_dir / RECORD)
+    record = read_record(output_dir / RECORD)
+    if record is None and (output_dir / RECORD).exists():
+        record = record_of_checkpoints(output_dir)
     if record is None or wish.lower() in ("false", "none"):
         return Start(to_remove=results_to_remove(args))
     if not args.overwrite_output_dir:
@@ -2197,9 +2417,9 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
         return Start(to_remove=results_to_remove(args))
 
     is_complete = record["status"] == "complete" and (output_dir / "model.safetensors").exists()
-    if is_complete and record["steps"] >= total_steps:
+    damaged = damaged_results(output_dir, record) if is_complete else []
+    if is_complete and not damaged and record["steps"] >= total_steps:
         return Start(finished=True)
-    damaged = []
     for _, directory in reversed(list_checkpoints(output_dir)):
         manifest = read_checkpoint(directory)
         if manifest is None:
@@ -2212,6 +2432,25 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
     if is_complete:  # with fewer steps, and no checkpoint to go on from
         return Start(to_remove=results_to_remove(args))
     return Start()
+
+
+def record_of_checkpoints(output_dir: Path) -> dict | None:
+    """What takes the place of a damaged record: the settings of the newest whole checkpoint; None where none is."""
+    for _, directory in reversed(list_checkpoints(output_dir)):
+        if manifest := read_checkpoint(directory):
+            return {"status": "running", "settings": manifest["settings"]}
+    return None
+
+
+def damaged_results(output_dir: Path, record: dict) -> list[str]:
+    """The files of a finished training that are not as they were written. They can be made from its last checkpoint."""
+    damaged = []
+    for name, expected in record.get("files", {}).items():
+        path = output_dir / name
+        if not path.exists() or file_hash(path) != expected:
+            logger.warning("%s is damaged, and is made again from the last checkpoint", path)
+            damaged.append(name)
+    return damaged
 
 
 def start_from_named(checkpoint: Path, settings: dict, args: argparse.Namespace) -> Start:
@@ -2525,7 +2764,7 @@ def save_checkpoint(training: Training, plan: Plan, args: argparse.Namespace) ->
                 finish_file(path)
                 hashes[str(path.relative_to(partial))] = file_hash(path)
         manifest = {"state": asdict(state), "settings": training.record["settings"], "files": hashes}
-        write_json(partial / MANIFEST, manifest)
+        write_record(partial / MANIFEST, manifest)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
         best_step = state.best["step"] if state.best else None
@@ -2544,12 +2783,18 @@ def rotate_checkpoints(directory: Path, step: int, limit: int | None, best_step:
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
-    """The entries of metrics.jsonl up to a step. A last line that a kill has cut short is left out."""
+    """The entries of metrics.jsonl up to a step. Damaged lines, and a last one that a kill has cut, are left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    entries = [json.loads(line) for line in lines if line.endswith("}\n")]
-    return [entry for entry in entries if entry["step"] <= last_step]
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            if entry["step"] <= last_step:
+                entries.append(entry)
+        except (ValueError, LookupError, TypeError):
+            logger.warning("line %d of %s is damaged and is left out", number, path)
+    return entries
 
 
 def write_model(training: Training, models: Models, record: dict, args: argparse.Namespace) -> None:
@@ -2569,11 +2814,15 @@ def write_model(training: Training, models: Models, record: dict, args: argparse
             path = Path(__file__).resolve().with_name(script)
             if path.exists() and not (output_dir / script).exists():
                 shutil.copy(path, partial)
+        hashes = {"metrics.jsonl": file_hash(output_dir / "metrics.jsonl")}
         for path in partial.iterdir():
             finish_file(path)
+            if path.suffix not in (".md", ".py"):
+                hashes[path.name] = file_hash(path)
             os.replace(path, output_dir / path.name)
         partial.rmdir()
-        write_json(output_dir / RECORD, record)  # last: its "complete" means that all is there
+        # Last: its "complete" means that all is there.
+        write_record(output_dir / RECORD, record | {"files": hashes})
     training.accelerator.wait_for_everyone()
 
 
@@ -2619,12 +2868,6 @@ def card_table(columns: list[str], rows: Iterable[Sequence]) -> str:
     """A Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def shown_name(reference: str) -> str:
-    """A repository reference for the card, which shows no local paths."""
-    directory = local_directory(reference)
-    return directory.resolve().name if directory else reference
 
 
 def distillation_card(record: dict, entries: list[dict], args: argparse.Namespace, card: RepoCard | None) -> str:
@@ -2716,7 +2959,7 @@ def push_model(repo_id: str, message: str, args: argparse.Namespace) -> None:
         commit_message=message,
     )
     push_again(upload)
-    record = read_json(output_dir / RECORD)
+    record = read_record(output_dir / RECORD)
     update = functools.partial(distillation_card, record, read_metrics(output_dir / "metrics.jsonl"), args)
     local_card = read_card(output_dir / "README.md")
     push_card(repo_id, "model", lambda card: update(card or local_card), message)
@@ -2748,7 +2991,7 @@ def push_result(repo_id: str, args: argparse.Namespace) -> None:
         push_model(repo_id, "Distilled model", args)
     except HUB_ERRORS as error:
         fail(f"the push to {repo_id} failed: {first_line(error)}. All is in {args.output_dir}. {CONTINUE}")
-    logger.info("pushed to %s/%s", constants.ENDPOINT, repo_id)
+    logger.info("pushed to %s/%s", without_password(constants.ENDPOINT), repo_id)
 
 
 def finish_training(training: Training, models: Models, data: Data, began: float, args: argparse.Namespace) -> None:
@@ -2775,9 +3018,7 @@ def print_inputs(data: Data) -> None:
             print(f"input: {rows.name}, {counts}, {sum(rows.left_out.values())} rows left out")
 
 
-def print_training_plan(
-    start: Start, models: Models, data: Data, repo_id: str | None, args: argparse.Namespace
-) -> None:
+def print_training_plan(start: Start, models: Models, data: Data, pushes: str, args: argparse.Namespace) -> None:
     """Print what a run would read, do, write and push."""
     print_inputs(data)
     print(f"work: {data.total_steps} steps of {data.plan.batch_size} rows, {data.plan.steps_per_epoch} an epoch")
@@ -2791,7 +3032,7 @@ def print_training_plan(
     kept = min(saved, args.save_total_limit or saved)
     checkpoints = f"{kept} checkpoints of {3 * trained_size:.2f} GB each"  # weights, and AdamW's two averages
     print(f"writes: {args.output_dir}, the model of {size:.2f} GB, {checkpoints}")
-    print(f"pushes: {f'{repo_id}, {size:.2f} GB at every save' if repo_id else 'nothing'}")
+    print(f"pushes: {f'{pushes}, {size:.2f} GB at every save' if pushes else 'nothing'}")
     inputs = data.train[0].first_inputs
     started = time.perf_counter()
     for value in inputs:
@@ -2874,18 +3115,18 @@ def start_training(
         "status": "running",
         "settings": settings,
         "rows": sum(data.plan.sizes),
-        "rows_left_out": {rows.name: rows.left_out for rows in data.train},
+        "rows_left_out": {shown_name(rows.name): rows.left_out for rows in data.train},
         "hours": round(sum(rows.hours for rows in data.train), 2),
         "steps": start.state.step,
         "steps_per_epoch": data.plan.steps_per_epoch,
         "layers": {"encoder": config.encoder_layers, "decoder": config.decoder_layers},
         "processes": accelerator.num_processes,
-        "arguments": vars(args),
+        "arguments": shown_arguments(args),
         "versions": library_versions("torch", "transformers", "datasets", "accelerate"),
     }
     if accelerator.is_main_process:
         clean_output(start, args.output_dir)
-        write_json(args.output_dir / RECORD, record)
+        write_record(args.output_dir / RECORD, record)
     accelerator.wait_for_everyone()
     if not (args.output_dir / RECORD).exists():
         fail(f"--output_dir {args.output_dir} must be on a file system that all machines see")
@@ -2960,10 +3201,11 @@ def main(argv: list[str] | None = None) -> int:
             lock = args.output_dir / ".training.lock"
             locks.enter_context(hold_lock(lock, str(args.output_dir), ".*.partial"))
         accelerator.wait_for_everyone()
-        repo_id = None
+        repo_id = visibility = None
         if args.push_to_hub and args.do_train and accelerator.is_main_process:
             repository = args.hub_model_id or home_repository(args.output_dir)
-            repo_id = prepare_repository(repository, "model", args.hub_private_repo, args.dry_run)
+            private = args.hub_private_repo
+            repo_id, visibility = prepare_repository(repository, "model", private, args.dry_run)
         if accelerator.is_main_process:
             check_cards(args.output_dir, repo_id, "model")
 
@@ -2982,7 +3224,8 @@ def main(argv: list[str] | None = None) -> int:
         start = find_start(settings, data.total_steps, args) if accelerator.is_main_process else None
         if args.dry_run:
             if start:
-                print_training_plan(start, models, data, repo_id, args)
+                pushes = f"{repo_id} ({visibility})" if repo_id else ""
+                print_training_plan(start, models, data, pushes, args)
             return 0
         start = broadcast_object_list([start])[0]
 

@@ -55,6 +55,7 @@ import librosa
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import soundfile
 import torch
@@ -193,9 +194,14 @@ CONTINUE = "Run the same command again to continue."
 logger = logging.getLogger(__name__)
 
 
+def without_password(text: str) -> str:
+    """The text without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+    raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 
 def boolean(value: str) -> bool:
@@ -221,6 +227,14 @@ def set_up_process(is_main_process: bool = True) -> None:
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 @contextlib.contextmanager
@@ -259,10 +273,13 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -285,9 +302,41 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def record_checksum(record: dict) -> str:
+    """SHA-256 of a record's content as JSON."""
+    return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, with a checksum by which `read_record` notices damage."""
+    write_json(path, record | {"checksum": record_checksum(record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None where there is nothing or, with a warning, where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = record.pop("checksum", None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # it may be whole
+        fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+    except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
+        record, checksum = {}, ""
+    if not record or (checksum is not None and checksum != record_checksum(record)):
+        logger.warning("%s is damaged: it does not count", path)
+        return None
+    return record
+
+
+def shown_arguments(args: argparse.Namespace) -> dict:
+    """The arguments for a record, which others may read: paths and URLs as `shown_name` shows them."""
+    shown = {}
+    for name, value in vars(args).items():
+        shown[name] = value
+        if isinstance(value, str | Path):  # datasets may be joined by +
+            shown[name] = "+".join(map(shown_name, str(value).split("+")))
+    return shown
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -333,27 +382,38 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
-    """Create a repository if it is missing, check the right to write to it, and return its full id.
+def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
+    """Create a repository if it is missing, and check the right to write to it.
 
-    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    A dry run creates nothing: it checks the repository, or else whether this token could create it. Audio goes into a
+    public repository only with --hub_private_repo False.
+
+    Returns:
+        its full id, and whether it is "private" or "public".
     """
     api = HfApi()
+    visibilities = {True: "private", False: "public"}
     try:
-        if not dry_run:
-            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
-            return url.repo_id
-        account = api.whoami()
-        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-        if api.repo_exists(repo_id, repo_type=repo_type):
-            api.auth_check(repo_id, repo_type=repo_type, write=True)
-        elif repo_id.split("/")[0] not in owners:
-            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
-        return repo_id
+        if dry_run:
+            account = api.whoami()
+            repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+            if not api.repo_exists(repo_id, repo_type=repo_type):
+                if repo_id.split("/")[0] not in owners:
+                    fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+                return repo_id, visibilities[private]
+        else:
+            repo_id = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_private = api.repo_info(repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         hub_fail(f"preparing the {repo_type} repository {repository}", error)
+    if repo_type == "dataset" and private and not is_private:
+        fail(
+            f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "
+            "another, or pass --hub_private_repo False"
+        )
+    return repo_id, visibilities[is_private]
 
 
 def push_again(push: Callable[[], object]) -> None:
@@ -439,28 +499,89 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     push_again(push)
 
 
+# ---- common: shards --------------------------------------------------------------------------------------------------
+
+FOOTER_MARK = b"kotoba-1"  # lies before the footer of a shard, followed by the SHA-256 of the footer
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading a parquet file comes from its content, and not from the operating system."""
+    return getattr(error, "errno", None) is None
+
+
+def read_footer(path: Path) -> pq.FileMetaData | None:
+    """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
+    try:
+        metadata = pq.read_metadata(path)
+        size = metadata.serialized_size + 8  # with its length and the end mark
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size - 40))
+            end = file.read()
+        mark, expected, footer = end[:8], end[8:-size], end[-size:]
+        is_other = mark == FOOTER_MARK and expected != hashlib.sha256(footer).digest()
+        return None if is_other else metadata
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return None
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a parquet file can be read and has the checksums that its pages were written with."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for number in range(file.num_row_groups):
+                file.read_row_group(number)
+        return True
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return False
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def find_damaged(paths: Sequence[Path], threads: int) -> list[Path]:
+    """The parquet files that are not whole, each told in one line. All are read to the end."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        checked = zip(paths, pool.map(is_whole, paths), strict=True)
+        damaged = [path for path, whole in checked if not whole]
+    for path in damaged:
+        logger.warning("%s is damaged", path)
+    return damaged
+
+
 # ---- common: dataset repositories ------------------------------------------------------------------------------------
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, notes: dict) -> None:
     """Write a shard that appears under its name only when it is complete and on the disk.
 
-    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made.
+    `read_notes` gives the notes back. They are written last, so they may be filled while the tables are made. Pages
+    have checksums, and the footer has its SHA-256 before it, where readers of parquet do not look.
     """
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
-        for table in tables:
-            if table.num_rows:  # `datasets` cannot read a row group without rows
-                writer.write_table(table, row_group_size=100)
-        writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+    options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with atomic_file(path) as file:
+        with pq.ParquetWriter(file, schema, **options) as writer:
+            for table in tables:
+                if table.num_rows:  # `datasets` cannot read a row group without rows
+                    writer.write_table(table, row_group_size=100)
+            writer.add_key_value_metadata({"kotoba": json.dumps(notes, ensure_ascii=False)})
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        start = file.seek(-8 - length, os.SEEK_END)
+        footer = file.read()
+        file.seek(start)
+        file.write(FOOTER_MARK + hashlib.sha256(footer).digest() + footer)
 
 
 def read_notes(path: Path) -> dict | None:
     """What `write_parquet` noted in a shard; None where the shard is missing or damaged."""
     try:
-        metadata = pq.read_metadata(path).metadata or {}
-    except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid):
+        footer = read_footer(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return json.loads(metadata.get(b"kotoba", "{}"))
+    return footer and json.loads((footer.metadata or {}).get(b"kotoba", "{}"))
 
 
 def list_split(card: RepoCard, config: str, split: str) -> None:
@@ -514,7 +635,7 @@ def push_dataset(
         push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
-    logger.info("pushed to %s/datasets/%s", api.endpoint, repository)
+    logger.info("pushed to %s/datasets/%s", without_password(api.endpoint), repository)
 
 
 # ---- common: models --------------------------------------------------------------------------------------------------
@@ -542,11 +663,36 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
         return kind.from_pretrained(str(local_directory(reference) or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
+        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_damaged_model(directory: Path) -> None:
+    """Fail where a file of a student, before or after training, is not the one that its record tells of."""
+    hashes: dict[str, list[str]] = {}
+    for record_name in ("student.json", "distillation.json"):
+        record = read_record(directory / record_name) or {}
+        for name, hashed in record.get("files", {}).items():
+            hashes.setdefault(name, []).append(hashed)
+    for name, expected in hashes.items():
+        path = directory / name
+        if path.suffix in (".safetensors", ".json", ".txt") and path.exists() and file_hash(path) not in expected:
+            fail(
+                f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
+                "it is, delete student.json or distillation.json beside it"
+            )
 
 
 def load_config(reference: str, **options) -> WhisperConfig:
-    """The configuration of a Whisper; fails for models of other kinds."""
+    """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
+    if directory := local_directory(reference):
+        refuse_damaged_model(directory / options.get("subfolder", ""))
     with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
         if find_adapter_config_file(str(local_directory(reference) or reference), **options):
             fail(
@@ -617,7 +763,7 @@ def load_generation_config(
     source = str(local_directory(reference) or reference)
     try:
         path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
-        stored = read_json(Path(path)) if path else {}
+        stored = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError) as error:  # a damaged file, or a Hub that does not answer
         fail(f"cannot load the generation config of {reference}: {first_line(error)}")
     positions = config.max_target_positions
@@ -744,7 +890,7 @@ def start_tracker(accelerator: Accelerator, args: argparse.Namespace, run_name: 
         if args.report_to == "wandb":
             options["wandb"] = {"dir": args.output_dir, "name": run_name, "mode": wandb_mode(args.output_dir)}
         values = {}
-        for name, value in vars(args).items():
+        for name, value in shown_arguments(args).items():
             values[name] = value if isinstance(value, int | float) else str(value)
         accelerator.init_trackers(args.wandb_project, values, options)
         if not accelerator.trackers:
@@ -780,6 +926,12 @@ def track(accelerator: Accelerator, values: dict[str, float], step: int | None =
 
 # ---- common: finding datasets ----------------------------------------------------------------------------------------
 
+WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's directory
+    "loading": "reazonspeech_manual_dataloader.py",
+    "labelling": "run_pseudo_labelling.py",
+    "filtering": "run_data_filtering.py",
+}
+
 
 def split_names(split: str) -> list[str]:
     """The splits of a dataset that an expression such as `train[:1000]+test` names."""
@@ -811,11 +963,31 @@ def find_files(
         if name not in files_by_split:
             fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(files_by_split)}")
         found[name] = files_by_split[name]
-        refuse_missing_shards(reference, name, found[name])
+        refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found
 
 
-def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
+def refuse_unfinished(reference: str, config: str, split: str, files: list[str]) -> None:
+    """Fail where the stage before has not finished a split, where shards are missing, or where one is damaged.
+
+    The record and the footers are read in local directories only: the Hub checks what it stores, and a split is pushed
+    when it is complete.
+    """
+    directory = local_directory(reference)
+    writer = "the command that writes it"
+    for stage, script in WRITERS.items() if directory else ():
+        record = directory / f"{stage}.{config}.{split}.json"
+        if record.exists():
+            writer = f"{script} with the same flags"
+            if (read_record(record) or {}).get("status") != "complete":
+                fail(f"{reference} is not finished, says {record.name}: run {writer} again")
+    for file in files if directory else ():
+        if file.endswith(".parquet") and read_footer(Path(file)) is None:
+            fail(f"{file} is damaged: run {writer} again")
+    refuse_missing_shards(reference, split, files, writer)
+
+
+def refuse_missing_shards(reference: str, split: str, files: list[str], writer: str) -> None:
     """Fail where shards of one of our stages are missing; warn where the names of other people's files say so."""
     numbers = defaultdict(set)  # by export: several may make up a split
     for file in files:
@@ -827,7 +999,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
         problem = f"{reference} has {len(there)} of {total} shards of {split}"
         with fsspec.open(f"{export}-{min(there):05d}-of-{total:05d}.parquet") as file:
             if b"kotoba" in (pq.read_metadata(file).metadata or {}):
-                fail(f"{problem}: finish the stage that writes it")
+                lost = min(set(range(total)) - there)
+                fail(f"{problem}, -{lost:05d}-of-{total:05d} is missing: run {writer} again")
         logger.warning("%s by their names: is it complete?", problem)
 
 
@@ -997,7 +1170,14 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         return load_folder(files, place, **options)
     # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
     # configuration holds all splits.
-    return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    if kind == "parquet":
+        options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    try:
+        return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    except datasets.exceptions.DatasetGenerationError:
+        if is_local and kind == "parquet" and (damaged := find_damaged(list(map(Path, files)), threads=1)):
+            fail(f"{damaged[0]} is damaged: run the command that wrote it again")
+        raise
 
 
 def load_folder(
@@ -1707,9 +1887,18 @@ def find_pending(args: argparse.Namespace, split: LabelledSplit) -> list[int]:
     """
     for path in present_shards(args):
         notes = read_notes(path)
-        if notes is not None and not args.overwrite_output_dir:
+        if notes is None:
+            logger.info("%s is damaged and is made again", path)
+        elif not args.overwrite_output_dir:
             refuse_other_settings(path, notes.get("settings", {}), split.settings)
     return [shard for shard in range(len(split.shards)) if not finished_notes(split, shard)]
+
+
+def find_damaged_shards(args: argparse.Namespace, split: LabelledSplit, accelerator: Accelerator) -> list[int]:
+    """The shards of this process whose content is damaged. That takes as long as reading all labelled audio."""
+    own = range(accelerator.process_index, len(split.shards), accelerator.num_processes)
+    damaged = find_damaged([split.shards[shard] for shard in own], args.dataloader_num_workers)
+    return [shard for shard in own if split.shards[shard] in damaged]
 
 
 def count_rows(split: LabelledSplit, shards: list[int]) -> int:
@@ -1732,8 +1921,8 @@ def claim_split(
         try:
             for path in set(present_shards(args)) - set(split.shards):
                 path.unlink()
-            if pending or not split.record.exists():
-                write_json(split.record, {"status": "running", "settings": split.settings})
+            if pending or read_record(split.record) is None:
+                write_record(split.record, {"status": "running", "settings": split.settings})
         except OSError as error:
             fail(f"cannot write to --output_dir {args.output_dir}: {first_line(error)}")
         yield
@@ -1995,13 +2184,13 @@ def complete_record(
     last_run: dict,
 ) -> None:
     """Complete the record. A run that found everything done leaves it as it is."""
-    record = read_json(split.record)
+    record = read_record(split.record)
     if record["status"] == "complete":
         return
     record.update(total, status="complete", unusable_rows=len(total["unusable"]), last_run=last_run)
-    record["arguments"] = vars(args)
+    record["arguments"] = shown_arguments(args)
     record["versions"] = library_versions(*LIBRARIES)
-    write_json(split.record, record)
+    write_record(split.record, record)
 
 
 def report_total(split: LabelledSplit, total: dict) -> None:
@@ -2036,19 +2225,19 @@ def labelling_card(
     return str(card)
 
 
-def repository_to_push(args: argparse.Namespace) -> str | None:
-    """The dataset repository to push to, made and proved writable; None where nothing is to be pushed."""
+def repository_to_push(args: argparse.Namespace) -> tuple[str, str] | tuple[None, None]:
+    """The dataset repository to push to, made and proved writable, and who sees it; None where nothing is pushed."""
     if args.push_to_hub and args.hub_model_id is None:
         fail("--push_to_hub needs --hub_model_id, the dataset repository to push to")
     if args.push_to_hub is False or args.hub_model_id is None or local_directory(args.hub_model_id):
-        return None
+        return None, None
     return prepare_repository(args.hub_model_id, "dataset", args.hub_private_repo, args.dry_run)
 
 
 def print_labelling_plan(
     args: argparse.Namespace,
     teacher: Teacher,
-    repository: str | None,
+    pushes: str,
     num_processes: int,
 ) -> None:
     """Say what a run would read, write and push, and how long it would take by its first batch; change nothing."""
@@ -2082,8 +2271,7 @@ def print_labelling_plan(
     print(f"done: {len(split.shards) - len(pending)} of {more}{len(split.shards)} shards")
     print(f"left: {more}{left:,} clips")
     print(f"writes: {args.output_dir}")
-    visibility = "private" if args.hub_private_repo else "public"
-    print(f"pushes: {repository} ({visibility})" if repository else "pushes: nothing")
+    print(f"pushes: {pushes}")
 
     waveforms = [row.clip.waveform for row in first_batch if row.clip.problem is None]
     if not waveforms:
@@ -2118,9 +2306,9 @@ def main(argv: list[str] | None = None) -> int:
     source = Path(args.dataset_name).expanduser()
     if source.is_dir() and source.resolve() == args.output_dir.resolve():
         fail(f"--output_dir {args.output_dir} is the input: choose another directory")
-    repository = None
+    repository = visibility = None
     if is_main:
-        repository = repository_to_push(args)
+        repository, visibility = repository_to_push(args)
         config = args.dataset_config_name or "default"
         list_ours = functools.partial(list_split, config=config, split=split_title(args.dataset_split_name))
         check_cards(args.output_dir, repository, "dataset", list_ours)
@@ -2129,13 +2317,14 @@ def main(argv: list[str] | None = None) -> int:
     teacher = load_teacher(args, accelerator.device)
     if args.dry_run:
         if is_main:
-            print_labelling_plan(args, teacher, repository, accelerator.num_processes)
+            pushes = f"{repository} ({visibility})" if repository else "nothing"
+            print_labelling_plan(args, teacher, pushes, accelerator.num_processes)
         return 0
     dataset, place = open_speech(args)
     split = plan_split(args, teacher, len(dataset), dataset_digest(args, dataset, place))
 
     # 4. Find what is left to do.
-    pending = find_pending(args, split)
+    pending = find_pending(args, split) or find_damaged_shards(args, split, accelerator)
     with claim_split(args, split, pending) if is_main else contextlib.nullcontext():
         accelerator.wait_for_everyone()  # until the lock is held
 
@@ -2150,7 +2339,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_main:
             # 6. Write record and card.
             total = add_up(split)
-            update_card = functools.partial(labelling_card, args.model_name_or_path, split, total)
+            update_card = functools.partial(labelling_card, shown_name(args.model_name_or_path), split, total)
             write_card(args.output_dir, update_card)
             seconds = time.monotonic() - progress.started
             clips = count_rows(split, pending)

@@ -71,6 +71,7 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import soundfile
 import torch
@@ -214,9 +215,14 @@ CONTINUE = "Run the same command again to continue."
 logger = logging.getLogger(__name__)
 
 
+def without_password(text: str) -> str:
+    """The text without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 def fail(message: str) -> NoReturn:
     """End the script with one line for the user: what was wrong, with which value, what to do."""
-    raise SystemExit(f"{Path(__file__).name}: error: {message}")
+    raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 
 def boolean(value: str) -> bool:
@@ -242,6 +248,14 @@ def set_up_process(is_main_process: bool = True) -> None:
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 @contextlib.contextmanager
@@ -280,10 +294,13 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # no other process has this name
+    """A file to write that appears under its name only when it is complete and on the disk.
+
+    Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -306,9 +323,41 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def record_checksum(record: dict) -> str:
+    """SHA-256 of a record's content as JSON."""
+    return hashlib.sha256(json.dumps(record, default=str).encode()).hexdigest()
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a record as JSON, with a checksum by which `read_record` notices damage."""
+    write_json(path, record | {"checksum": record_checksum(record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None where there is nothing or, with a warning, where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = record.pop("checksum", None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # it may be whole
+        fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+    except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
+        record, checksum = {}, ""
+    if not record or (checksum is not None and checksum != record_checksum(record)):
+        logger.warning("%s is damaged: it does not count", path)
+        return None
+    return record
+
+
+def shown_arguments(args: argparse.Namespace) -> dict:
+    """The arguments for a record, which others may read: paths and URLs as `shown_name` shows them."""
+    shown = {}
+    for name, value in vars(args).items():
+        shown[name] = value
+        if isinstance(value, str | Path):  # datasets may be joined by +
+            shown[name] = "+".join(map(shown_name, str(value).split("+")))
+    return shown
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -354,27 +403,38 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def prepare_repository(repository: str, repo_type: str, private: bool | None, dry_run: bool) -> str:
-    """Create a repository if it is missing, check the right to write to it, and return its full id.
+def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
+    """Create a repository if it is missing, and check the right to write to it.
 
-    A dry run creates nothing: it checks the repository, or else whether this token could create it.
+    A dry run creates nothing: it checks the repository, or else whether this token could create it. Audio goes into a
+    public repository only with --hub_private_repo False.
+
+    Returns:
+        its full id, and whether it is "private" or "public".
     """
     api = HfApi()
+    visibilities = {True: "private", False: "public"}
     try:
-        if not dry_run:
-            url = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-            api.auth_check(url.repo_id, repo_type=repo_type, write=True)
-            return url.repo_id
-        account = api.whoami()
-        repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-        if api.repo_exists(repo_id, repo_type=repo_type):
-            api.auth_check(repo_id, repo_type=repo_type, write=True)
-        elif repo_id.split("/")[0] not in owners:
-            fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
-        return repo_id
+        if dry_run:
+            account = api.whoami()
+            repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
+            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+            if not api.repo_exists(repo_id, repo_type=repo_type):
+                if repo_id.split("/")[0] not in owners:
+                    fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
+                return repo_id, visibilities[private]
+        else:
+            repo_id = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        is_private = api.repo_info(repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         hub_fail(f"preparing the {repo_type} repository {repository}", error)
+    if repo_type == "dataset" and private and not is_private:
+        fail(
+            f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "
+            "another, or pass --hub_private_repo False"
+        )
+    return repo_id, visibilities[is_private]
 
 
 def push_again(push: Callable[[], object]) -> None:
@@ -387,6 +447,58 @@ def push_again(push: Callable[[], object]) -> None:
             if error.response.status_code not in (409, 412) or not seconds:
                 raise
         time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: shards --------------------------------------------------------------------------------------------------
+
+FOOTER_MARK = b"kotoba-1"  # lies before the footer of a shard, followed by the SHA-256 of the footer
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error in reading a parquet file comes from its content, and not from the operating system."""
+    return getattr(error, "errno", None) is None
+
+
+def read_footer(path: Path) -> pq.FileMetaData | None:
+    """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
+    try:
+        metadata = pq.read_metadata(path)
+        size = metadata.serialized_size + 8  # with its length and the end mark
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size - 40))
+            end = file.read()
+        mark, expected, footer = end[:8], end[8:-size], end[-size:]
+        is_other = mark == FOOTER_MARK and expected != hashlib.sha256(footer).digest()
+        return None if is_other else metadata
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return None
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a parquet file can be read and has the checksums that its pages were written with."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for number in range(file.num_row_groups):
+                file.read_row_group(number)
+        return True
+    except (pa.ArrowException, OSError) as error:
+        if is_damage(error):
+            return False
+        fail(f"cannot read {path}: {first_line(error)}. {CONTINUE}")
+
+
+def find_damaged(paths: Sequence[Path], threads: int) -> list[Path]:
+    """The parquet files that are not whole, each told in one line. All are read to the end."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        checked = zip(paths, pool.map(is_whole, paths), strict=True)
+        damaged = [path for path, whole in checked if not whole]
+    for path in damaged:
+        logger.warning("%s is damaged", path)
+    return damaged
 
 
 # ---- common: models --------------------------------------------------------------------------------------------------
@@ -414,11 +526,36 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
         return kind.from_pretrained(str(local_directory(reference) or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        fail(f"cannot load the model {reference}: {first_line(error)}. A private one needs `hf auth login`")
+        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_damaged_model(directory: Path) -> None:
+    """Fail where a file of a student, before or after training, is not the one that its record tells of."""
+    hashes: dict[str, list[str]] = {}
+    for record_name in ("student.json", "distillation.json"):
+        record = read_record(directory / record_name) or {}
+        for name, hashed in record.get("files", {}).items():
+            hashes.setdefault(name, []).append(hashed)
+    for name, expected in hashes.items():
+        path = directory / name
+        if path.suffix in (".safetensors", ".json", ".txt") and path.exists() and file_hash(path) not in expected:
+            fail(
+                f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
+                "it is, delete student.json or distillation.json beside it"
+            )
 
 
 def load_config(reference: str, **options) -> WhisperConfig:
-    """The configuration of a Whisper; fails for models of other kinds."""
+    """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
+    if directory := local_directory(reference):
+        refuse_damaged_model(directory / options.get("subfolder", ""))
     with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
         if find_adapter_config_file(str(local_directory(reference) or reference), **options):
             fail(
@@ -489,7 +626,7 @@ def load_generation_config(
     source = str(local_directory(reference) or reference)
     try:
         path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
-        stored = read_json(Path(path)) if path else {}
+        stored = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError) as error:  # a damaged file, or a Hub that does not answer
         fail(f"cannot load the generation config of {reference}: {first_line(error)}")
     positions = config.max_target_positions
@@ -616,7 +753,7 @@ def start_tracker(accelerator: Accelerator, args: argparse.Namespace, run_name: 
         if args.report_to == "wandb":
             options["wandb"] = {"dir": args.output_dir, "name": run_name, "mode": wandb_mode(args.output_dir)}
         values = {}
-        for name, value in vars(args).items():
+        for name, value in shown_arguments(args).items():
             values[name] = value if isinstance(value, int | float) else str(value)
         accelerator.init_trackers(args.wandb_project, values, options)
         if not accelerator.trackers:
@@ -652,6 +789,12 @@ def track(accelerator: Accelerator, values: dict[str, float], step: int | None =
 
 # ---- common: finding datasets ----------------------------------------------------------------------------------------
 
+WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's directory
+    "loading": "reazonspeech_manual_dataloader.py",
+    "labelling": "run_pseudo_labelling.py",
+    "filtering": "run_data_filtering.py",
+}
+
 
 def split_names(split: str) -> list[str]:
     """The splits of a dataset that an expression such as `train[:1000]+test` names."""
@@ -683,11 +826,31 @@ def find_files(
         if name not in files_by_split:
             fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(files_by_split)}")
         found[name] = files_by_split[name]
-        refuse_missing_shards(reference, name, found[name])
+        refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found
 
 
-def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
+def refuse_unfinished(reference: str, config: str, split: str, files: list[str]) -> None:
+    """Fail where the stage before has not finished a split, where shards are missing, or where one is damaged.
+
+    The record and the footers are read in local directories only: the Hub checks what it stores, and a split is pushed
+    when it is complete.
+    """
+    directory = local_directory(reference)
+    writer = "the command that writes it"
+    for stage, script in WRITERS.items() if directory else ():
+        record = directory / f"{stage}.{config}.{split}.json"
+        if record.exists():
+            writer = f"{script} with the same flags"
+            if (read_record(record) or {}).get("status") != "complete":
+                fail(f"{reference} is not finished, says {record.name}: run {writer} again")
+    for file in files if directory else ():
+        if file.endswith(".parquet") and read_footer(Path(file)) is None:
+            fail(f"{file} is damaged: run {writer} again")
+    refuse_missing_shards(reference, split, files, writer)
+
+
+def refuse_missing_shards(reference: str, split: str, files: list[str], writer: str) -> None:
     """Fail where shards of one of our stages are missing; warn where the names of other people's files say so."""
     numbers = defaultdict(set)  # by export: several may make up a split
     for file in files:
@@ -699,7 +862,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str]) -> None:
         problem = f"{reference} has {len(there)} of {total} shards of {split}"
         with fsspec.open(f"{export}-{min(there):05d}-of-{total:05d}.parquet") as file:
             if b"kotoba" in (pq.read_metadata(file).metadata or {}):
-                fail(f"{problem}: finish the stage that writes it")
+                lost = min(set(range(total)) - there)
+                fail(f"{problem}, -{lost:05d}-of-{total:05d} is missing: run {writer} again")
         logger.warning("%s by their names: is it complete?", problem)
 
 
@@ -869,7 +1033,14 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         return load_folder(files, place, **options)
     # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
     # configuration holds all splits.
-    return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    if kind == "parquet":
+        options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    try:
+        return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+    except datasets.exceptions.DatasetGenerationError:
+        if is_local and kind == "parquet" and (damaged := find_damaged(list(map(Path, files)), threads=1)):
+            fail(f"{damaged[0]} is damaged: run the command that wrote it again")
+        raise
 
 
 def load_folder(
@@ -1223,6 +1394,21 @@ def pad_window(features: torch.Tensor) -> torch.Tensor:
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
 
 
+def remove_bracketed(text: str) -> str:
+    """The text without what is in brackets, as Whisper's normalisers begin.
+
+    From each bracket that nothing closes, theirs search to the end of the text, which takes hours for some texts. Here
+    such a bracket becomes another mark, which they treat alike. Long gaps, another such case, are shortened.
+    """
+    for opening, closing, pattern in (("<[", ">]", r"[<\[][^>\]]*[>\]]"), ("(", ")", r"\([^)]+\)")):
+        end = max(text.rfind(mark) for mark in closing) + 1
+        rest = text[end:]
+        for mark in opening:
+            rest = rest.replace(mark, "|")
+        text = re.sub(pattern, "", text[:end]) + rest
+    return re.sub(r"\s{100,}", " " * 100, text)
+
+
 def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
     """The rule by which two texts are compared for WER and CER, the same in filter, training and evaluation.
 
@@ -1232,7 +1418,9 @@ def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable
     whisper_rule = EnglishTextNormalizer(spellings or {}) if language == "en" else BasicTextNormalizer()
 
     def normalise(text: str) -> str:
-        words = whisper_rule(text).split()
+        if language == "en":
+            text = re.sub(r"\d{1000,}", " ", text)  # which its normaliser fails to read as a number
+        words = whisper_rule(remove_bracketed(text)).split()
         return ("" if language in UNSPACED else " ").join(words)
 
     return normalise
@@ -1291,7 +1479,7 @@ def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -
     if scorer == "kotoba":  # the rule of the published Japanese figures, whatever the language
         return text_normaliser("ja", None)
     if language in UNSPACED:  # Whisper's own rule keeps the spaces
-        return lambda text: BasicTextNormalizer()(text).strip()
+        return lambda text: BasicTextNormalizer()(remove_bracketed(text)).strip()
     return text_normaliser(language, spellings)
 
 
@@ -1725,13 +1913,19 @@ def read_evaluation(path: Path) -> Evaluation:
         fail(f"{predictions} is missing: evaluate again with --output_dir {path.parent}")
     clips = []
     counts = []
-    with open(predictions, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["cer"] != "":  # the clip was scored
-                clips.append((row["id"], row["normalised_reference"]))
-                counts.append([int(row[f"character_{count}"]) for count in COUNTS])
-    metrics = read_json(path)
-    return Evaluation(metrics, (metrics["dataset"], metrics["name"]), clips, np.array(counts))
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        with open(predictions, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["cer"] != "":  # the clip was scored
+                    clips.append((row["id"], row["normalised_reference"]))
+                    counts.append([int(row[f"character_{count}"]) for count in COUNTS])
+        totals = np.sum(counts, axis=0).tolist()
+        if totals != [metrics["details"]["cer"][count] for count in COUNTS]:
+            raise ValueError("the counts of the clips do not add up")
+        return Evaluation(metrics, (metrics["dataset"], metrics["name"]), clips, np.array(counts))
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        fail(f"{path} or {predictions.name} is damaged ({first_line(error)}): evaluate again")
 
 
 def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, ...]:
@@ -1903,8 +2097,8 @@ def facts_table(metrics: dict) -> str:
         **{problem: len(names) for problem, names in metrics["unusable"].items()},
         "normalisation": metrics["scorer"],
         "precision": metrics["dtype"],
-        "model": metrics["model"],
-        "dataset": metrics["dataset"],
+        "model": shown_name(metrics["model"]),
+        "dataset": shown_name(metrics["dataset"]),
     }
     rows = ""
     for name, value in facts.items():
@@ -1981,13 +2175,31 @@ def plan_shards(
 
 
 def write_predictions(path: Path, recordings: list[Recording], seconds: float) -> None:
-    """Write a shard: a line with the time that it took, then a line for each recording."""
-    lines = [json.dumps({"process_seconds": seconds})]
+    """Write a shard: a line with the time that it took and a checksum, then a line for each recording."""
+    predictions = []
     for recording in recordings:
         prediction = vars(recording).copy()
         del prediction["waveform"]
-        lines.append(json.dumps(prediction, ensure_ascii=False))
-    write_atomically(path, "\n".join(lines))
+        predictions.append(prediction)
+    checksum = record_checksum([seconds, predictions])
+    lines = [{"process_seconds": seconds, "checksum": checksum}, *predictions]
+    write_atomically(path, "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+
+
+def read_saved_shard(path: Path) -> tuple[float, list[dict]] | None:
+    """The seconds that a shard took, and its predictions; None where it is missing or, with a warning, damaged."""
+    try:
+        head, *predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
+        seconds = head["process_seconds"]
+        is_whole = head.get("checksum") in (None, record_checksum([seconds, predictions]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("%s is damaged and is made again", path)
+        return None
+    return seconds, predictions
 
 
 def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
@@ -1995,10 +2207,9 @@ def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     predictions = []
     process_seconds = 0.0  # summed over all processes
     for path in paths:
-        text = path.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.split("\n")]
-        process_seconds += lines[0]["process_seconds"]
-        predictions += lines[1:]
+        seconds, shard = read_saved_shard(path)
+        process_seconds += seconds
+        predictions += shard
     audio_seconds = sum(prediction["seconds"] for prediction in predictions)
     speed = {
         "audio_seconds": round(audio_seconds, 1),
@@ -2061,13 +2272,18 @@ def save_metrics(path: Path, metrics: dict) -> None:
     write_atomically(path, content)
 
 
-def check_rates(model: str) -> None:
-    """Fail where the rates could not be written into the card of a model, because it cannot be read."""
+def check_card(model: str) -> None:
+    """Fail where the rates cannot be written into a model's card. Nothing is created for them."""
+    if local_directory(model):
+        fail(f"--push_to_hub writes into a model's card on the Hub; {model} is a local directory")
     try:
+        HfApi().auth_check(model, repo_type="model", write=True)
         ModelCard.load(model)
     except EntryNotFoundError:
         pass  # it will be made
-    except (*HUB_ERRORS, yaml.YAMLError, ValueError, TypeError) as error:
+    except HUB_ERRORS as error:
+        hub_fail(f"reading the card of {model}", error)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         fail(f"the card of {model} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
 
 
@@ -2117,7 +2333,7 @@ def print_evaluation_plan(
         shard = Path(scratch) / "sample.jsonl"
         predict(clips, place, {shard: sample}, recogniser, args)
         _, speed = read_predictions([shard])
-    done = [path for path in shards if path.exists()]
+    done = [path for path in shards if read_saved_shard(path)]
     left = len(recording_rows) - sum(len(shards[path]) for path in done)
     hours = speed["audio_seconds"] / len(sample) * len(recording_rows) / 3600
     minutes = speed["process_seconds"] / len(sample) * left / processes / 60
@@ -2150,10 +2366,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. Refuse what can be refused.
     if args.push_to_hub and is_main:
-        if local_directory(args.model_name_or_path):
-            fail(f"--push_to_hub writes into a model's card on the Hub; {args.model_name_or_path} is a local directory")
-        prepare_repository(args.model_name_or_path, "model", None, args.dry_run)
-        check_rates(args.model_name_or_path)
+        check_card(args.model_name_or_path)
 
     # 3. Load.
     clips, place = load_clips(args)
@@ -2168,28 +2381,28 @@ def main(argv: list[str] | None = None) -> int:
         if is_main and not args.dry_run:
             locks.enter_context(lock_results(args))
         accelerator.wait_for_everyone()
-        earlier = read_json(directory / "settings.json")
-        if earlier and not args.overwrite_output_dir:
-            refuse_other_settings(directory, earlier, settings)
         shards = plan_shards(directory, recording_rows, settings, args.long_form)
+        foreign = set(directory.glob("*.jsonl")) - set(shards)  # made with other settings
+        if foreign and not args.overwrite_output_dir:
+            refuse_other_settings(directory, read_record(directory / "settings.json") or {}, settings)
         if args.dry_run:
             if is_main:
                 print_evaluation_plan(clips, place, shards, recogniser, accelerator.num_processes, args)
             return 0
         share = list(shards)[accelerator.process_index :: accelerator.num_processes]
-        missing = {path: shards[path] for path in share if not path.exists()}
+        missing = {path: shards[path] for path in share if read_saved_shard(path) is None}
 
         # 5. Work.
         directory.mkdir(parents=True, exist_ok=True)
         if is_main:
-            write_json(directory / "settings.json", settings)
+            write_record(directory / "settings.json", settings)
         predict(clips, place, missing, recogniser, args, show_progress=is_main)
         accelerator.wait_for_everyone()
 
         # 6. Write record and card.
         if is_main:
-            for path in set(directory.glob("*.jsonl")) - set(shards):  # made with other settings
-                path.unlink()
+            for path in foreign:
+                path.unlink(missing_ok=True)
             predictions, speed = read_predictions(shards)
             unusable = list_unusable(predictions, args)
             normalise = scoring_rule(args.scorer, args.language, recogniser.tokenizer.english_spelling_normalizer)

@@ -323,13 +323,14 @@ def test_new_repositories_of_data_are_private_unless_told_otherwise(hub, clips, 
         assert private == dict.fromkeys(names, value == "True")
 
 
-def test_the_repository_of_a_model_is_private_where_told(hub, tiny_teacher, student, labelled, tmp_path):
-    flags = ("--max_steps", 1, "--push_to_hub")
-    public, private = tmp_path / "public", tmp_path / "private"
-    distil(student, tiny_teacher, labelled, public, *flags, "--hub_model_id", "acme/public")
-    distil(student, tiny_teacher, labelled, private, *flags, "--hub_model_id", "acme/private", "--hub_private_repo")
-    assert not is_private("acme/public", "model")
-    assert is_private("acme/private", "model")
+def test_new_repositories_of_models_are_private_unless_told_otherwise(hub, tiny_teacher, student, labelled, tmp_path):
+    for value, name in (("True", "closed"), ("False", "open")):
+        start = ("--push_to_hub", "--hub_private_repo", value)
+        initialise(tiny_teacher, tmp_path / f"{name}-init", *start, "--hub_model_id", f"acme/{name}-init")
+        flags = (*start, "--max_steps", 1, "--hub_model_id", f"acme/{name}-trained")
+        distil(student, tiny_teacher, labelled, tmp_path / f"{name}-trained", *flags)
+        for kind in ("init", "trained"):
+            assert is_private(f"acme/{name}-{kind}", "model") == (value == "True")
 
 
 def test_workers_change_no_label_no_text_and_no_loss(tiny_teacher, student, clips, tmp_path):

@@ -21,6 +21,7 @@ COMMON = [
     "common: records",
     "common: the Hub",
     "common: cards",
+    "common: shards",
     "common: dataset repositories",
     "common: models",
     "common: weights and decoding",
