@@ -810,6 +810,12 @@ def split_title(split: str) -> str:
     return title.replace("__", "_").replace("._", ".").strip("_")
 
 
+def is_repository(reference: str) -> bool:
+    """Whether a reference is a repository, local or on the Hub: no file, nor what `save_to_disk` has written."""
+    path = Path(reference).expanduser()
+    return not (path.is_file() or (path / "state.json").exists() or (path / "dataset_dict.json").exists())
+
+
 def find_files(
     reference: str, config: str | None, split: str
 ) -> tuple[datasets.DatasetBuilder, dict[str, DataFilesList]]:
@@ -854,7 +860,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
     """Fail where shards of one of our stages are missing; warn where the names of other people's files say so."""
     numbers = defaultdict(set)  # by export: several may make up a split
     for file in files:
-        if shard := re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.parquet", file):
+        if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.parquet", file):
             numbers[shard[1], int(shard[3])].add(int(shard[2]))
     for (export, total), there in numbers.items():
         if len(there) == total:
@@ -1053,11 +1059,12 @@ def load_folder(
     data_files = DataFilesDict(train=files + DataFilesList.from_patterns(list(map(glob.escape, above))))
     # With other names than the default, so that nothing comes from a cache that `datasets` filled in its own way.
     builder = AudioFolder(data_files=data_files, metadata_filenames=METADATA)
-    if streaming:
+    is_local = not place.base.startswith("hf://")
+    if streaming and not is_local:
         return builder.as_streaming_dataset("train")
     builder.download_and_prepare(num_proc=num_proc)
     dataset = builder.as_dataset("train")
-    return dataset if place.base.startswith("hf://") else match_files(dataset, files, bool(above))
+    return match_files(dataset, files, bool(above)) if is_local else dataset
 
 
 def match_files(dataset: datasets.Dataset, files: list[str], is_shared: bool) -> datasets.Dataset:
@@ -1086,7 +1093,7 @@ def read_repository(
     parts = {}
     for name, paths in files.items():
         options = {"num_proc": min(num_proc, len(paths))} if num_proc > 1 else {}
-        if streaming and split == name:
+        if streaming and split == name and kind != "webdataset":  # whose columns change their order
             options = {"streaming": True}
         parts[name] = load_part(kind, paths, place, **options)
     if kind == "audiofolder" and not directory:
@@ -1104,7 +1111,7 @@ def find_audio(reference: str, dataset: datasets.Dataset, audio_column: str) -> 
         if len(found) != 1:
             return dataset
         logger.info("the audio is in the column %s", found[0])
-        dataset = dataset.rename_column(found[0], audio_column)
+        return find_audio(reference, dataset, found[0]).rename_column(found[0], audio_column)
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
     stored = dataset.features and dataset.features[audio_column]
     if isinstance(stored, dict) and "array" in stored and isinstance(dataset, datasets.Dataset):
@@ -1151,7 +1158,8 @@ def open_dataset(
     """The rows of a split, with the audio column, where there is one, undecoded, and where the files they name lie.
 
     Args:
-        reference: a .py file with a builder, a .csv, .tsv, .jsonl or .json manifest, a local directory, or a Hub id.
+        reference: a .py file with a builder, a .csv, .tsv, .jsonl or .json manifest, a local directory (a repository,
+            or written by `save_to_disk`), or a Hub id.
         config, split: which part of it; None is the default configuration.
         text_column: a column that must be text, if it is there.
         dir_suffix: which part of a download in parts, for our data loader.
@@ -1172,6 +1180,11 @@ def open_dataset(
             (name,) = split_names(split)
             dataset = select_split({name: datasets.Dataset(read_table(str(path), path.suffix))}, split)
             dataset = dataset.to_iterable_dataset() if streaming else dataset
+        elif path.is_dir() and not is_repository(reference):
+            saved = datasets.load_from_disk(str(path))
+            parts = saved if isinstance(saved, datasets.DatasetDict) else dict.fromkeys(split_names(split), saved)
+            place = Place(os.path.realpath(path), is_confined=True)
+            dataset = select_split(parts, split)
         else:
             dataset, place = read_repository(reference, config, split, num_proc, streaming)
         dataset = find_audio(reference, dataset, audio_column)
@@ -1332,6 +1345,7 @@ def find_file(path: str, place: Place) -> str:
             raise Unreadable(f"not in the dataset: {path}")
         return f"{place.base}/{name}"
     forms = [file, file.replace("\\", "/"), *(unicodedata.normalize(form, file) for form in ("NFC", "NFD"))]
+    forms += [f"clips/{file}"]  # as in Common Voice, beside the table
     found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
     full = next(filter(os.path.exists, found), found[0])
     root = re.sub(r"/snapshots/[^/]+$", "", place.base)  # the Hub's cache links to blobs beside its snapshots

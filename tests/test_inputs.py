@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Audio, ClassLabel, Features, Value
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 
 import run_distillation
 import run_short_form_eval
@@ -80,9 +80,13 @@ def embedded(number: int = len(TEXTS)) -> list[dict]:
     return [{"bytes": clip(n), "path": NAMES[n]} for n in range(number)]
 
 
-def opened(dataset: Path, split: str = "train", text: str | None = "transcription") -> list[tuple]:
-    """Text, seconds and problem of each clip, as every stage reads them."""
-    rows, place = open_dataset(str(dataset), None, split, "audio", text)
+def opened(
+    dataset: Path, split: str = "train", text: str | None = "transcription", streaming: bool = False
+) -> list[tuple]:
+    """Text, seconds and problem of each clip, as every stage reads them; streaming, as labelling's dry run does."""
+    rows, place = open_dataset(str(dataset), None, split, "audio", text, streaming=streaming)
+    if streaming:
+        rows = [row for table in rows.with_format("arrow").iter(4) for row in table.to_pylist()]
     found = []
     for row in rows:
         heard = load_clip(row["audio"], place)
@@ -174,7 +178,7 @@ def test_metadata_of_every_kind_is_read(kind, tmp_path):
             for path in data.rglob("*.*"):
                 archive.write(path, path.relative_to(data))
         shutil.rmtree(data)
-    assert opened(data.parent) == WHOLE
+    assert opened(data.parent) == opened(data.parent, streaming=True) == WHOLE
 
 
 def test_one_metadata_file_above_the_splits_serves_them_all(tmp_path, caplog):
@@ -246,7 +250,7 @@ def test_a_webdataset_is_read_without_torchcodec(tiny_teacher, tmp_path):
                 member = tarfile.TarInfo(f"clip{number}.{suffix}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    assert opened(tmp_path / "tars", text="txt") == WHOLE
+    assert opened(tmp_path / "tars", text="txt") == opened(tmp_path / "tars", text="txt", streaming=True) == WHOLE
     flags = ("--audio_column_name", "flac", "--text_column_name", "txt")
     found = read_rows(label(tiny_teacher, tmp_path / "tars", tmp_path / "labels", *SHORT, *flags))
     assert [(row["flac"]["bytes"], row["txt"]) for row in found] == [(clip(n), text) for n, text in enumerate(TEXTS)]
@@ -288,11 +292,30 @@ def test_other_people_s_shards_are_read_under_any_name(names, tmp_path):
     assert sorted(opened(tmp_path)) == sorted(WHOLE + WHOLE)
 
 
+def test_a_shard_of_ours_that_is_missing_is_an_error(tiny_teacher, tmp_path):
+    write_parquet(tmp_path / "data" / "train.parquet", audio=embedded(), transcription=TEXTS)
+    labels = label(tiny_teacher, tmp_path / "data", tmp_path / "labels", *SHORT, "--shard_size", 3)
+    (labels / "default" / "train-00001-of-00002.parquet").unlink()
+    assert "has 1 of 2 shards of train: finish the stage" in refusal(opened, labels)
+    assert "has 1 of 2 shards of train: finish the stage" in refusal(filter_clips, tiny_teacher, labels)
+
+
+def test_what_save_to_disk_has_written_is_read(tiny_teacher, tmp_path):
+    label_ids = [make_label(tiny_teacher, "東京")] * len(TEXTS)
+    rows = Dataset.from_dict({"audio": embedded(), "transcription": TEXTS, "whisper_transcript": label_ids})
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "two")
+    assert opened(tmp_path / "one") == opened(tmp_path / "two") == opened(tmp_path / "one", streaming=True) == WHOLE
+    assert opened(tmp_path / "two", "test+train[:1]") == 2 * WHOLE[:1]
+    filter_clips(tiny_teacher, tmp_path / "two", "--wer_threshold", 1e9, "--skip_logmel")
+    assert len(read_rows(tmp_path / "two.wer_1000000000.0")) == len(TEXTS)
+
+
 def test_columns_of_samples_are_read(tmp_path):
     samples = np.sin(np.arange(8000) / 20).astype(np.float32)
     audio = [{"array": samples.tolist(), "sampling_rate": 16_000}, {"array": samples.tolist(), "sampling_rate": 8_000}]
     write_parquet(tmp_path / "train.parquet", audio=audio, transcription=TEXTS[:2])
-    assert opened(tmp_path) == [(TEXTS[0], 0.5, None), (TEXTS[1], 1.0, None)]
+    assert opened(tmp_path) == opened(tmp_path, streaming=True) == [(TEXTS[0], 0.5, None), (TEXTS[1], 1.0, None)]
     rows, place = open_dataset(str(tmp_path), None, "train", "audio")
     np.testing.assert_array_equal(load_clip(rows[0]["audio"], place).waveform, samples)
 
@@ -364,6 +387,12 @@ def test_manifests_as_people_write_them_are_read(name, tmp_path):
     assert first[0] in ("はい", "はい, そう", '"はい') and first[1:] == (0.5, None)
     assert second == ("007", 0.6, None)
     assert opened(table, "train[1:]") == [second]
+
+
+def test_the_tables_of_common_voice_name_files_in_clips(tmp_path):
+    write_clips(tmp_path / "clips")
+    rows = [("path", "sentence"), *zip(NAMES, TEXTS, strict=True)]
+    assert opened(write_csv(tmp_path / "train.tsv", rows, delimiter="\t"), text="sentence") == WHOLE
 
 
 @pytest.mark.parametrize(
