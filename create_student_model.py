@@ -44,13 +44,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import torch
 import yaml
-from huggingface_hub import HfApi, RepoCard, snapshot_download
+from huggingface_hub import HfApi, RepoCard, set_client_factory, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
+from huggingface_hub.utils._http import default_client_factory
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -187,8 +188,30 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class LastingStream:
+    """A text stream that drops what cannot be written any more, because its terminal or its reader has gone."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def set_up_process(is_main_process: bool = True) -> None:
-    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    """Log to stderr, only warnings outside of the main process; turn SIGTERM into SystemExit; outlive the terminal."""
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     level = logging.INFO if is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
@@ -330,15 +353,35 @@ def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
 
 # ---- common: the Hub -------------------------------------------------------------------------------------------------
 
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+# RuntimeError: an upload through Xet; JSONDecodeError: a proxy or a login page answers in place of the Hub.
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError, json.JSONDecodeError)
+LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
         if line.strip() and not line.startswith("(Request ID"):
             return line.strip().rstrip(".")
     return type(error).__name__
+
+
+def refuse_long_wait(response: httpx.Response) -> None:
+    """Raise where the Hub asks to wait for longer than anybody would; its client would wait for a day."""
+    waits = re.findall(r"^\d+$", response.headers.get("Retry-After", ""))
+    waits += re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    seconds = max(map(int, waits), default=0)
+    if response.status_code >= 400 and seconds > LONGEST_HUB_WAIT:
+        raise OSError(f"the Hub asks to wait for {seconds / 3600:.1f} h (HTTP {response.status_code})")
+
+
+def make_hub_client() -> httpx.Client:
+    """The Hub's own HTTP client, with a bound on waiting."""
+    client = default_client_factory()
+    client.event_hooks = client.event_hooks | {"response": [refuse_long_wait]}
+    return client
 
 
 def hub_fail(action: str, error: BaseException) -> NoReturn:
@@ -515,6 +558,18 @@ def refuse_damaged_model(directory: Path) -> None:
                 f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
                 "it is, delete student.json or distillation.json beside it"
             )
+
+
+@contextlib.contextmanager
+def saving_models() -> Iterator[None]:
+    """Raise an OSError where torch (RuntimeError) or tokenizers (Exception) cannot write, as on a full disk."""
+    try:
+        yield
+    except Exception as error:
+        is_full_disk = re.search(r"PytorchStreamWriter|inline_container|iostream|os error", str(error))
+        if isinstance(error, OSError) or not is_full_disk:
+            raise
+        raise OSError(errno.EIO, f"writing failed, perhaps on a full disk: {first_line(error)}") from None
 
 
 def load_config(reference: str, **options) -> WhisperConfig:
@@ -898,7 +953,8 @@ def install(partial: Path, save_dir: Path, record: dict) -> None:
         return
     write_record(save_dir / RECORD, {**record, "status": "running"})
     for name in reversed(STUDENT_FILES[:-1]):
-        (save_dir / name).unlink(missing_ok=True)
+        if name != "README.md":  # which may hold what others wrote, until the new one takes its place
+            (save_dir / name).unlink(missing_ok=True)
     for name in STUDENT_FILES:
         if (partial / name).exists():
             shutil.move(partial / name, save_dir / name)
@@ -912,8 +968,9 @@ def write_student(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        student.save_pretrained(partial)
-        save_tokenizer_files(processor, partial)
+        with saving_models():
+            student.save_pretrained(partial)
+            save_tokenizer_files(processor, partial)
         check_saved(partial, record["fingerprint"])
         write_atomically(partial / "README.md", student_card(record, read_card(save_dir / "README.md")))
         record["files"] = {path.name: file_hash(path) for path in sorted(partial.iterdir()) if path.suffix != ".md"}
@@ -970,6 +1027,7 @@ def main(argv=None) -> int:
     # 1. Set up.
     args = parse_args(argv)
     set_up_process()
+    set_client_factory(make_hub_client)
     torch.manual_seed(args.seed)
     started = time.monotonic()
     save_dir = Path(args.save_dir).expanduser().resolve()

@@ -51,7 +51,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import datasets
 import pyarrow as pa
@@ -59,9 +59,10 @@ import pyarrow.parquet as pq
 import soundfile
 import yaml
 from datasets.data_files import sanitize_patterns
-from huggingface_hub import HfApi, RepoCard
+from huggingface_hub import HfApi, RepoCard, set_client_factory
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
+from huggingface_hub.utils._http import default_client_factory
 from tqdm import tqdm
 
 # The tars of each subset (https://huggingface.co/datasets/reazon-research/reazonspeech); the last tar is the test set.
@@ -171,8 +172,30 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class LastingStream:
+    """A text stream that drops what cannot be written any more, because its terminal or its reader has gone."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def set_up_process(is_main_process: bool = True) -> None:
-    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    """Log to stderr, only warnings outside of the main process; turn SIGTERM into SystemExit; outlive the terminal."""
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     level = logging.INFO if is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
@@ -314,15 +337,35 @@ def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
 
 # ---- common: the Hub -------------------------------------------------------------------------------------------------
 
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+# RuntimeError: an upload through Xet; JSONDecodeError: a proxy or a login page answers in place of the Hub.
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError, json.JSONDecodeError)
+LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
         if line.strip() and not line.startswith("(Request ID"):
             return line.strip().rstrip(".")
     return type(error).__name__
+
+
+def refuse_long_wait(response: httpx.Response) -> None:
+    """Raise where the Hub asks to wait for longer than anybody would; its client would wait for a day."""
+    waits = re.findall(r"^\d+$", response.headers.get("Retry-After", ""))
+    waits += re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    seconds = max(map(int, waits), default=0)
+    if response.status_code >= 400 and seconds > LONGEST_HUB_WAIT:
+        raise OSError(f"the Hub asks to wait for {seconds / 3600:.1f} h (HTTP {response.status_code})")
+
+
+def make_hub_client() -> httpx.Client:
+    """The Hub's own HTTP client, with a bound on waiting."""
+    client = default_client_factory()
+    client.event_hooks = client.event_hooks | {"response": [refuse_long_wait]}
+    return client
 
 
 def hub_fail(action: str, error: BaseException) -> NoReturn:
@@ -1069,6 +1112,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 1. Set up.
     set_up_process()
+    set_client_factory(make_hub_client)
     started = time.monotonic()
     split = split_name(args.target)
 

@@ -24,6 +24,7 @@ again: it goes on from the newest complete checkpoint and ends with the weights 
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import errno
@@ -34,6 +35,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -47,6 +49,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import defaultdict
@@ -56,7 +59,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 from urllib.parse import urlsplit
 
 import datasets
@@ -88,9 +91,10 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import HfApi, RepoCard, constants, snapshot_download
+from huggingface_hub import HfApi, RepoCard, constants, set_client_factory, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
+from huggingface_hub.utils._http import default_client_factory
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -323,8 +327,30 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class LastingStream:
+    """A text stream that drops what cannot be written any more, because its terminal or its reader has gone."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def set_up_process(is_main_process: bool = True) -> None:
-    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    """Log to stderr, only warnings outside of the main process; turn SIGTERM into SystemExit; outlive the terminal."""
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     level = logging.INFO if is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
@@ -466,15 +492,35 @@ def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
 
 # ---- common: the Hub -------------------------------------------------------------------------------------------------
 
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+# RuntimeError: an upload through Xet; JSONDecodeError: a proxy or a login page answers in place of the Hub.
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError, json.JSONDecodeError)
+LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
         if line.strip() and not line.startswith("(Request ID"):
             return line.strip().rstrip(".")
     return type(error).__name__
+
+
+def refuse_long_wait(response: httpx.Response) -> None:
+    """Raise where the Hub asks to wait for longer than anybody would; its client would wait for a day."""
+    waits = re.findall(r"^\d+$", response.headers.get("Retry-After", ""))
+    waits += re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    seconds = max(map(int, waits), default=0)
+    if response.status_code >= 400 and seconds > LONGEST_HUB_WAIT:
+        raise OSError(f"the Hub asks to wait for {seconds / 3600:.1f} h (HTTP {response.status_code})")
+
+
+def make_hub_client() -> httpx.Client:
+    """The Hub's own HTTP client, with a bound on waiting."""
+    client = default_client_factory()
+    client.event_hooks = client.event_hooks | {"response": [refuse_long_wait]}
+    return client
 
 
 def hub_fail(action: str, error: BaseException) -> NoReturn:
@@ -705,6 +751,18 @@ def refuse_damaged_model(directory: Path) -> None:
             )
 
 
+@contextlib.contextmanager
+def saving_models() -> Iterator[None]:
+    """Raise an OSError where torch (RuntimeError) or tokenizers (Exception) cannot write, as on a full disk."""
+    try:
+        yield
+    except Exception as error:
+        is_full_disk = re.search(r"PytorchStreamWriter|inline_container|iostream|os error", str(error))
+        if isinstance(error, OSError) or not is_full_disk:
+            raise
+        raise OSError(errno.EIO, f"writing failed, perhaps on a full disk: {first_line(error)}") from None
+
+
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
     if directory := local_directory(reference):
@@ -847,6 +905,81 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
     return {"task": task} if language is None else {"language": language, "task": task}
 
 
+# ---- common: processes -----------------------------------------------------------------------------------------------
+
+SILENCE_SECONDS = 60
+
+
+def counter(name: str, rank: int, step: int = 0) -> int:
+    """A counter of a process that all processes see, after adding to it."""
+    return torch.distributed.distributed_c10d._get_default_store().add(f"{name}/{rank}", step)
+
+
+def arrive() -> None:
+    """Tell, before this process waits for the others, that it has come so far."""
+    if torch.distributed.is_initialized():
+        counter("arrivals", torch.distributed.get_rank(), 1)
+
+
+def leave() -> None:
+    """Tell that this process ends."""
+    with contextlib.suppress(RuntimeError, ValueError):  # the first process, which keeps the counters, may have ended
+        counter("left", torch.distributed.get_rank(), 1)
+
+
+def watch_processes() -> None:
+    """Let a thread name the processes that are silent for a minute, for which the others would wait without a word."""
+    if torch.distributed.is_initialized():
+        atexit.register(leave)
+        threading.Thread(target=name_silent_processes, daemon=True).start()
+
+
+def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, int]]) -> list[int]:
+    """The silent ones of processes by their beats and arrivals a minute ago and now.
+
+    They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
+    """
+    stopped = {rank for rank, (beats, _) in now.items() if rank in earlier and earlier[rank][0] == beats}
+    arrivals = {rank: count for rank, (_, count) in now.items()}
+    if arrivals == {rank: count for rank, (_, count) in earlier.items()}:
+        stopped |= {rank for rank, count in arrivals.items() if count < max(arrivals.values())}
+    return sorted(stopped)
+
+
+def name_silent_processes() -> None:
+    """Beat, and look once a minute at the others. The first process that is not silent speaks."""
+    own_rank = torch.distributed.get_rank()
+    earlier: dict[int, tuple[int, int]] = {}
+    named: list[int] = []
+    with contextlib.suppress(RuntimeError, ValueError):
+        for beat in itertools.count(1):
+            time.sleep(SILENCE_SECONDS / 6)
+            counter("beats", own_rank, 1)
+            if beat % 6:
+                continue
+            running = [rank for rank in range(torch.distributed.get_world_size()) if not counter("left", rank)]
+            now = {rank: (counter("beats", rank), counter("arrivals", rank)) for rank in running}
+            silent = find_silent(earlier, now)
+            speaker = min((rank for rank in running if rank not in silent), default=None)
+            if silent and silent != named and own_rank == speaker:
+                numbers = ", ".join(map(str, silent))
+                logger.warning("process %s has been silent for a minute, and the others wait for it", numbers)
+            named = silent
+            earlier = now
+
+
+@contextlib.contextmanager
+def one_line_for_lost_processes() -> Iterator[None]:
+    """End with one line where the communication fails because another process of this run has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", str(error))
+        if not is_lost or not torch.distributed.is_initialized():
+            raise
+        fail(f"another process of this run has ended, and says why: {first_line(error)}. {CONTINUE}")
+
+
 # ---- common: devices and trackers ------------------------------------------------------------------------------------
 
 TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
@@ -861,6 +994,7 @@ def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **optio
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30)), *handlers],
         **options,
     )
+    watch_processes()
     launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # One thread is the launchers' default, not a user's choice.
@@ -2340,6 +2474,7 @@ def evaluate(
                 continue
             reference = rows.reference_text(index, models.tokenizer)
             pairs.append((normalise(reference), normalise(hypothesis)))
+    arrive()
     ce_sum, kl_sum, num_tokens = accelerator.reduce(sums).tolist()
     if not num_tokens:
         fail(f"no held-out clip of {rows.name} can be read: the warnings above have the reasons")
@@ -2614,6 +2749,7 @@ def optimiser_step(
     for start in data.plan.starts(accelerator.process_index):
         is_counted = start < len(rows)
         batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+        arrive()
         # Dropout is seeded by the position in the data, so no random state has to be saved.
         place = np.random.SeedSequence([args.seed, step, start])
         torch.manual_seed(int(place.generate_state(1)[0]))
@@ -2768,7 +2904,8 @@ def save_checkpoint(training: Training, plan: Plan, args: argparse.Namespace) ->
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    with saving_models():
+        accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(partial / SCHEDULER, json.dumps(training.scheduler.state_dict()))
@@ -2819,7 +2956,8 @@ def write_model(training: Training, models: Models, record: dict, args: argparse
         partial = output_dir / ".model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        save_student(partial, models, weights)
+        with saving_models():
+            save_student(partial, models, weights)
         entries = read_metrics(output_dir / "metrics.jsonl")
         draw_curves(entries, partial / "training_curves.png")
         card = distillation_card(record, entries, args, read_card(output_dir / "README.md"))
@@ -3193,12 +3331,14 @@ def one_line_for_faults() -> Iterator[None]:
             worker.join()
 
 
+@one_line_for_lost_processes()
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     began = time.monotonic()
     with one_line_for_faults(), contextlib.ExitStack() as locks:
         # 1. Set up.
         set_up_process(os.environ.get("RANK", "0") == "0")
+        set_client_factory(make_hub_client)
         transformers.logging.disable_progress_bar()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         args.dtype = choose_dtype(args.dtype, device)
@@ -3213,7 +3353,8 @@ def main(argv: list[str] | None = None) -> int:
         refuse_contradictions(args)
         if accelerator.is_main_process and not args.dry_run:
             lock = args.output_dir / ".training.lock"
-            locks.enter_context(hold_lock(lock, str(args.output_dir), ".*.partial"))
+            leftovers = (".checkpoint-*.partial", ".model.partial", ".*.json.*.partial", ".metrics.jsonl.*.partial")
+            locks.enter_context(hold_lock(lock, str(args.output_dir), *leftovers))
         accelerator.wait_for_everyone()
         repo_id = visibility = None
         if args.push_to_hub and args.do_train and accelerator.is_main_process:

@@ -16,6 +16,7 @@ same bytes whatever the number of processes. All machines must see the same `--o
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import errno
@@ -38,6 +39,7 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
 import zlib
@@ -47,7 +49,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import datasets
 import fsspec
@@ -66,9 +68,10 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from datasets.data_files import DataFilesDict, DataFilesList, sanitize_patterns
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
-from huggingface_hub import HfApi, RepoCard
+from huggingface_hub import HfApi, RepoCard, set_client_factory
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
+from huggingface_hub.utils._http import default_client_factory
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
@@ -220,8 +223,30 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class LastingStream:
+    """A text stream that drops what cannot be written any more, because its terminal or its reader has gone."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def set_up_process(is_main_process: bool = True) -> None:
-    """Log to stderr, only warnings outside of the main process, and turn SIGTERM into SystemExit."""
+    """Log to stderr, only warnings outside of the main process; turn SIGTERM into SystemExit; outlive the terminal."""
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     level = logging.INFO if is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
@@ -363,15 +388,35 @@ def refuse_other_settings(place: Path, earlier: dict, settings: dict) -> None:
 
 # ---- common: the Hub -------------------------------------------------------------------------------------------------
 
-HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError)  # RuntimeError: an upload through Xet
+# RuntimeError: an upload through Xet; JSONDecodeError: a proxy or a login page answers in place of the Hub.
+HUB_ERRORS = (OSError, HFValidationError, httpx.HTTPError, RuntimeError, json.JSONDecodeError)
+LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
         if line.strip() and not line.startswith("(Request ID"):
             return line.strip().rstrip(".")
     return type(error).__name__
+
+
+def refuse_long_wait(response: httpx.Response) -> None:
+    """Raise where the Hub asks to wait for longer than anybody would; its client would wait for a day."""
+    waits = re.findall(r"^\d+$", response.headers.get("Retry-After", ""))
+    waits += re.findall(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    seconds = max(map(int, waits), default=0)
+    if response.status_code >= 400 and seconds > LONGEST_HUB_WAIT:
+        raise OSError(f"the Hub asks to wait for {seconds / 3600:.1f} h (HTTP {response.status_code})")
+
+
+def make_hub_client() -> httpx.Client:
+    """The Hub's own HTTP client, with a bound on waiting."""
+    client = default_client_factory()
+    client.event_hooks = client.event_hooks | {"response": [refuse_long_wait]}
+    return client
 
 
 def hub_fail(action: str, error: BaseException) -> NoReturn:
@@ -689,6 +734,18 @@ def refuse_damaged_model(directory: Path) -> None:
             )
 
 
+@contextlib.contextmanager
+def saving_models() -> Iterator[None]:
+    """Raise an OSError where torch (RuntimeError) or tokenizers (Exception) cannot write, as on a full disk."""
+    try:
+        yield
+    except Exception as error:
+        is_full_disk = re.search(r"PytorchStreamWriter|inline_container|iostream|os error", str(error))
+        if isinstance(error, OSError) or not is_full_disk:
+            raise
+        raise OSError(errno.EIO, f"writing failed, perhaps on a full disk: {first_line(error)}") from None
+
+
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
     if directory := local_directory(reference):
@@ -831,6 +888,81 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
     return {"task": task} if language is None else {"language": language, "task": task}
 
 
+# ---- common: processes -----------------------------------------------------------------------------------------------
+
+SILENCE_SECONDS = 60
+
+
+def counter(name: str, rank: int, step: int = 0) -> int:
+    """A counter of a process that all processes see, after adding to it."""
+    return torch.distributed.distributed_c10d._get_default_store().add(f"{name}/{rank}", step)
+
+
+def arrive() -> None:
+    """Tell, before this process waits for the others, that it has come so far."""
+    if torch.distributed.is_initialized():
+        counter("arrivals", torch.distributed.get_rank(), 1)
+
+
+def leave() -> None:
+    """Tell that this process ends."""
+    with contextlib.suppress(RuntimeError, ValueError):  # the first process, which keeps the counters, may have ended
+        counter("left", torch.distributed.get_rank(), 1)
+
+
+def watch_processes() -> None:
+    """Let a thread name the processes that are silent for a minute, for which the others would wait without a word."""
+    if torch.distributed.is_initialized():
+        atexit.register(leave)
+        threading.Thread(target=name_silent_processes, daemon=True).start()
+
+
+def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, int]]) -> list[int]:
+    """The silent ones of processes by their beats and arrivals a minute ago and now.
+
+    They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
+    """
+    stopped = {rank for rank, (beats, _) in now.items() if rank in earlier and earlier[rank][0] == beats}
+    arrivals = {rank: count for rank, (_, count) in now.items()}
+    if arrivals == {rank: count for rank, (_, count) in earlier.items()}:
+        stopped |= {rank for rank, count in arrivals.items() if count < max(arrivals.values())}
+    return sorted(stopped)
+
+
+def name_silent_processes() -> None:
+    """Beat, and look once a minute at the others. The first process that is not silent speaks."""
+    own_rank = torch.distributed.get_rank()
+    earlier: dict[int, tuple[int, int]] = {}
+    named: list[int] = []
+    with contextlib.suppress(RuntimeError, ValueError):
+        for beat in itertools.count(1):
+            time.sleep(SILENCE_SECONDS / 6)
+            counter("beats", own_rank, 1)
+            if beat % 6:
+                continue
+            running = [rank for rank in range(torch.distributed.get_world_size()) if not counter("left", rank)]
+            now = {rank: (counter("beats", rank), counter("arrivals", rank)) for rank in running}
+            silent = find_silent(earlier, now)
+            speaker = min((rank for rank in running if rank not in silent), default=None)
+            if silent and silent != named and own_rank == speaker:
+                numbers = ", ".join(map(str, silent))
+                logger.warning("process %s has been silent for a minute, and the others wait for it", numbers)
+            named = silent
+            earlier = now
+
+
+@contextlib.contextmanager
+def one_line_for_lost_processes() -> Iterator[None]:
+    """End with one line where the communication fails because another process of this run has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", str(error))
+        if not is_lost or not torch.distributed.is_initialized():
+            raise
+        fail(f"another process of this run has ended, and says why: {first_line(error)}. {CONTINUE}")
+
+
 # ---- common: devices and trackers ------------------------------------------------------------------------------------
 
 TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
@@ -845,6 +977,7 @@ def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **optio
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30)), *handlers],
         **options,
     )
+    watch_processes()
     launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         # One thread is the launchers' default, not a user's choice.
@@ -2304,6 +2437,7 @@ def print_labelling_plan(
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
+@one_line_for_lost_processes()
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
 
@@ -2311,6 +2445,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = start_accelerator(args)
     is_main = accelerator.is_main_process
     set_up_process(is_main)
+    set_client_factory(make_hub_client)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not is_main:
@@ -2348,6 +2483,7 @@ def main(argv: list[str] | None = None) -> int:
         progress = start_progress(accelerator, split, pending)
         mine = [shard for shard in pending if shard % accelerator.num_processes == accelerator.process_index]
         label_shards(args, dataset, place, teacher, split, mine, progress)
+        arrive()
         accelerator.wait_for_everyone()
         progress.bar.close()
 

@@ -65,7 +65,9 @@ def forget_processes() -> None:
 @pytest.fixture(autouse=True)
 def fresh_process():
     """What a script's `main` sets for its whole process is taken back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP)
+    }
     threads = torch.get_num_threads()
     yield
     for number, handler in handlers.items():

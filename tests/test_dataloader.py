@@ -484,6 +484,19 @@ def test_a_broken_tar_keeps_the_others_and_no_card_promises_it(small, tmp_path):
     assert json.loads((out / "loading.small.train.json").read_text())["status"] == "running"
 
 
+def test_a_run_outlives_its_terminal(tiny, tmp_path):
+    command = [sys.executable, loader.__file__, "-t", "tiny", "--output_dir", str(tmp_path / "out")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()  # who reads has gone
+    run.stderr.close()
+    while not (tmp_path / "out" / ".tiny.lock").exists():
+        assert run.poll() is None
+        time.sleep(0.001)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait() == 0
+    assert json.loads((tmp_path / "out" / "loading.tiny.train.json").read_text())["status"] == "complete"
+
+
 def test_a_card_keeps_the_configurations_that_it_lists(tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -746,6 +746,56 @@ def test_two_machines_two_processes_and_one_train_the_same_model_and_take_over_f
     assert_close_weights(run("one"), uninterrupted, 2e-4)
 
 
+IMPATIENT = "import sys, run_distillation as script; script.SILENCE_SECONDS = 1; sys.exit(script.main(sys.argv[1:]))"
+
+
+@pytest.mark.timeout(300)  # what it guards against is waiting for ever
+def test_a_process_that_stops_is_named_and_when_one_dies_the_others_end_in_one_line(command, tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **TOLD}
+    arguments = command("out", "--per_device_train_batch_size", 2, "--max_steps", 100_000)
+    processes = []
+    for rank in ("0", "1"):
+        environment = os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}
+        process = [sys.executable, "-c", IMPATIENT, *arguments]
+        options = {"env": environment, "cwd": Path(SCRIPT).parent, "text": True}
+        processes.append(subprocess.Popen(process, stderr=subprocess.PIPE, **options))
+    first, second = processes
+    while not (tmp_path / "out" / "checkpoint-2-epoch-0").exists():
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.01)
+    second.send_signal(signal.SIGSTOP)
+    said = ""
+    while "process 1 has been silent" not in said:
+        line = first.stderr.readline()
+        assert line, said
+        said += line
+    second.send_signal(signal.SIGKILL)
+    errors = first.stderr.read()
+    assert first.wait() == 1
+    second.communicate()
+    assert "Traceback" not in errors
+    assert "error: another process of this run has ended" in errors
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "silent"),
+    [
+        ({}, {0: (5, 3), 1: (5, 2)}, []),  # the first look
+        ({0: (5, 3), 1: (5, 3)}, {0: (11, 8), 1: (11, 8)}, []),
+        ({0: (5, 3), 1: (5, 3)}, {0: (11, 4), 1: (5, 3)}, [1]),  # it has not beaten
+        ({0: (5, 3), 1: (5, 2)}, {0: (11, 3), 1: (11, 2)}, [1]),  # it beats, but does not arrive
+        ({0: (5, 3), 1: (5, 2)}, {0: (11, 4), 1: (11, 3)}, []),  # they go on
+        ({0: (5, 3), 1: (5, 3)}, {0: (11, 3), 1: (11, 3)}, []),  # all are busy with something long
+        ({0: (5, 3), 1: (5, 3)}, {0: (11, 4)}, []),  # the second has ended
+    ],
+)
+def test_silent_is_who_does_not_beat_or_does_not_come_to_where_others_wait(earlier, now, silent):
+    assert script.find_silent(earlier, now) == silent
+
+
 def test_a_directory_is_pushed_to_the_repository_that_it_came_from(hub, tmp_path):
     HfApi().create_repo("acme/came-from")
     downloaded, cloned = tmp_path / "acme" / "came-from", tmp_path / "cloned"

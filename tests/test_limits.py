@@ -204,6 +204,25 @@ def test_a_disk_that_is_full_ends_a_stage_in_one_line_and_the_same_command_goes_
     assert stages[stage](output) == 0
 
 
+@pytest.mark.parametrize("name", ["optimizer.bin", "tokenizer.json", "vocab.json", "model.safetensors"])
+@pytest.mark.parametrize("stage", ["initialise", "distil"])
+def test_a_disk_that_is_full_at_a_librarys_own_write_is_one_line(stage, name, stages, tmp_path):
+    output = str(tmp_path / "out")
+    assert stages[stage](str(tmp_path / "whole")) == 0
+    written = [path.stat().st_size for path in (tmp_path / "whole").rglob(name)]
+    if not written:
+        pytest.skip(f"{stage} writes no {name}")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max(written) - 1, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as error:
+            stages[stage](output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Run the same command again" in one_line(error)
+    assert stages[stage](output) == 0
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_place_where_nothing_can_be_written_is_named_in_one_line(stage, stages, tmp_path):
     (tmp_path / "file").write_text("not a directory")

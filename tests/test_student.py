@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -719,6 +721,42 @@ def test_a_hub_that_fails_for_one_file_is_one_clear_line(hub, hub_teacher, tmp_p
     flags = ["--teacher_checkpoint", hub_teacher, "--cache_dir", tmp_path / "cache", "--save_dir", tmp_path / "init"]
     assert hub_teacher in refused(capsys, *flags)
     assert not (tmp_path / "init").exists()
+
+
+def test_a_hub_that_asks_to_wait_for_a_day_is_one_clear_line(hub, tmp_path, capsys):
+    hub.fault("", times=-1, status=429, headers={"Retry-After": "86400"})
+    message = refused(capsys, "--teacher_checkpoint", "acme/never-seen", "--save_dir", tmp_path / "init")
+    assert "the Hub asks to wait for 24.0 h" in message
+
+
+class LoginPage(BaseHTTPRequestHandler):
+    """Answers every request as the login page of a network does."""
+
+    def do_GET(self) -> None:
+        content = b"<html>Please log in.</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *words) -> None:
+        pass
+
+
+@pytest.mark.parametrize("more", ["", "--push_to_hub --hub_model_id acme/behind-a-login"])
+def test_a_login_page_in_place_of_the_hub_is_one_clear_line(tiny_teacher, tmp_path, more):
+    teacher = tiny_teacher if more else "acme/never-seen"
+    with ThreadingHTTPServer(("127.0.0.1", 0), LoginPage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        command = [sys.executable, script.__file__, "--teacher_checkpoint", teacher, "--save_dir", tmp_path / "init"]
+        run = subprocess.run([*command, *more.split()], env=environment, capture_output=True, text=True)
+        server.shutdown()
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "JSON was expected, not '<html>Please log in" in run.stderr.splitlines()[-1]
 
 
 def test_a_pushed_student_is_the_same_when_pulled(hub, hub_teacher, tmp_path, monkeypatch):

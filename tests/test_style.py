@@ -26,6 +26,7 @@ COMMON = [
     "common: models",
     "common: weights and decoding",
     "common: languages",
+    "common: processes",
     "common: devices and trackers",
     "common: finding datasets",
     "common: reading datasets",
