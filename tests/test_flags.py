@@ -325,10 +325,10 @@ def test_new_repositories_of_data_are_private_unless_told_otherwise(hub, clips, 
 
 def test_new_repositories_of_models_are_private_unless_told_otherwise(hub, tiny_teacher, student, labelled, tmp_path):
     for value, name in (("True", "closed"), ("False", "open")):
-        start = ("--push_to_hub", "--hub_private_repo", value)
-        initialise(tiny_teacher, tmp_path / f"{name}-init", *start, "--hub_model_id", f"acme/{name}-init")
-        flags = (*start, "--max_steps", 1, "--hub_model_id", f"acme/{name}-trained")
-        distil(student, tiny_teacher, labelled, tmp_path / f"{name}-trained", *flags)
+        push = ("--push_to_hub", "--hub_model_id", f"acme/{name}-init")
+        initialise(tiny_teacher, tmp_path / f"{name}-init", *push, "--hub_private_repo", value)
+        flags = ("--max_steps", 1, "--push_to_hub", "--hub_model_id", f"acme/{name}-trained")
+        distil(student, tiny_teacher, labelled, tmp_path / f"{name}-trained", *flags, "--hub_private_repo", value)
         for kind in ("init", "trained"):
             assert is_private(f"acme/{name}-{kind}", "model") == (value == "True")
 

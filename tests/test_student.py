@@ -537,7 +537,7 @@ def test_the_record_has_arguments_versions_and_counts(student, tiny_teacher):
     record = json.loads((student / "student.json").read_text())
     assert record["status"] == "complete"
     assert record["settings"]["decoder_layer_indices"] == [0, 3]
-    assert record["arguments"]["teacher_checkpoint"] == str(tiny_teacher)
+    assert record["arguments"]["teacher_checkpoint"] == tiny_teacher.name
     assert record["arguments"]["seed"] == 42
     assert record["versions"]["torch"] == torch.__version__
     assert record["wall_time_s"] > 0
@@ -863,7 +863,7 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny_teacher, s
         told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
         assert told["input"].startswith(f"{teacher}, {weights:.3f} GB of weights")
         assert told["done"] == done
-        assert told["pushes"] == f"acme/plan-student, about {size:.3f} GB"
+        assert told["pushes"] == f"acme/plan-student (private), about {size:.3f} GB"
         assert "time" not in told
     assert told["writes"] == f"{tmp_path / 'new'}, about {size:.3f} GB"
     assert snapshot(student) == before
