@@ -8,7 +8,7 @@ Out, in --output_dir, where <name> is the split:
     metric.<name>.json                 every figure: rates, counts, 95 % intervals, by length; speed; settings, versions
     all_predictions.<name>.csv         one row per clip, in the dataset's order, with the clip's own counts
     incorrect_predictions.<name>.csv   the rows whose normalised texts differ
-    report.<name>.html                 one page: figures, a chart, and the worst clips with audio and marked differences
+    report.<name>.html                 one page: figures, confusions, and all clips with both texts side by side
     .predictions.<name>/               the predictions, in shards
 
 By default each clip, of at most 30 s, is evaluated on its own. `--concatenate_audio` evaluates windows of several whole
@@ -16,12 +16,14 @@ clips instead (<name> is <split>.windows_30). `--long_form` accepts audio of any
 Whisper's sequential algorithm, greedily and without conditioning on previous text (<name> is <split>.long_form).
 
 Japanese is scored as in the published tables: texts go through Whisper's basic normaliser and lose their spaces. Each
-clip is then a single word, and the word error rate is the share of clips with a mistake: use the character error rate.
+clip is then a single word, and `wer` is the share of clips with a mistake, a sentence error rate. Rates of readings, of
+real words and by other rules are given beside it, as far as the packages that they need are installed.
 
     python run_short_form_eval.py --model_name_or_path org/model --dataset_name org/dataset --dataset_split_name test \
         --text_column_name transcription --language ja --output_dir eval/model
     accelerate launch --multi_gpu run_short_form_eval.py ...            # many processes; each takes its share of shards
-    python run_short_form_eval.py --compare eval/teacher eval/model     # a table and a chart; runs no model
+    python run_short_form_eval.py --predictions engine.csv ...          # scores what another engine said
+    python run_short_form_eval.py --compare eval/teacher eval/model     # table, JSON and page; runs no model
 
 After an interruption, the same command continues with the shards that are missing.
 """
@@ -36,7 +38,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 import io
@@ -51,25 +52,27 @@ import re
 import secrets
 import shutil
 import signal
+import statistics
 import string
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, NoReturn, TextIO
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import datasets
 import fsspec
+import jinja2
 import jiwer
 import librosa
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -84,12 +87,19 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
-from huggingface_hub import EvalResult, HfApi, ModelCard, metadata_update, set_client_factory
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    eval_result_entries_to_yaml,
+    metadata_update,
+    set_client_factory,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, yaml_dump
 from huggingface_hub.utils._http import default_client_factory
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
@@ -111,9 +121,10 @@ METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # in per cent; _raw = without no
 COUNTS = ("substitutions", "deletions", "insertions", "reference")  # the last is the length of the reference
 CLIP_COLUMNS = tuple(f"{unit}_{count}" for unit in ("character", "word") for count in COUNTS)
 LENGTH_GROUPS = ((0, 7), (8, 15), (16, 31), (32, 63), (64, 95), (96, None))  # characters of the normalised reference
-BOOTSTRAP_DRAWS = 1_000
-WORST_CLIPS = 20  # shown on the page with their audio embedded
-MAX_PLAYED_SECONDS = 120  # the page shows longer clips without audio
+BOOTSTRAP_DRAWS = 1_000  # a multiple of 100
+CONFUSIONS = 50  # the most frequent ones are kept
+NOTHING_TO_SCORE = "nothing to score: every reference is empty after normalisation. Check --text_column_name"
+MAX_PLAYED_SECONDS = 120  # a page holds no audio of longer clips
 LONG_FORM_SHARD = 8  # recordings per shard, all in memory at once
 MAX_SILENCE = 6_400  # samples between two clips of a window: 0.4 s
 OPEN_WINDOWS = 16  # newest windows that may still take another clip
@@ -175,12 +186,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--scorer",
         choices=("kotoba", "reazon", "whisper"),
-        help="normalisation; unset = kotoba for languages written without spaces, else whisper",
+        help="rule of the headline rate; unset = kotoba for languages written without spaces, else whisper. The others "
+        "are given beside it",
     )
     add("--output_dir", default="eval", help="directory of the results", **path)
     add("--overwrite_output_dir", help="delete predictions that were made with different settings", **flag)
+    add(
+        "--report_audio_mb",
+        type=float,
+        default=20,
+        help="audio in the report page, MB; the worst clips come first, 0 = none",
+    )
+    add(
+        "--predictions",
+        help="score texts that any engine made instead of running a model: .csv, .tsv or .jsonl with a column "
+        "`hypothesis`, or an --output_dir; references are those of --dataset_name, by the column `id` or by order, "
+        "or without a dataset the column `reference`; unset = run the model",
+        **path,
+    )
     add("--compare", nargs="+", metavar="DIR", help="output directories to compare; no model is run")
-    add("--push_to_hub", help="write the rates into the model's card on the Hub", **flag)
+    add("--push_to_hub", help="write the rates into the model's card and .eval_results on the Hub", **flag)
     add("--report_to", choices=TRACKERS, default="none", help="tracker")
     add("--wandb_project", default="kotoba-whisper-evaluation", help="project of the tracker")
     add("--dry_run", help="print what a run would read, write and push, and how long it takes; change nothing", **flag)
@@ -191,8 +216,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, not {value}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, not {args.seed}")
-    if not args.compare and not (args.model_name_or_path and args.dataset_name):
-        parser.error("--model_name_or_path and --dataset_name are needed, or --compare")
+    if not (args.compare or args.predictions or (args.model_name_or_path and args.dataset_name)):
+        parser.error("--model_name_or_path and --dataset_name are needed, or --predictions, or --compare")
+    for name in ("concatenate_audio", "push_to_hub", "dry_run"):
+        if args.predictions and getattr(args, name):
+            parser.error(f"--{name} does not go with --predictions")
     if args.concatenate_audio and not 0 < args.concatenate_seconds <= (3600 if args.long_form else 30):
         parser.error(
             f"--concatenate_seconds {args.concatenate_seconds:g} must be above 0 and at most 30, "
@@ -1630,17 +1658,132 @@ def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -
     return text_normaliser(language, spellings)
 
 
+# ---- scorers ---------------------------------------------------------------------------------------------------------
+
+BY_CHARACTER = (*UNSPACED, "ko")  # languages whose texts are compared character by character
+OPTIONAL_PACKAGES = {"readings": "pyopenjtalk-plus", "words": "sudachipy sudachidict_core"}
+# Each kana that ends in a vowel, and what makes this vowel long.
+LONG_VOWELS = {
+    "アカサタナハマヤラワガザダバパァャヮ": "アァ",
+    "イキシチニヒミリギジヂビピィ": "イィ",
+    "ウクスツヌフムユルグズヅブプヴゥュ": "ウゥ",
+    "エケセテネヘメレゲゼデベペェ": "エェイ",
+    "オコソトノホモヨロヲゴゾドボポォョ": "オォウ",
+}
+
+
+class Scorer(NamedTuple):
+    """One way to compare a reference and a hypothesis: how they are normalised, and what is counted then."""
+
+    name: str
+    unit: str  # characters or words, which are separated by spaces
+    normalise: Callable[[str], str]
+
+
+def spell_kana(katakana: str) -> str:
+    """One spelling for kana that sound alike: ヂ is ジ, ヲ is オ, and a long vowel is a bar: キョウ -> キョー."""
+    spelled = katakana.translate(str.maketrans("ヂヅヲ", "ジズオ"))
+    for kana, vowels in LONG_VOWELS.items():
+        spelled = re.sub(f"(?<=[{kana}])[{vowels}]", "ー", spelled)
+    return re.sub("ー+", "ー", spelled)
+
+
+def readings_rule() -> Callable[[str], str]:
+    """How a Japanese text is read aloud, in katakana, by Open JTalk's front end: 3時 and 三時 are both サンジ."""
+    import pyopenjtalk  # only here: it need not be installed
+
+    def read(text: str) -> str:
+        katakana = ""
+        narrow = unicodedata.normalize("NFKC", text)
+        spoken = re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", "", narrow)  # as Whisper's normaliser does
+        # Without thousands separators, which Open JTalk reads as pauses.
+        spoken = re.sub(r"(?<=\d),(?=\d{3})", "", spoken)
+        for piece in textwrap.wrap(spoken, 400):  # the front end takes at most 8,192 bytes
+            words = pyopenjtalk.run_frontend(piece, use_vanilla=True)  # 3 times as fast, and as good
+            katakana += "".join(word["pron"] for word in words)
+        return spell_kana(re.sub("[^ァ-ヴー]", "", katakana))
+
+    return read
+
+
+def words_rule() -> Callable[[str], str]:
+    """The words of a Japanese text by Sudachi, in its short unit, after Whisper's normaliser."""
+    from sudachipy import Dictionary, SplitMode  # only here: it need not be installed
+
+    tokenizer = Dictionary().tokenizer(mode=SplitMode.A)
+    whisper_rule = BasicTextNormalizer()
+
+    def split(text: str) -> str:
+        words = []
+        for piece in textwrap.wrap(whisper_rule(text), 5_000):  # Sudachi takes at most 49,149 bytes
+            words += [word.surface() for word in tokenizer.tokenize(piece)]
+        return " ".join(" ".join(words).split())
+
+    return split
+
+
+def make_scorers(headline: str, language: str, spellings: dict[str, str] | None) -> list[Scorer]:
+    """All scorers of a language, first the one of --scorer. One that lacks its package is left out with a warning."""
+    if language == "ja":
+        names = ["kotoba", "reazon", "whisper", "readings", "words"]
+    else:
+        names = ["kotoba", "whisper"] if language in BY_CHARACTER else ["whisper", "characters"]
+    scorers = []
+    for name in sorted({*names, headline}, key=[headline, *names].index):
+        by_word = name == "words" or (name == "whisper" and language not in BY_CHARACTER)
+        try:
+            rule = {"readings": readings_rule, "words": words_rule}.get(name)
+            normalise = rule() if rule else scoring_rule(name, language, spellings)
+        except ImportError:
+            logger.warning("the scorer %s is left out: it needs `pip install %s`", name, OPTIONAL_PACKAGES[name])
+            continue
+        scorers.append(Scorer(name, "words" if by_word else "characters", normalise))
+    return scorers
+
+
+def scorer_titles(metrics: dict) -> dict[str, str]:
+    """The scorers of an evaluation for people: `CER (kotoba)`, `WER (words)`."""
+    titles = {}
+    for name, summary in metrics["scores"].items():
+        titles[name] = f"{'WER' if summary['unit'] == 'words' else 'CER'} ({name})"
+    return titles
+
+
+def format_rate(rate: float | None) -> str:
+    """An error rate for people."""
+    return "unknown" if rate is None else f"{rate:.2f} %"
+
+
 # ---- error rates -----------------------------------------------------------------------------------------------------
 
 
-def count_errors(reference: str, hypothesis: str) -> np.ndarray:
-    """The `COUNTS` of a clip, first in characters, then in words: (2, 4)."""
-    counts = []
-    for align in (jiwer.process_characters, jiwer.process_words):
-        result = align(reference, hypothesis)
-        length = result.hits + result.substitutions + result.deletions
-        counts.append([result.substitutions, result.deletions, result.insertions, length])
-    return np.array(counts)
+def align(reference: str, hypothesis: str, unit: str) -> jiwer.WordOutput | jiwer.CharacterOutput:
+    """The alignment of two texts with the fewest errors, by character or by word."""
+    return (jiwer.process_words if unit == "words" else jiwer.process_characters)(reference, hypothesis)
+
+
+def count_errors(reference: str, hypothesis: str, unit: str) -> list[int]:
+    """The `COUNTS` of a clip."""
+    result = align(reference, hypothesis, unit)
+    length = result.hits + result.substitutions + result.deletions
+    return [result.substitutions, result.deletions, result.insertions, length]
+
+
+def align_texts(reference: str, hypothesis: str, unit: str) -> list[tuple[str, str]]:
+    """Both texts cut into pieces that stand side by side: equal ones, and between them such as differ."""
+    if not reference:
+        return [("", hypothesis)]
+    result = align(reference, hypothesis, unit)
+    separator = " " if unit == "words" else ""
+    pieces = []
+    for chunk in result.alignments[0]:
+        expected = separator.join(result.references[0][chunk.ref_start_idx : chunk.ref_end_idx])
+        predicted = separator.join(result.hypotheses[0][chunk.hyp_start_idx : chunk.hyp_end_idx])
+        if chunk.type != "equal" and pieces and pieces[-1][0] != pieces[-1][1]:  # one difference with the one before
+            expected = separator.join(filter(None, (pieces[-1][0], expected)))
+            predicted = separator.join(filter(None, (pieces.pop()[1], predicted)))
+        pieces.append((expected, predicted))
+    return pieces
 
 
 def error_rate(counts: np.ndarray) -> np.ndarray:
@@ -1656,19 +1799,19 @@ def bootstrap(counts: np.ndarray) -> np.ndarray:
     clips = len(counts)
     counts = counts.astype(float)
     rates = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        drawn = generator.integers(0, clips, clips)
-        times_drawn = np.bincount(drawn, minlength=clips)
+    for _ in range(BOOTSTRAP_DRAWS // 100):  # 100 draws at a time are one product of matrices
+        draws = [generator.integers(0, clips, clips) for _ in range(100)]
+        times_drawn = np.stack([np.bincount(drawn, minlength=clips) for drawn in draws])  # (100, clips)
         totals = np.tensordot(times_drawn, counts, axes=1)
         rates.append(error_rate(totals))
-    return np.stack(rates)
+    return np.concatenate(rates)
 
 
-def summarise(counts: np.ndarray) -> dict[str, dict]:
+def summarise(counts: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
     """(clips, metrics, 4) `COUNTS` -> for each metric, the rate in per cent, its 95 % interval and the counts."""
     drawn_rates = bootstrap(counts)  # (draws, metrics)
     summaries = {}
-    for metric, name in enumerate(METRICS):
+    for metric, name in enumerate(names):
         totals = counts[:, metric].sum(axis=0)
         summary = {"rate": None, "low": None, "high": None}
         if totals[3]:
@@ -1676,48 +1819,83 @@ def summarise(counts: np.ndarray) -> dict[str, dict]:
             summary["rate"] = float(error_rate(totals))
             summary["low"] = float(low)
             summary["high"] = float(high)
-        summary.update(zip(COUNTS, totals.tolist(), strict=True))
+        summary.update(zip(COUNTS, totals.astype(int).tolist(), strict=True))
         summaries[name] = summary
     return summaries
 
 
-def score(references: list[str], hypotheses: list[str], normalise: Callable[[str], str]) -> tuple[dict, list[dict]]:
-    """All metrics, and the CSV columns of each clip.
-
-    Clips whose reference is empty after normalisation are not scored.
-    """
-    rows = []
-    scored = []
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        normalised_reference = normalise(reference)
-        normalised_hypothesis = normalise(hypothesis)
-        row = {"normalised_reference": normalised_reference, "normalised_hypothesis": normalised_hypothesis}
-        rows.append(row)
-        if not normalised_reference:
-            continue
-        clip_counts = count_errors(normalised_reference, normalised_hypothesis)
-        raw_counts = count_errors(reference, hypothesis)
-        scored.append(np.concatenate([clip_counts, raw_counts]))
-        row.update(zip(CLIP_COLUMNS, clip_counts.flatten().tolist(), strict=True))
-        row["cer"] = round(float(error_rate(clip_counts[0])), 2)
-        row["runaway"] = len(normalised_hypothesis) > 2 * len(normalised_reference) + 10
-    if not scored:
-        fail("nothing to score: every reference is empty after normalisation")
-    counts = np.stack(scored)  # (clips, metrics, 4)
-    overall = summarise(counts)
-    metrics = {name: overall[name]["rate"] for name in METRICS}
-    metrics["clips"] = len(scored)
-    metrics["empty_references"] = len(references) - len(scored)
-    metrics["runaways"] = sum(row.get("runaway", False) for row in rows)
-    metrics["details"] = overall
-    metrics["by_length"] = []
+def summarise_lengths(counts: np.ndarray) -> list[dict]:
+    """(clips, metrics, 4) `COUNTS` -> the `METRICS` of the clips of each length group."""
     lengths = counts[:, 0, 3]
+    groups = []
     for low, high in LENGTH_GROUPS:
         members = (lengths >= low) & (lengths <= (high or np.inf))
         group = {"characters": [low, high], "clips": int(members.sum())}
-        group.update(summarise(counts * members[:, None, None]))  # the counts of all other clips become 0
-        metrics["by_length"].append(group)
+        group.update(summarise(counts * members[:, None, None], METRICS))  # the counts of all other clips become 0
+        groups.append(group)
+    return groups
+
+
+def score(references: list[str], hypotheses: list[str], scorers: list[Scorer]) -> tuple[dict, list[dict]]:
+    """All metrics, and the CSV columns of each clip. Whatever is not a scorer's own goes by the first scorer's rule.
+
+    Clips whose reference is empty after normalisation have no rate; what was put in there is counted apart.
+    """
+    normalise = scorers[0].normalise
+    rows = []
+    counts = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        texts = (normalise(reference), normalise(hypothesis))
+        row = {"normalised_reference": texts[0], "normalised_hypothesis": texts[1]}
+        rows.append(row)
+        if not texts[0]:
+            continue
+        clip_counts = [count_errors(*texts, unit) for unit in ("characters", "words")]
+        row.update(zip(CLIP_COLUMNS, itertools.chain.from_iterable(clip_counts), strict=True))
+        row["cer"] = round(float(error_rate(np.array(clip_counts[0]))), 2)
+        row["runaway"] = len(texts[1]) > 2 * len(texts[0]) + 10
+        clip_counts += [count_errors(reference, hypothesis, unit) for unit in ("characters", "words")]
+        for scorer in scorers:
+            scorer_counts = count_errors(scorer.normalise(reference), scorer.normalise(hypothesis), scorer.unit)
+            row[f"{scorer.name}_errors"] = sum(scorer_counts[:3])
+            row[f"{scorer.name}_reference"] = scorer_counts[3]
+            clip_counts.append(scorer_counts)
+        counts.append(clip_counts)
+    if not counts:
+        fail(NOTHING_TO_SCORE)
+    counts = np.array(counts)  # (clips, metrics, 4)
+    overall = summarise(counts, [*METRICS, *(f"scorer {scorer.name}" for scorer in scorers)])
+    metrics = {name: overall[name]["rate"] for name in METRICS}
+    metrics["clips"] = len(counts)
+    metrics["runaways"] = sum(row.get("runaway", False) for row in rows)
+    metrics["runaway_rate"] = round(100 * metrics["runaways"] / len(counts), 3)
+    inserted = [len(row["normalised_hypothesis"]) for row in rows if not row["normalised_reference"]]
+    metrics["empty_references"] = len(inserted)
+    metrics["silence"] = {"clips_with_text": sum(map(bool, inserted)), "characters": sum(inserted)}
+    metrics["scores"] = {scorer.name: {"unit": scorer.unit, **overall[f"scorer {scorer.name}"]} for scorer in scorers}
+    metrics["details"] = {name: overall[name] for name in METRICS}
+    metrics["by_length"] = summarise_lengths(counts[:, : len(METRICS)])
     return metrics, rows
+
+
+def count_confusions(predictions: list[dict], unit: str) -> list[dict]:
+    """The differences that occur most in the normalised texts, each with its count and the first clips that have it."""
+    found = defaultdict(list)
+    for prediction in predictions:
+        if not prediction.get("normalised_reference"):
+            continue
+        pieces = align_texts(prediction["normalised_reference"], prediction["normalised_hypothesis"], unit)
+        for piece in pieces:
+            if piece[0] != piece[1]:
+                found[piece].append(prediction["id"])
+    confusions = []
+    for (expected, predicted), clips in sorted(found.items(), key=lambda item: -len(item[1]))[:CONFUSIONS]:
+        kind = "substitution" if expected and predicted else "deletion" if expected else "insertion"
+        examples = list(dict.fromkeys(clips))[:3]
+        confusions.append(
+            {"kind": kind, "reference": expected, "hypothesis": predicted, "count": len(clips), "clips": examples}
+        )
+    return confusions
 
 
 def list_unusable(predictions: list[dict], args: argparse.Namespace) -> dict[str, list[str]]:
@@ -1732,15 +1910,39 @@ def list_unusable(predictions: list[dict], args: argparse.Namespace) -> dict[str
     return dict(unusable)
 
 
-def score_predictions(predictions: list[dict], normalise: Callable[[str], str]) -> dict:
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Show nothing of what other programs and libraries write to stderr, also where they are not Python's."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def score_predictions(predictions: list[dict], scorers: list[Scorer]) -> dict:
     """Compute the metrics, and add its own figures to each usable prediction."""
     usable = [prediction for prediction in predictions if not prediction["problem"]]
     references = [prediction["reference"] for prediction in usable]
     hypotheses = [prediction["hypothesis"] for prediction in usable]
-    metrics, columns = score(references, hypotheses, normalise)
+    with silent_stderr():  # Open JTalk warns of accents
+        metrics, columns = score(references, hypotheses, scorers)
     for prediction, figures in zip(usable, columns, strict=True):
         prediction.update(figures)
+    metrics["confusions"] = count_confusions(usable, scorers[0].unit)
     return metrics
+
+
+def refuse_empty_references(clips: datasets.Dataset, args: argparse.Namespace) -> None:
+    """Fail where no clip has a reference to score, before anything is transcribed."""
+    normalise = scoring_rule(args.scorer, args.language, None)
+    for batch in clips.select_columns("reference").iter(1_000):
+        if any(normalise(str(text)) for text in batch["reference"] if text is not None):
+            return
+    fail(NOTHING_TO_SCORE)
 
 
 # ---- clips and windows -----------------------------------------------------------------------------------------------
@@ -1983,6 +2185,13 @@ def transcribe(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list[str]
     return [text.strip() for text in texts]
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called, for people: the model of a GPU, or how many threads of a CPU compute."""
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def make_batches(recordings: list[Recording], batch_size: int) -> list[list[Recording]]:
     """Batches of the usable recordings, longest first to save padding, audio over 30 s apart from the rest."""
     usable = [recording for recording in recordings if recording.waveform is not None]
@@ -2025,17 +2234,23 @@ def predict(
     total = sum(map(len, shards.values()))
     bar = tqdm(total=total, unit="clip", disable=not show_progress)
     with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
+        is_warm = False
         started = time.perf_counter()
         for path, recordings in zip(shards, load_shards(pool, load, shards.values()), strict=True):
             refuse_long_clips([recording.id for recording in recordings if recording.problem == TOO_LONG], args)
+            work = {"device": device_name(recogniser.model.device), "batch_size": batch_size}
             for batch in make_batches(recordings, batch_size):
                 texts = transcribe(recogniser, [recording.waveform for recording in batch])
                 for recording, text in zip(batch, texts, strict=True):
                     recording.hypothesis = text
                 bar.update(len(batch))
+                if not is_warm:  # the first batch of a process loads kernels and is slower than the others
+                    work["warm_up_seconds"] = time.perf_counter() - started
+                    work["warm_up_audio_seconds"] = sum(recording.seconds for recording in batch)
+                    is_warm = True
             bar.update(sum(recording.waveform is None for recording in recordings))
             finished = time.perf_counter()
-            write_predictions(path, recordings, finished - started)
+            write_predictions(path, recordings, work | {"process_seconds": finished - started})
             started = finished
 
 
@@ -2044,35 +2259,59 @@ def predict(
 
 @dataclass
 class Evaluation:
-    """The saved results of an evaluation."""
+    """The results of an evaluation."""
 
+    model: str  # as it is shown
+    dataset: str  # as it is shown
     metrics: dict
-    data: tuple[str, str]  # dataset and <name> of the results
-    clips: list[tuple[str, str]]  # id and normalised reference
-    counts: np.ndarray  # (clips, 4): the `COUNTS` of each clip in characters
+    predictions: list[dict]
+
+    @property
+    def data(self) -> tuple[str, str]:
+        """Dataset and <name> of the results; only evaluations of the same data are compared."""
+        return self.metrics["dataset"], self.metrics["name"]
+
+    @property
+    def scored(self) -> list[dict]:
+        return [prediction for prediction in self.predictions if prediction.get("cer") is not None]
+
+    @property
+    def unit(self) -> str:
+        """What the headline rate counts: characters or words."""
+        return self.metrics["scores"][self.metrics["scorer"]]["unit"]
+
+    def counts(self, scorer: str) -> np.ndarray:
+        """(clips, 4): the `COUNTS` of each scored clip, all errors as substitutions."""
+        return np.array([[row[f"{scorer}_errors"], 0, 0, row[f"{scorer}_reference"]] for row in self.scored])
 
 
 def read_evaluation(path: Path) -> Evaluation:
     """Read the evaluation of a metric.<name>.json."""
     name = path.stem.removeprefix("metric.")
-    predictions = path.with_name(f"all_predictions.{name}.csv")
-    if not predictions.is_file():
-        fail(f"{predictions} is missing: evaluate again with --output_dir {path.parent}")
-    clips = []
-    counts = []
+    table = path.with_name(f"all_predictions.{name}.csv")
+    if not table.is_file():
+        fail(f"{table} is missing: evaluate again with --output_dir {path.parent}")
+    predictions = []
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        with open(predictions, encoding="utf-8", newline="") as file:
+        if "scores" not in metrics:
+            fail(f"{path} is of an earlier version: evaluate again with --output_dir {path.parent}")
+        figures = ["seconds", "cer", "confidence", *CLIP_COLUMNS]
+        for scorer in metrics["scores"]:
+            figures += [f"{scorer}_errors", f"{scorer}_reference"]
+        with open(table, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                if row["cer"] != "":  # the clip was scored
-                    clips.append((row["id"], row["normalised_reference"]))
-                    counts.append([int(row[f"character_{count}"]) for count in COUNTS])
-        totals = np.sum(counts, axis=0).tolist()
-        if totals != [metrics["details"]["cer"][count] for count in COUNTS]:
-            raise ValueError("the counts of the clips do not add up")
-        return Evaluation(metrics, (metrics["dataset"], metrics["name"]), clips, np.array(counts))
+                for column in figures:
+                    row[column] = float(row[column]) if row.get(column) else None
+                row["runaway"] = row["runaway"] == "True"
+                predictions.append(row)
+        evaluation = Evaluation(metrics["model"], metrics["dataset"], metrics, predictions)
+        for count in COUNTS:
+            if sum(row[f"character_{count}"] for row in evaluation.scored) != metrics["details"]["cer"][count]:
+                raise ValueError("the counts of the clips do not add up")
+        return evaluation
     except (ValueError, LookupError, TypeError, csv.Error) as error:
-        fail(f"{path} or {predictions.name} is damaged ({first_line(error)}): evaluate again")
+        fail(f"{path} or {table.name} is damaged ({first_line(error)}): evaluate again")
 
 
 def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, ...]:
@@ -2090,189 +2329,702 @@ def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, ...]
     return rates[1] - rates[0], low, high, min(1.0, p)
 
 
+def compare_with(first: Evaluation, other: Evaluation) -> dict[str, dict] | None:
+    """The paired test of each scorer that both have, or None where they are not of the same clips."""
+    clips = []
+    for evaluation in (first, other):
+        clips.append([(row["id"], row["normalised_reference"]) for row in evaluation.scored])
+    if clips[0] != clips[1]:
+        return None
+    tests = {}
+    for scorer in first.metrics["scores"]:
+        if scorer in other.metrics["scores"]:
+            test = paired_difference(first.counts(scorer), other.counts(scorer))
+            tests[scorer] = dict(zip(("difference", "low", "high", "p"), map(float, test), strict=True))
+    return tests
+
+
 def short_names(references: Iterable[str]) -> dict[str, str]:
-    """The last part of each reference, or the full references if two last parts are the same."""
-    names = {reference: Path(reference).name for reference in references}
-    if len(set(names.values())) < len(names):
-        return {reference: reference for reference in names}
+    """As many of the last parts of each reference as tell them apart: a page does not show where a directory is."""
+    paths = {reference: Path(reference).parts for reference in references}
+    for number in range(1, 5):
+        names = {reference: "/".join(parts[-number:]) for reference, parts in paths.items()}
+        if len(set(names.values())) == len(names):
+            break
     return names
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Print and draw saved evaluations, each compared with the first one on the same dataset."""
-    evaluations = []
-    for directory in args.compare:
-        paths = sorted(Path(directory).rglob("metric.*.json"))
-        if not paths:
+def read_evaluations(directories: list[str]) -> list[Evaluation]:
+    """The evaluations in these directories, those of the same data together, with names that tell them apart."""
+    paths = []
+    for directory in directories:
+        found = sorted(Path(directory).rglob("metric.*.json"))
+        if not found:
             fail(f"{directory} has no metric.<split>.json: evaluate a model with --output_dir {directory} first")
-        evaluations += [read_evaluation(path) for path in paths]
-    evaluations.sort(key=lambda evaluation: evaluation.data)
+        paths += found
+    evaluations = [read_evaluation(path) for path in paths]
     models = short_names(evaluation.metrics["model"] for evaluation in evaluations)
-    data = short_names(evaluation.metrics["dataset"] for evaluation in evaluations)
-
-    print("| Model | Parameters | Dataset | Clips | CER % | WER % | CER against the first | Seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    firsts: dict[tuple, Evaluation] = {}
-    bars = []
-    for evaluation in evaluations:
+    datasets_shown = short_names(evaluation.metrics["dataset"] for evaluation in evaluations)
+    seen = set()
+    for evaluation, path in zip(evaluations, paths, strict=True):
         metrics = evaluation.metrics
         kind = metrics["name"].removeprefix(split_title(metrics["dataset_split_name"]))  # for example .windows_30
-        dataset = data[metrics["dataset"]] + re.sub(r"[._]", " ", kind)
+        evaluation.dataset = datasets_shown[metrics["dataset"]] + re.sub(r"[._]", " ", kind)
+        evaluation.model = models[metrics["model"]]
+        if (evaluation.model, evaluation.data) in seen:
+            evaluation.model += f" ({path.parent.name})"
+        seen.add((evaluation.model, evaluation.data))
+    return sorted(evaluations, key=lambda evaluation: evaluation.data)
+
+
+def comparison_line(evaluation: Evaluation, titles: dict[str, str], tests: dict | None, is_first: bool) -> str:
+    """A row of the printed table, with the rates of the scorers in `titles`."""
+    metrics = evaluation.metrics
+    parameters = f"{metrics['parameters'] / 1e6:.1f} M" if metrics["parameters"] else ""
+    cells = [evaluation.model, parameters, evaluation.dataset, f"{metrics['clips']:,}"]
+    for name in titles:
+        summary = metrics["scores"].get(name)
+        cells.append("")
+        if summary and summary["rate"] is not None:
+            cells[-1] = f"{summary['rate']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})"
+    against_first = "" if is_first else "other clips"
+    if not is_first and tests and metrics["scorer"] in tests:
+        test = tests[metrics["scorer"]]
+        against_first = f"{test['difference']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f}, p = {test['p']:.3f})"
+    seconds = "" if metrics["process_seconds"] is None else f"{metrics['process_seconds']:.0f}"
+    cells += [against_first, f"{metrics['rtfx'] or ''}", seconds]
+    return f"| {' | '.join(cells)} |"
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print saved evaluations, each compared with the first one on the same data, and write them as JSON and page."""
+    evaluations = read_evaluations(args.compare)
+    titles = {}
+    for evaluation in evaluations:
+        titles |= scorer_titles(evaluation.metrics)
+    header = ["Model", "Parameters", "Dataset", "Clips", *(f"{title} %" for title in titles.values())]
+    header += ["Against the first", "RTFx", "Seconds"]
+    print(f"| {' | '.join(header)} |")
+    print(f"|{' --- |' * len(header)}")
+    firsts: dict[tuple, Evaluation] = {}
+    compared = []
+    for evaluation in evaluations:
         first = firsts.setdefault(evaluation.data, evaluation)
-        if evaluation is first:
-            against_first = ""
-        elif evaluation.clips != first.clips:
-            against_first = "other clips"
-        else:
-            difference, low, high, p = paired_difference(first.counts, evaluation.counts)
-            against_first = f"{difference:+.2f} ({low:+.2f} to {high:+.2f}, p = {p:.3f})"
-        model = models[metrics["model"]]
-        cells = [model, f"{metrics['parameters'] / 1e6:.1f} M", dataset, f"{metrics['clips']:,}"]
-        for name in ("cer", "wer"):
-            summary = metrics["details"][name]
-            cells.append(f"{summary['rate']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})")
-        cells += [against_first, f"{metrics['process_seconds']:.0f}"]
-        print(f"| {' | '.join(cells)} |")
-        bars.append((f"{model}\n{dataset}", metrics["details"]["cer"]))
-    if not args.dry_run:
-        file = io.BytesIO()
-        draw_rates(bars, file, format="png", dpi=150)
-        try:
-            os.makedirs(args.output_dir, exist_ok=True)
-            write_atomically(Path(args.output_dir) / "comparison.png", file.getvalue())
-        except OSError as error:
-            fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
+        tests = None if evaluation is first else compare_with(first, evaluation)
+        print(comparison_line(evaluation, titles, tests, evaluation is first))
+        compared.append({"model": evaluation.model, "dataset": evaluation.dataset, "against_first": tests})
+        for name in (
+            "clips",
+            "parameters",
+            "audio_seconds",
+            "process_seconds",
+            "rtfx",
+            "runaways",
+            "silence",
+            "scores",
+        ):
+            compared[-1][name] = evaluation.metrics[name]
+    if args.dry_run:
+        return
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "comparison.json", {"evaluations": compared})
+        tests = [evaluation["against_first"] for evaluation in compared]
+        write_atomically(output_dir / "comparison.html", render_page("Comparison", evaluations, tests, {}))
+    except OSError as error:
+        fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --bar: #4a87b5; --lost: #c2570022; --got: #0a6cc422 }
+@media (prefers-color-scheme: dark) { :root { --lost: #ff9a4444; --got: #58b0ff44; --bar: #6ba7d3 } }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem }
+body, .details { overflow-wrap: break-word } .text, .pair, dd { overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem; margin: .5rem 0 0 }
+.rate { font-size: 3rem; font-weight: 600; line-height: 1.1 }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem } dd { margin: 0 }
+.scroll { overflow: auto } .long { max-height: 26rem } .scroll .text, .scroll th { overflow-wrap: normal }
+.scroll td.text { min-width: 4rem; max-width: 26rem } .compared th { white-space: nowrap }
+table { border-collapse: collapse } caption { text-align: left; padding: .3rem 0 }
+td, th { padding: .2rem .7rem .2rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
+th[scope=row], .text, .text + .text { text-align: left }
+.number { white-space: nowrap; font-variant-numeric: tabular-nums }
+svg.bar { width: 12rem; height: .8rem; overflow: visible; vertical-align: middle }
+.bar rect { fill: var(--bar) } .bar path { stroke: currentColor; stroke-width: 1.5; vector-effect: non-scaling-stroke }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: end; margin: .5rem 0 }
+.controls label { display: grid } input, select, button { font: inherit; padding: .2rem .4rem; max-width: 100% }
+th button, .example, .open { border: 0; background: none; color: inherit; padding: 0; cursor: pointer }
+th button, .open { text-align: inherit }
+.open, .example { text-decoration: underline dotted; margin-right: .5rem }
+th button { font-weight: 600 } [aria-sort=ascending] button::after { content: " ▲" }
+[aria-sort=descending] button::after { content: " ▼" }
+#clips { width: 100% } #clips .clip { cursor: pointer } #clips .clip:hover { background: #8882 }
+#clips .clip .text { width: 60%; min-width: 14rem }
+.details { text-align: left } .aligned { display: flex; flex-wrap: wrap; margin: .2rem 0 .5rem; row-gap: .4rem }
+.pair { display: inline-grid; grid-template-rows: auto auto; min-width: .5em; max-width: 100% }
+.words .pair { margin-right: .4em }
+.pair.differs { border: 1px solid; border-radius: 3px; margin: -1px 1px; padding: 0 .1em }
+del { background: var(--lost); text-decoration: underline dashed } ins { background: var(--got); font-weight: 600 }
+audio { display: block; width: min(30rem, 100%) }
+.tag { border: 1px solid; border-radius: 3px; padding: 0 .3em; font-size: .8em }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap }
+@media (max-width: 40rem) {
+  svg.bar { width: 24vw } .rate { font-size: 2.2rem } .minor { display: none }
+  #clips, #clips tbody, #clips tr, #clips td, #clips .clip .text { display: block; width: 100%; border: 0 }
+  #clips td { text-align: left }
+  #clips thead tr { display: flex; flex-wrap: wrap } #clips thead th { border: 0 } #clips thead .text { display: none }
+  #clips tbody tr { border-bottom: 1px solid var(--line); padding: .4rem 0 }
+  #clips .clip .number { display: inline-block; width: auto }
+  #clips .number::before { content: attr(data-label) " "; opacity: .7 }
+}
+"""
 
-PAGE = string.Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; media-src data:">
-<meta name="viewport" content="width=device-width"><style>
-:root { color-scheme: light dark } svg { width: 100%; height: auto } small, audio { display: block }
-body { font: 16px/1.5 sans-serif; max-width: 50rem; margin: 2rem auto; padding: 1rem }
-td, th { padding: 0 1rem 0 0; text-align: right; white-space: nowrap } th:first-child { text-align: left }
-li { margin: 1rem 0; overflow-wrap: anywhere } li p { margin: 0; font-size: 1.2em }
-del { background: #f556 } ins { background: #3b66; text-decoration: none }
-</style></head><body><h1>$title</h1>
-<table><tr><th><th>rate<th>95 % interval<th>$counts$rates</table>
-<h2>By length of the reference</h2>$chart
-<h2>The run</h2><table>$facts</table>
-<h2>The worst clips</h2><p><del>only in the reference</del> <ins>only in the prediction</ins></p>
-<ol lang="$language">$clips</ol>
-</body></html>
-""")
+SCRIPT = """
+"use strict"
+const data = JSON.parse(document.getElementById("data").textContent)
+const find = id => document.getElementById(id)
+const collator = new Intl.Collator(undefined, {numeric: true})
+const perPage = 50
+let sortBy = 0, descending = true, page = 0, shown = []
+
+function make(tag, properties, ...children) {  // strings among the children become text, never HTML
+  const made = document.createElement(tag)
+  for (const [name, value] of Object.entries(properties)) made.setAttribute(name, value)
+  made.append(...children)
+  return made
+}
+
+const bothSides = piece => typeof piece === "string" ? [piece, piece] : piece
+const sideOf = (pieces, side) => pieces.map(piece => bothSides(piece)[side]).join(data.unit === "words" ? " " : "")
+
+for (const clip of data.clips) {
+  const texts = clip.texts.flatMap(text => text.aligned.flatMap(pieces => [sideOf(pieces, 0), sideOf(pieces, 1)]))
+  clip.search = [clip.id, ...texts].join("\\n").toLowerCase()
+}
+
+function aligned(pieces) {  // two lines, one above the other: the reference and what was heard
+  const box = make("div", {class: "aligned " + data.unit, lang: data.language, "aria-hidden": "true"})
+  for (const piece of pieces) {
+    if (typeof piece === "string") {
+      for (const letter of data.unit === "words" ? piece.split(" ") : piece) {
+        box.append(make("span", {class: "pair"}, make("span", {}, letter), make("span", {}, letter)))
+      }
+    } else {
+      const [expected, predicted] = piece.map(side => side || "∅")
+      box.append(make("span", {class: "pair differs"}, make("del", {}, expected), make("ins", {}, predicted)))
+    }
+  }
+  return box
+}
+
+function spoken(pieces) {  // the same for those who listen to the page
+  const changes = pieces.filter(piece => typeof piece !== "string").map(([expected, predicted]) =>
+    expected && predicted ? `“${expected}” is “${predicted}”` : expected ? `no “${expected}”` : `added “${predicted}”`)
+  const texts = `Reference: ${sideOf(pieces, 0)}. Prediction: ${sideOf(pieces, 1)}.`
+  return make("p", {class: "hidden"}, `${texts} ${changes.join("; ") || "No difference"}.`)
+}
+
+function details(clip) {
+  const cell = make("td", {class: "details", colspan: data.columns.length + 2, role: "cell"})
+  if (clip.audio) cell.append(make("audio", {controls: "", src: "data:audio/flac;base64," + clip.audio}))
+  for (const text of clip.texts) {
+    if (data.models.length > 1) cell.append(make("h3", {}, data.models[text.model]))
+    text.aligned.forEach((pieces, index) => {
+      cell.append(make("small", {}, ["Normalised", "As written"][index]), aligned(pieces), spoken(pieces))
+    })
+  }
+  return make("tr", {role: "row"}, cell)
+}
+
+function rowOf(clip) {
+  const button = make("button", {class: "open", "aria-expanded": "false"}, clip.id)
+  const row = make("tr", {class: "clip", role: "row"}, make("td", {class: "text", role: "cell"}, button))
+  const preview = make("span", {lang: data.language}, sideOf(clip.texts[0].aligned[1], 0) || "(empty)")
+  row.firstChild.append(preview)
+  for (const tag of clip.tags) row.firstChild.append(" ", make("span", {class: "tag"}, tag))
+  clip.figures.forEach((figure, index) => {
+    const text = figure === null ? "–" : figure.toFixed(data.columns[index].digits)
+    row.append(make("td", {class: "number", role: "cell", "data-label": data.columns[index].label}, text))
+  })
+  row.onclick = () => {
+    const open = button.getAttribute("aria-expanded") === "true"
+    button.setAttribute("aria-expanded", String(!open))
+    if (open) row.nextSibling.remove()
+    else row.after(details(clip))
+  }
+  return row
+}
+
+function show() {
+  const rows = shown.slice(page * perPage, (page + 1) * perPage)
+  find("rows").replaceChildren(...rows.map(rowOf))
+  const last = page * perPage + rows.length
+  find("count").textContent = rows.length ? `${page * perPage + 1} to ${last} of ${shown.length} clips` : "no such clip"
+  find("previous").disabled = page === 0
+  find("next").disabled = last >= shown.length
+}
+
+function select() {
+  const wanted = find("search").value.trim().toLowerCase()
+  const [shortest, longest] = find("length").value.split(" ").map(Number)
+  const kind = find("kind").value
+  const value = clip => sortBy < 0 ? clip.id : clip.figures[sortBy]
+  shown = data.clips.filter(clip => clip.search.includes(wanted) && (!kind || clip.kinds.includes(kind)))
+  shown = shown.filter(clip => clip.length >= shortest && clip.length <= longest)
+  shown.sort((a, b) => {
+    const [first, second] = descending ? [value(b), value(a)] : [value(a), value(b)]
+    if (first === null || second === null) return (value(a) === null) - (value(b) === null)  // unknown comes last
+    return sortBy < 0 ? collator.compare(first, second) : first - second
+  })
+  document.querySelectorAll("#clips th").forEach((head, index) => {
+    head.setAttribute("aria-sort", index - 1 !== sortBy ? "none" : descending ? "descending" : "ascending")
+  })
+  page = 0
+  show()
+}
+
+document.querySelectorAll("#clips th button").forEach((button, index) => button.onclick = () => {
+  descending = index - 1 === sortBy ? !descending : index > 0
+  sortBy = index - 1
+  select()
+})
+document.querySelectorAll(".example").forEach(button => button.onclick = () => {
+  find("search").value = button.textContent
+  find("kind").value = ""
+  find("length").selectedIndex = 0
+  select()
+  find("search").scrollIntoView()
+})
+for (const id of ["search", "kind", "length"]) find(id).oninput = select
+find("previous").onclick = () => { page--; show() }
+find("next").onclick = () => { page++; show() }
+select()
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '{{ script|digest }}';
+ style-src '{{ style|digest }}'; media-src data:; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{{ style|safe }}</style></head><body>
+
+{%- macro bar(summary, scale) %}<span class="number">
+<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">
+<rect width="{{ [100 * summary.rate / scale, 100]|min }}" height="10"/>
+<path d="M{{ [100 * summary.low / scale, 100]|min }} 5H{{ [100 * summary.high / scale, 100]|min }}"/></svg>
+{{- " »" if summary.rate > scale }}</span>{% endmacro %}
+
+{%- macro rate_cells(summary, scale) %}
+{% if summary.rate is none %}<td><td>{% else %}<td class="number">{{ summary.rate|percent }}<td class="text">
+{{- bar(summary, scale) }} <span class="number">{{ "%.2f to %.2f %%"|format(summary.low, summary.high) }}</span>
+{%- endif %}{% endmacro %}
+
+<main><h1>{{ title }}</h1>
+{%- if evaluations|length == 1 %}{% set metrics = evaluations[0].metrics %}{% set headline = headlines[0] %}
+<p><span class="rate">{{ headline.rate|percent }}</span><br>{{ titles[metrics.scorer] }}, 95 % interval
+{{ "%.2f to %.2f %%"|format(headline.low, headline.high) }}
+<dl class="facts">{% for name, value in facts.items() %}<dt>{{ name }}<dd>{{ value }}{% endfor %}</dl>
+<h2>All scorers</h2>
+<div class="scroll" tabindex="0"><table><caption>Error rates; the line on a bar is the 95 % interval</caption>
+<tr><th scope="col" class="text">Scorer<th scope="col">Rate<th scope="col" class="text">95 % interval
+{%- for count in counts %}<th scope="col" class="minor">{{ count }}{% endfor %}
+{%- for name, summary in rates.items() %}<tr><th scope="row">{{ name }}{{ rate_cells(summary, scale) }}
+{%- for count in counts %}<td class="number minor">{{ "{:,}".format(summary[count]) }}{% endfor %}
+{%- endfor %}</table></div>
+<h2>By length of the reference</h2>
+<div class="scroll" tabindex="0"><table><caption>Character error rate of the clips of each length</caption>
+<tr><th scope="col" class="text">Characters<th scope="col">Clips<th scope="col">Rate
+<th scope="col" class="text">95 % interval
+{%- for group in metrics.by_length %}<tr><th scope="row" class="number">{{ group.characters[0] }}
+{{- " to %d"|format(group.characters[1]) if group.characters[1] else " or more" }}
+<td class="number">{{ "{:,}".format(group.clips) }}{{ rate_cells(group.cer, length_scale) }}{% endfor %}</table></div>
+<h2>What is confused most</h2>
+<div class="scroll long" tabindex="0"><table>
+<caption>Differences of the normalised texts; a clip's name shows that clip</caption>
+<tr><th scope="col" class="text">Reference<th scope="col" class="text">Prediction<th scope="col" class="text">Kind
+<th scope="col">Times<th scope="col" class="text">For example
+{%- for confusion in metrics.confusions %}<tr>
+<td class="text" lang="{{ metrics.language }}"><del>{{ confusion.reference }}</del>
+<td class="text" lang="{{ metrics.language }}"><ins>{{ confusion.hypothesis }}</ins>
+<td class="text">{{ confusion.kind }}<td class="number">{{ "{:,}".format(confusion.count) }}<td class="text">
+{%- for clip in confusion.clips %}<button class="example">{{ clip }}</button>{% endfor %}{% endfor %}</table></div>
+{%- else %}
+<div class="scroll compared" tabindex="0"><table>
+<caption>Rates with their 95 % intervals; paired tests against the first of the same data, in points</caption>
+<tr><th scope="col" class="text">Model<th scope="col" class="text">Dataset<th scope="col">Clips<th scope="col">Rate
+<th scope="col" class="text">95 % interval<th scope="col">Against the first
+{%- for name in other_scorers %}<th scope="col">{{ titles[name] }}{% endfor %}<th scope="col">RTFx
+{%- for evaluation in evaluations %}{% set metrics = evaluation.metrics %}<tr><th scope="row">{{ evaluation.model }}
+<td class="text">{{ evaluation.dataset }}<td class="number">{{ "{:,}".format(metrics.clips) }}
+{{- rate_cells(metrics.scores[metrics.scorer], scale) }}<td class="number">{% set test = tests[loop.index0] %}
+{%- if test %}{% set test = test[metrics.scorer] %}
+{{- "%+.2f (%+.2f to %+.2f), p = %.3f"|format(test.difference, test.low, test.high, test.p) }}{% endif %}
+{%- for name in other_scorers %}<td class="number">
+{{- metrics.scores[name].rate|percent if name in metrics.scores }}{% endfor %}
+<td class="number">{{ metrics.rtfx or "" }}{% endfor %}</table></div>
+{%- endif %}
+<h2>All clips</h2><noscript>This table needs JavaScript; all_predictions.*.csv has the same rows.</noscript>
+<div class="controls"><label>Search in texts and names<input type="search" id="search"></label>
+<label>Show<select id="kind"><option value="">all clips<option value="wrong">only wrong<option value="runaway">runaways
+<option value="empty">without a reference</select></label>
+<label>Characters<select id="length"><option value="0 Infinity">any length
+{%- for low, high in length_groups %}<option value="{{ low }} {{ high or 'Infinity' }}">{{ low }}
+{{- " to %d"|format(high) if high else " or more" }}{% endfor %}</select></label></div>
+<table id="clips" role="table">
+<caption>A row opens to the texts side by side, and to the audio where the page has it</caption>
+<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader" class="text"><button>Clip</button>
+{%- for column in data.columns %}<th scope="col" role="columnheader"><button>{{ column.label }}</button>
+{%- endfor %}</thead>
+<tbody id="rows" role="rowgroup"></tbody></table>
+<div class="controls"><button id="previous">Previous</button><span id="count" role="status"></span>
+<button id="next">Next</button></div></main>
+<script type="application/json" id="data">{{ data|tojson }}</script>
+<script>{{ script|safe }}</script></body></html>
+"""
 
 
-def mark_differences(reference: str, hypothesis: str) -> str:
-    """HTML of both texts in one: `<del>` marks what only the reference has, `<ins>` what only the hypothesis has."""
-    marked = ""
-    alignment = jiwer.process_characters(reference, hypothesis).alignments[0]
-    for chunk in alignment:
-        expected = html.escape(reference[chunk.ref_start_idx : chunk.ref_end_idx])
-        predicted = html.escape(hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx])
-        if chunk.type == "equal":
-            marked += expected
-            continue
-        marked += f"<del>{expected}</del>" if expected else ""
-        marked += f"<ins>{predicted}</ins>" if predicted else ""
-    return marked
+def digest_source(content: str) -> str:
+    """How a content security policy names the one script or style that it allows."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
-def draw_rates(bars: list[tuple[str, dict]], file: IO, **options) -> None:
-    """Draw a horizontal bar for each name and its character error rate, with the 95 % interval as error bar."""
-    names = [name for name, _ in bars]
-    # A group without clips has no rate: its None becomes NaN, which is not drawn.
-    rates = np.array([summary["rate"] for _, summary in bars], float)
-    low = np.array([summary["low"] for _, summary in bars], float)
-    high = np.array([summary["high"] for _, summary in bars], float)
-    interval = np.clip([rates - low, high - rates], 0, None)  # (2, bars): lengths to either side of the rate
-    figure = Figure(figsize=(8, 1 + 0.5 * len(bars)), layout="constrained")
-    axes = figure.add_subplot(xlabel="character error rate, % (line: 95 % interval)")
-    drawn = axes.barh(range(len(bars)), rates, xerr=interval, tick_label=names, color="#5588aa")
-    axes.bar_label(drawn, fmt="%.1f", padding=6)
-    axes.set_xlim(0, max(1.0, np.nanmax(high)) * 1.15)
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(file, **options)
+def bar_scale(summaries: Iterable[dict]) -> float:
+    """The rate that a full bar stands for: the highest end of an interval, but no more than 4 times the lower half."""
+    known = [summary for summary in summaries if summary["rate"] is not None]
+    if not known:
+        return 1.0
+    typical = statistics.median_low(summary["rate"] for summary in known)
+    highest = max(summary["high"] for summary in known)
+    return max(min(highest, 4 * typical) if typical else highest, 1.0)
 
 
-def audio_player(waveform: np.ndarray) -> str:
-    """An HTML player with the audio embedded; empty for a clip too long to embed."""
-    if len(waveform) > MAX_PLAYED_SECONDS * SAMPLING_RATE:
-        return ""
+def page_texts(evaluation: Evaluation, prediction: dict, model: int) -> dict:
+    """Both texts of a clip in pieces, normalised and raw: a string where they are equal, else a pair."""
+    aligned = []
+    for prefix in ("normalised_", ""):
+        texts = (prediction[f"{prefix}reference"], prediction[f"{prefix}hypothesis"])
+        pieces = align_texts(*texts, evaluation.unit)
+        aligned.append([left if left == right else [left, right] for left, right in pieces])
+    return {"model": model, "aligned": aligned}
+
+
+def clip_rate(evaluation: Evaluation, prediction: dict, scorer: str) -> float | None:
+    """The error rate of a clip by a scorer, or None where it has none."""
+    if not prediction.get(f"{scorer}_reference"):
+        return None
+    return 100 * prediction[f"{scorer}_errors"] / prediction[f"{scorer}_reference"]
+
+
+def clip_of_page(prediction: dict, audio: str | None) -> dict:
+    """What a page knows of a clip before any model's texts and figures are added."""
+    clip = {"id": prediction["id"], "length": len(prediction["normalised_reference"]), "texts": [], "kinds": []}
+    if not prediction["normalised_reference"]:
+        clip["kinds"].append("empty")
+    return clip | {"audio": audio, "tags": [], "rates": {}, "seconds": prediction["seconds"]}
+
+
+def page_clips(evaluations: list[Evaluation], models: list[str], audio: dict[int, str]) -> list[dict]:
+    """One entry for each clip of the page, with the texts and the rates of all models that transcribed it."""
+    clips: dict[tuple, dict] = {}
+    for evaluation in evaluations:
+        scorer = evaluation.metrics["scorer"]
+        model = models.index(evaluation.model)
+        occurrences = Counter()
+        for row, prediction in enumerate(evaluation.predictions):
+            if prediction["problem"]:
+                continue
+            name = (evaluation.data, prediction["id"], prediction["reference"])
+            occurrences[name] += 1  # names need not be unique
+            clip = clips.setdefault((name, occurrences[name]), clip_of_page(prediction, audio.get(row)))
+            clip["texts"].append(page_texts(evaluation, prediction, model))
+            clip["rates"][model] = clip_rate(evaluation, prediction, scorer)
+            wrong = prediction["normalised_reference"] != prediction["normalised_hypothesis"]
+            for kind, is_so in (("wrong", wrong), ("runaway", prediction.get("runaway"))):
+                if is_so and kind not in clip["kinds"]:
+                    clip["kinds"].append(kind)
+            clip["tags"] = [kind for kind in clip["kinds"] if kind != "wrong"]
+            clip["first"] = clip.get("first", prediction)
+    return list(clips.values())
+
+
+def page_data(evaluations: list[Evaluation], audio: dict[int, str]) -> dict:
+    """What the page's script shows: the clips, and the columns of their figures."""
+    models = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
+    metrics = evaluations[0].metrics
+    titles = scorer_titles(metrics)
+    clips = page_clips(evaluations, models, audio)
+    if len(models) > 1:
+        labels = ["widest difference", *models]
+    else:
+        scorers = [metrics["scorer"], *(name for name in ("readings", "words") if name in titles)]
+        labels = [titles[name] for name in scorers]
+    columns = [{"label": f"{label} %", "digits": 0} for label in labels]
+    columns += [{"label": "characters", "digits": 0}, {"label": "seconds", "digits": 1}]
+    has_confidence = any(clip["first"].get("confidence") is not None for clip in clips)
+    if has_confidence:
+        columns.append({"label": "confidence", "digits": 2})
+    for clip in clips:
+        first, rates = clip.pop("first"), clip.pop("rates")
+        if len(models) > 1:
+            known = [rate for rate in rates.values() if rate is not None]
+            clip["figures"] = [max(known) - min(known) if known else None]
+            clip["figures"] += [rates.get(model) for model in range(len(models))]
+        else:
+            clip["figures"] = [clip_rate(evaluations[0], first, name) for name in scorers]
+        clip["figures"] += [clip["length"], clip.pop("seconds")]
+        if has_confidence:
+            clip["figures"].append(first.get("confidence"))
+    return {
+        "models": models,
+        "language": metrics["language"],
+        "unit": evaluations[0].unit,
+        "columns": columns,
+        "clips": clips,
+    }
+
+
+def page_facts(evaluation: Evaluation) -> dict[str, str]:
+    """What one wants to know of a run, by name; nothing of where its files are."""
+    metrics = evaluation.metrics
+    silence = metrics["silence"]
+    invented = f"{silence['clips_with_text']:,} of them got text, {silence['characters']:,} characters"
+    facts = {
+        "Model": evaluation.model,
+        "Dataset": f"{evaluation.dataset}, {metrics['name']}",
+        "Clips": f"{metrics['clips']:,}, {metrics['audio_seconds'] / 3600:.2f} h",
+        "RTFx": f"{metrics['rtfx']} seconds of audio per second" if metrics["rtfx"] else "unknown",
+        "Computed by": f"{metrics['device']}, {metrics['dtype']}, batches of {metrics['batch_size']}",
+        "Runaways": f"{metrics['runaways']:,} ({metrics['runaway_rate']:.2f} %)",
+        "Without a reference": f"{metrics['empty_references']:,}; {invented}",
+        "Parameters": f"{metrics['parameters'] / 1e6:.1f} M" if metrics["parameters"] else "unknown",
+    }
+    if not metrics["rtfx"]:
+        del facts["Computed by"]
+    for problem, names in metrics["unusable"].items():
+        facts[f"Left out: {problem}"] = f"{len(names):,}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+    return facts
+
+
+def page_rates(metrics: dict) -> dict[str, dict]:
+    """All rates of an evaluation by title: those of the scorers, then what the headline's own rule gives besides."""
+    titles = scorer_titles(metrics)
+    rates = {titles[name]: summary for name, summary in metrics["scores"].items()}
+    # Without spaces a text is one word, and what is right or wrong is the whole of it.
+    word = "Sentence error rate" if metrics["language"] in UNSPACED else "WER"
+    names = {"cer": f"CER ({metrics['scorer']})", "cer_raw": "CER of the raw texts"}
+    names |= {"wer": f"{word} ({metrics['scorer']})", "wer_raw": f"{word} of the raw texts"}
+    for name, title in names.items():
+        rates.setdefault(title, metrics["details"][name])
+    return rates
+
+
+def render_page(title: str, evaluations: list[Evaluation], tests: list[dict | None], audio: dict[int, str]) -> str:
+    """One self-contained page about one evaluation, or about several. `audio` are FLAC files in base64 by row."""
+    environment = jinja2.Environment(autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    environment.filters |= {"percent": format_rate, "digest": digest_source}
+    rates = page_rates(evaluations[0].metrics)
+    headlines = [evaluation.metrics["scores"][evaluation.metrics["scorer"]] for evaluation in evaluations]
+    titles = {}
+    for evaluation in evaluations:
+        titles |= scorer_titles(evaluation.metrics)
+    return environment.from_string(PAGE).render(
+        title=title,
+        style=STYLE,
+        script=SCRIPT,
+        evaluations=evaluations,
+        tests=tests,
+        titles=titles,
+        headlines=headlines,
+        other_scorers=[name for name in titles if name != evaluations[0].metrics["scorer"]],
+        facts=page_facts(evaluations[0]),
+        rates=rates,
+        counts=COUNTS,
+        scale=bar_scale(rates.values() if len(evaluations) == 1 else headlines),
+        length_scale=bar_scale(group["cer"] for group in evaluations[0].metrics["by_length"]),
+        length_groups=LENGTH_GROUPS,
+        data=page_data(evaluations, audio),
+    )
+
+
+def encode_audio(waveform: np.ndarray) -> str:
+    """A waveform as a FLAC file in base64."""
     file = io.BytesIO()
     soundfile.write(file, waveform, SAMPLING_RATE, format="FLAC")
-    return f'<audio controls src="data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"></audio>'
+    return base64.b64encode(file.getvalue()).decode()
 
 
-def length_chart(by_length: list[dict]) -> str:
-    """An SVG chart with a bar for each length group."""
-    bars = []
-    for group in by_length:
-        low, high = group["characters"]
-        name = f"{low} to {high} characters" if high else f"{low} characters or more"
-        bars.append((f"{name}\n({group['clips']:,} clips)", group["cer"]))
-    file = io.StringIO()
-    draw_rates(bars, file, format="svg")
-    _, tag, content = file.getvalue().partition("<svg")  # without the XML header, which only a separate file needs
-    return tag + content
+def embed_audio(
+    predictions: list[dict], load_waveform: Callable[[int], np.ndarray], megabytes: float
+) -> dict[int, str]:
+    """The audio that a page holds, in base64 by row: of the worst clips first, and of as many as fit."""
+
+    def badness(row: int) -> float:
+        prediction = predictions[row]
+        invented = not prediction["normalised_reference"] and prediction["normalised_hypothesis"]
+        return math.inf if invented else prediction.get("cer", 0.0)
+
+    playable = []
+    for row, prediction in enumerate(predictions):
+        if not prediction["problem"] and prediction["seconds"] <= MAX_PLAYED_SECONDS:
+            playable.append(row)
+    audio = {}
+    left = megabytes * 1e6
+    for row in sorted(playable, key=badness, reverse=True):
+        encoded = encode_audio(load_waveform(row))
+        left -= len(encoded)
+        if left < 0:
+            break
+        audio[row] = encoded
+    return audio
 
 
-def rates_table(details: dict[str, dict]) -> str:
-    """HTML table rows, one for each error rate, with its interval and counts."""
-    rows = ""
-    for name, summary in details.items():
-        rows += f"<tr><th>{name.upper().replace('_RAW', ' of the raw text')}<td>{summary['rate']:.2f} %"
-        rows += f"<td>{summary['low']:.2f} to {summary['high']:.2f} %"
-        rows += "".join(f"<td>{summary[count]:,}" for count in COUNTS)
+# ---- predictions of other engines ------------------------------------------------------------------------------------
+
+HYPOTHESIS_COLUMNS = ("hypothesis", "prediction", "text", "transcription")  # the first that is there has the texts
+OWN_REFERENCES = "references of the predictions"  # the name of the data where there is no dataset
+
+
+def read_prediction_rows(path: Path, name: str) -> list[dict]:
+    """The rows of a .csv, .tsv or .jsonl file, or of a directory that an evaluation wrote."""
+    if path.is_dir():
+        path = path / f"all_predictions.{name}.csv"
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in file if line.strip()]
+            else:
+                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    except (OSError, ValueError, csv.Error) as error:
+        fail(f"cannot read --predictions {path}: {first_line(error)}")
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        fail(f"--predictions {path} needs rows of named values: CSV with a header, or a JSON object per line")
     return rows
 
 
-def facts_table(metrics: dict) -> str:
-    """HTML table rows about the run: the clips, the speed, the model and the settings."""
-    facts = {
-        "clips": metrics["clips"],
-        "empty references": metrics["empty_references"],
-        "runaways": metrics["runaways"],
-        "audio seconds": metrics["audio_seconds"],
-        "real time factor": metrics["real_time_factor"],
-        "clips per second": metrics["clips_per_second"],
-        "parameters": metrics["parameters"],
-        **{problem: len(names) for problem, names in metrics["unusable"].items()},
-        "normalisation": metrics["scorer"],
-        "precision": metrics["dtype"],
-        "model": shown_name(metrics["model"]),
-        "dataset": shown_name(metrics["dataset"]),
+def text_of(row: dict, column: str) -> str:
+    """A text of a row, empty where there is none, without what cannot be written as UTF-8."""
+    value = row.get(column)
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def figure_of(row: dict, column: str) -> float | None:
+    """A number of a row, or None where there is none."""
+    value = row.get(column)
+    try:
+        return None if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        fail(f"--predictions has a {column} that is no number: {value!r}")
+
+
+def engine_output(row: dict, column: str) -> dict:
+    """What an engine said, and how sure it was if it tells."""
+    confidence = figure_of(row, "confidence")
+    return {"hypothesis": text_of(row, column)} | ({} if confidence is None else {"confidence": confidence})
+
+
+def own_references(rows: list[dict], id_column: str | None, column: str) -> list[dict]:
+    """Predictions whose references stand beside them, in the column `reference`."""
+    predictions = []
+    for number, row in enumerate(rows):
+        prediction = {
+            "id": text_of(row, id_column) if id_column else str(number),
+            "seconds": figure_of(row, "seconds") or 0.0,
+            "problem": row.get("problem") or None,
+            "reference": text_of(row, "reference"),
+        }
+        predictions.append(prediction | engine_output(row, column))
+    return predictions
+
+
+def named(ids: Iterable[str]) -> str:
+    """The first of these ids, for a message."""
+    ids = list(ids)
+    return f"{len(ids):,} ({', '.join(ids[:10])}{', …' if len(ids) > 10 else ''})"
+
+
+def match_rows(rows: list[dict], id_column: str | None, ids: list[str]) -> list[dict | None]:
+    """The row of each clip of a dataset, by id if the rows have ids, else by order; None where a clip has no row."""
+    if id_column is None:
+        if len(rows) != len(ids):
+            fail(f"--predictions has {len(rows):,} rows for {len(ids):,} clips: give it a column id, or all rows")
+        return list(rows)
+    by_id = {text_of(row, id_column): row for row in rows}
+    twice = [name for name, times in Counter(text_of(row, id_column) for row in rows).items() if times > 1]
+    if twice:
+        fail(f"--predictions has several rows of {named(twice)}")
+    if unknown := by_id.keys() - set(ids):
+        logger.warning("rows of --predictions that no clip has the id of: %s", named(sorted(unknown)))
+    if missing := [name for name in ids if name not in by_id]:
+        logger.warning("clips that --predictions has no row of: %s", named(missing))
+    return [by_id.get(name) for name in ids]
+
+
+def dataset_references(
+    rows: list[dict],
+    id_column: str | None,
+    column: str,
+    load: Callable[[list[int]], Recording],
+    number: int,
+    threads: int,
+) -> list[dict]:
+    """Predictions with the references of a dataset, whose clips are decoded, so that their lengths are known."""
+
+    def load_without_audio(row: int) -> dict:
+        recording = vars(load([row]))
+        del recording["waveform"]
+        return recording
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        predictions = list(pool.map(load_without_audio, range(number)))
+    found = match_rows(rows, id_column, [prediction["id"] for prediction in predictions])
+    for prediction, row in zip(predictions, found, strict=True):
+        if row is None:
+            prediction["problem"] = prediction["problem"] or "no prediction"
+        else:
+            prediction |= engine_output(row, column)
+    return predictions
+
+
+def score_other_engine(args: argparse.Namespace) -> None:
+    """Score --predictions, and write the same results as for a model."""
+    path = Path(args.predictions)
+    rows = read_prediction_rows(path, args.name)
+    known = ", ".join(map(str, rows[0]))
+    column = next((name for name in HYPOTHESIS_COLUMNS if name in rows[0]), None)
+    if column is None:
+        fail(f"--predictions {path} needs a column of texts ({', '.join(HYPOTHESIS_COLUMNS)}); it has {known}")
+    id_column = next((name for name in (args.id_column_name, "id") if name in rows[0]), None)
+    load = None
+    if args.dataset_name:
+        clips, place = load_clips(args)
+        refuse_empty_references(clips, args)
+        load = functools.partial(load_recording, clips, place, args=args)
+        predictions = dataset_references(rows, id_column, column, load, len(clips), args.dataloader_num_workers)
+    elif "reference" in rows[0]:
+        predictions = own_references(rows, id_column, column)
+    else:
+        fail(f"--predictions {path} needs a column `reference`, or --dataset_name; it has {known}")
+    facts = dict.fromkeys(("parameters", "process_seconds", "rtfx", "dtype", "device", "batch_size"))
+    facts |= {
+        "model": args.model_name_or_path or path.stem,
+        "dataset": args.dataset_name or OWN_REFERENCES,
+        "dataset_config_name": args.dataset_config_name,
+        "dataset_split_name": args.dataset_split_name,
+        "language": args.language,
+        "audio_seconds": round(sum(prediction["seconds"] for prediction in predictions), 1),
     }
-    rows = ""
-    for name, value in facts.items():
-        text = value if isinstance(value, str) else f"{value:,}"
-        rows += f"<tr><th>{html.escape(name)}<td>{html.escape(text)}"
-    return rows
-
-
-def report_page(metrics: dict, worst: list[tuple[dict, np.ndarray]]) -> str:
-    """A self-contained page without scripts. `worst` are the worst predictions with their waveforms."""
-    clips = ""
-    for row, waveform in worst:
-        clips += f"<li><p>{mark_differences(row['normalised_reference'], row['normalised_hypothesis'])}</p>"
-        clips += audio_player(waveform)
-        clips += (
-            f"<small>{row['cer']:.0f} % of {row['character_reference']} characters · {html.escape(row['id'])}</small>"
-        )
-    title = f"{Path(metrics['model']).name} on {Path(metrics['dataset']).name}, {metrics['name']}"
-    return PAGE.substitute(
-        title=html.escape(title),
-        counts="<th>".join(COUNTS),
-        rates=rates_table(metrics["details"]),
-        chart=length_chart(metrics["by_length"]),
-        facts=facts_table(metrics),
-        language=metrics["language"],
-        clips=clips,
-    )
+    if args.language == "en":
+        logger.warning("without a tokenizer, British and American spellings count as different words")
+    try:
+        with lock_results(args):
+            load_waveform = (lambda row: load([row]).waveform) if load else None
+            finish_evaluation(predictions, facts, None, load_waveform, args)
+    except OSError as error:
+        fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
 
 
 # ---- files, record, card, push ---------------------------------------------------------------------------------------
@@ -2321,24 +3073,23 @@ def plan_shards(
     return shards
 
 
-def write_predictions(path: Path, recordings: list[Recording], seconds: float) -> None:
-    """Write a shard: a line with the time that it took and a checksum, then a line for each recording."""
+def write_predictions(path: Path, recordings: list[Recording], work: dict) -> None:
+    """Write a shard: a line with the time that it took, on what, and a checksum, then a line for each recording."""
     predictions = []
     for recording in recordings:
         prediction = vars(recording).copy()
         del prediction["waveform"]
         predictions.append(prediction)
-    checksum = record_checksum([seconds, predictions])
-    lines = [{"process_seconds": seconds, "checksum": checksum}, *predictions]
+    checksum = record_checksum([work["process_seconds"], predictions])
+    lines = [work | {"checksum": checksum}, *predictions]
     write_atomically(path, "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
 
 
-def read_saved_shard(path: Path) -> tuple[float, list[dict]] | None:
-    """The seconds that a shard took, and its predictions; None where it is missing or, with a warning, damaged."""
+def read_saved_shard(path: Path) -> tuple[dict, list[dict]] | None:
+    """What a shard took, and its predictions; None where it is missing or, with a warning, damaged."""
     try:
         head, *predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
-        seconds = head["process_seconds"]
-        is_whole = head.get("checksum") in (None, record_checksum([seconds, predictions]))
+        is_whole = head.get("checksum") in (None, record_checksum([head["process_seconds"], predictions]))
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -2346,76 +3097,95 @@ def read_saved_shard(path: Path) -> tuple[float, list[dict]] | None:
     if not is_whole:
         logger.warning("%s is damaged and is made again", path)
         return None
-    return seconds, predictions
+    return head, predictions
 
 
 def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     """Read the predictions of shards; returns them and the speed at which they were made."""
     predictions = []
-    process_seconds = 0.0  # summed over all processes
+    works = []
     for path in paths:
-        seconds, shard = read_saved_shard(path)
-        process_seconds += seconds
+        work, shard = read_saved_shard(path)
+        works.append(work)
         predictions += shard
     audio_seconds = sum(prediction["seconds"] for prediction in predictions)
+    process_seconds = sum(work["process_seconds"] for work in works)  # of all processes
+    warm_audio = audio_seconds - sum(work.get("warm_up_audio_seconds", 0) for work in works)
+    warm_seconds = process_seconds - sum(work.get("warm_up_seconds", 0) for work in works)
+    if warm_audio < 0.01 or warm_seconds <= 0:  # there was only one batch
+        warm_audio, warm_seconds = audio_seconds, process_seconds
+    devices = dict.fromkeys(work.get("device", "unknown") for work in works)  # shards may come from several
+    batch_sizes = dict.fromkeys(str(work.get("batch_size", "unknown")) for work in works)
     speed = {
         "audio_seconds": round(audio_seconds, 1),
         "process_seconds": round(process_seconds, 3),
         "real_time_factor": round(process_seconds / max(audio_seconds, 1e-9), 5),
+        "rtfx": round(warm_audio / max(warm_seconds, 1e-9), 2),  # seconds of audio per second of a process
+        "device": ", ".join(devices),
+        "batch_size": ", ".join(batch_sizes),
         "clips_per_second": round(len(predictions) / max(process_seconds, 1e-9), 3),
     }
     return predictions, speed
 
 
 def write_evaluation(
-    predictions: list[dict],
-    metrics: dict,
-    clips: datasets.Dataset,
-    place: Place,
-    recording_rows: list[list[int]],
-    args: argparse.Namespace,
+    predictions: list[dict], metrics: dict, load_waveform: Callable[[int], np.ndarray] | None, args: argparse.Namespace
 ) -> None:
-    """Write the two tables, the page and, last, the metrics."""
+    """Write the two tables, the page and, last, the metrics. `load_waveform` gives the audio of a prediction by row."""
     output_dir = Path(args.output_dir)
     columns = dict.fromkeys(name for prediction in predictions for name in prediction)
     incorrect = []
-    mistakes = []  # each with its rows of the dataset, to load its audio
-    for prediction, rows in zip(predictions, recording_rows, strict=True):
+    for prediction in predictions:
         if prediction.get("normalised_reference") != prediction.get("normalised_hypothesis"):
             incorrect.append(prediction)
-        if prediction.get("cer", 0) > 0:
-            mistakes.append((prediction, rows))
     for kind, table in (("all", predictions), ("incorrect", incorrect)):
         file = io.StringIO(newline="")
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(table)
         write_atomically(output_dir / f"{kind}_predictions.{args.name}.csv", file.getvalue())
-    mistakes.sort(key=lambda mistake: mistake[0]["cer"], reverse=True)
-    worst = []
-    for prediction, rows in mistakes[:WORST_CLIPS]:
-        waveform = load_recording(clips, place, rows, args).waveform
-        worst.append((prediction, waveform))
-    write_atomically(output_dir / f"report.{args.name}.html", report_page(metrics, worst))
+    audio = embed_audio(predictions, load_waveform, args.report_audio_mb) if load_waveform else {}
+    model = shown_name(metrics["model"])
+    dataset = shown_name(metrics["dataset"])
+    evaluation = Evaluation(model, dataset, metrics, predictions)
+    page = render_page(f"{model} on {dataset}, {metrics['name']}", [evaluation], [None], audio)
+    write_atomically(output_dir / f"report.{args.name}.html", page)
     save_metrics(output_dir / f"metric.{args.name}.json", metrics)
+
+
+def finish_evaluation(
+    predictions: list[dict],
+    facts: dict,
+    spellings: dict[str, str] | None,
+    load_waveform: Callable[[int], np.ndarray] | None,
+    args: argparse.Namespace,
+) -> dict:
+    """Score predictions, write all results, and say the rates. Returns the metrics, of which `facts` are a part."""
+    unusable = list_unusable(predictions, args)
+    metrics = score_predictions(predictions, make_scorers(args.scorer, args.language, spellings))
+    metrics |= facts
+    metrics["name"] = args.name
+    metrics["scorer"] = args.scorer
+    metrics["unusable"] = unusable
+    metrics["versions"] = library_versions("torch", "transformers", "datasets", "jiwer")
+    write_evaluation(predictions, metrics, load_waveform, args)
+    for name, title in scorer_titles(metrics).items():
+        logger.info("%s: %s", title, format_rate(metrics["scores"][name]["rate"]))
+    logger.info("all results are in %s", args.output_dir)
+    return metrics
 
 
 def save_metrics(path: Path, metrics: dict) -> None:
     """Save by `evaluate.save`, and silence the error of git if this directory is not a repository."""
     import evaluate  # here because it is slow to import
 
-    stderr = os.dup(2)
     try:
-        with open(os.devnull, "w") as nowhere, tempfile.TemporaryDirectory() as scratch:
-            os.dup2(nowhere.fileno(), 2)
+        with silent_stderr(), tempfile.TemporaryDirectory() as scratch:
             saved = Path(scratch) / path.name
             evaluate.save(saved, **metrics)
             content = saved.read_text(encoding="utf-8")
     except OSError:  # git, which it asks for the commit, is not installed
         content = json.dumps(metrics)
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
     write_atomically(path, content)
 
 
@@ -2434,28 +3204,60 @@ def check_card(model: str) -> None:
         fail(f"the card of {model} cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
 
 
-def publish_rates(metrics: dict) -> None:
-    """Write both error rates into the `model-index` of the model card, which the Hub displays."""
+def card_results(metrics: dict) -> list[EvalResult]:
+    """The rate of each scorer as the table of a model card has it."""
     dataset = metrics["dataset"]
-    model = metrics["model"]
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", dataset)
     results = []
-    for name in ("cer", "wer"):
+    for name, title in scorer_titles(metrics).items():
+        summary = metrics["scores"][name]
+        if summary["rate"] is None:
+            continue
         result = EvalResult(
             task_type="automatic-speech-recognition",
-            dataset_type=dataset if is_hub_id else Path(dataset).stem,
+            dataset_type=dataset if is_hub_id(dataset) else Path(dataset).stem,
             dataset_name=Path(dataset).stem,
             dataset_config=metrics["dataset_config_name"],
             dataset_split=metrics["name"],
-            metric_type=name,
-            metric_name=f"{name.upper()} ({metrics['scorer']})",
-            metric_value=round(metrics[name], 2),
+            metric_type="wer" if summary["unit"] == "words" else "cer",
+            metric_name=title,
+            metric_value=round(summary["rate"], 2),
         )
         results.append(result)
-    index = {"model-index": eval_results_to_model_index(model, results)}
+    return results
+
+
+def is_hub_id(reference: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", reference)) and local_directory(reference) is None
+
+
+def leaderboard_file(metrics: dict) -> str:
+    """The headline rate as a file of `.eval_results`, from which the Hub makes the leaderboards of datasets."""
+    title = scorer_titles(metrics)[metrics["scorer"]]
+    entry = EvalResultEntry(
+        dataset_id=metrics["dataset"],
+        task_id=metrics["dataset_config_name"] or "default",
+        value=round(metrics["scores"][metrics["scorer"]]["rate"], 2),
+        date=datetime.now(UTC).date().isoformat(),
+        notes=f"{title}, per cent, {metrics['name']}, {metrics['clips']} clips",
+    )
+    return yaml_dump(eval_result_entries_to_yaml([entry]))
+
+
+def publish_rates(metrics: dict) -> None:
+    """Write the rates into the `model-index` of the model card, which the Hub displays, and into `.eval_results`."""
+    model = metrics["model"]
+    api = HfApi()
+    index = {"model-index": eval_results_to_model_index(model, card_results(metrics))}
+    name = f"{metrics['dataset']}.{metrics['name']}.{metrics['scorer']}".replace("/", "--")
 
     def push() -> None:
-        head = HfApi().model_info(model).sha
+        if is_hub_id(metrics["dataset"]):  # a leaderboard is a dataset's on the Hub
+            content = leaderboard_file(metrics).encode()
+            path = f".eval_results/{name}.yaml"
+            api.upload_file(
+                path_or_fileobj=content, path_in_repo=path, repo_id=model, commit_message="Add an evaluation result"
+            )
+        head = api.model_info(model).sha
         metadata_update(model, index, overwrite=True, parent_commit=head)  # fails if another push came in between
 
     try:
@@ -2486,7 +3288,7 @@ def print_evaluation_plan(
     minutes = speed["process_seconds"] / len(sample) * left / processes / 60
     windows = f"{len(recording_rows):,} windows of " if args.concatenate_audio else ""
     tables = f"all_predictions.{args.name}.csv, incorrect_predictions.{args.name}.csv"
-    pushes = f"two rates to the card of {args.model_name_or_path}" if args.push_to_hub else "nothing"
+    pushes = f"the rates to the card of {args.model_name_or_path}" if args.push_to_hub else "nothing"
     print(f"input: {args.dataset_name}, {args.dataset_split_name}, {windows}{len(clips):,} clips, about {hours:.2f} h")
     print(f"done: {len(done)} of {len(shards)} shards")
     print(f"left: {left:,} of {len(recording_rows):,}")
@@ -2504,6 +3306,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.compare:
         compare(args)
         return 0
+    if args.predictions:
+        set_up_process()
+        score_other_engine(args)
+        return 0
 
     # 1. Set up.
     accelerator = start_accelerator(args)
@@ -2519,6 +3325,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. Load.
     clips, place = load_clips(args)
+    refuse_empty_references(clips, args)
     recogniser = load_recogniser(args, accelerator.device)
     recording_rows = plan_recordings(clips, place, args)
 
@@ -2554,15 +3361,12 @@ def main(argv: list[str] | None = None) -> int:
             for path in foreign:
                 path.unlink(missing_ok=True)
             predictions, speed = read_predictions(shards)
-            unusable = list_unusable(predictions, args)
-            normalise = scoring_rule(args.scorer, args.language, recogniser.tokenizer.english_spelling_normalizer)
-            metrics = score_predictions(predictions, normalise)
-            metrics |= speed | settings | {"name": args.name, "scorer": args.scorer}
-            metrics["parameters"] = recogniser.model.num_parameters()
-            metrics["unusable"] = unusable
-            metrics["versions"] = library_versions("torch", "transformers", "datasets", "jiwer")
-            write_evaluation(predictions, metrics, clips, place, recording_rows, args)
-            logger.info("CER %.2f %%, WER %.2f %%; all results in %s", metrics["cer"], metrics["wer"], args.output_dir)
+            facts = speed | settings | {"parameters": recogniser.model.num_parameters()}
+            spellings = recogniser.tokenizer.english_spelling_normalizer
+            load = functools.partial(load_recording, clips, place, args=args)
+            metrics = finish_evaluation(
+                predictions, facts, spellings, lambda row: load(recording_rows[row]).waveform, args
+            )
             start_tracker(accelerator, args)
             track(accelerator, {name: metrics[name] for name in METRICS})
     except OSError as error:  # a full disk, or no permission to write

@@ -3,9 +3,11 @@
 The datasets are local directories of one configuration, `default`, and one split, `train`.
 """
 
+import base64
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -171,6 +173,17 @@ def read_predictions(output: Path, name: str = "train") -> list[dict]:
 
 def read_metrics(output: Path, name: str = "train") -> dict:
     return json.loads((output / f"metric.{name}.json").read_text(encoding="utf-8"))
+
+
+def read_page(path: Path) -> dict:
+    """What the script of a page shows: the clips with their texts, figures and audio."""
+    page = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def read_players(path: Path) -> dict[str, bytes]:
+    """The audio files that a page holds, by the names of the clips in the page's order."""
+    return {clip["id"]: base64.b64decode(clip["audio"]) for clip in read_page(path)["clips"] if clip["audio"]}
 
 
 def read_figures(output: Path, name: str) -> list[float]:

@@ -1,9 +1,9 @@
 """run_short_form_eval.py: the scorers and figures on strings, then the script on tiny teachers and real files."""
 
 import csv
-import html.parser
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import re
@@ -14,16 +14,15 @@ import sys
 import time
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from huggingface_hub import HfApi, ModelCard
+import yaml
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, parse_eval_result_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 
@@ -39,6 +38,7 @@ PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes
 PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 kotoba = evaluation.scoring_rule("kotoba", "ja", None)
+KOTOBA = [evaluation.Scorer("kotoba", "characters", kotoba)]
 
 
 # ------------------------------------------------------------------------------------------------------------- strings
@@ -117,7 +117,8 @@ def test_a_language_without_spaces_is_scored_without_them_unless_told_otherwise(
 @pytest.mark.parametrize("language", ["zh", "th", "ja"])
 def test_spaces_of_chinese_and_thai_are_no_errors_but_by_whisper_s_own_rule(language):
     for scorer, rate in (("kotoba", 0), ("whisper", 50)):
-        metrics, _ = evaluation.score(["你好"], ["你 好"], evaluation.scoring_rule(scorer, language, None))
+        rule = evaluation.scoring_rule(scorer, language, None)
+        metrics, _ = evaluation.score(["你好"], ["你 好"], [evaluation.Scorer(scorer, "characters", rule)])
         assert metrics["cer"] == rate
 
 
@@ -182,7 +183,7 @@ TEXTS = st.text("あいガｶﾞー漢字1２ab 、。👍\u3099", max_size=40)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=8))
 def test_counts_and_rates_are_those_of_an_independent_edit_distance(pairs):
     pairs = [("漢字", "漢"), *pairs]
-    metrics, rows = evaluation.score([pair[0] for pair in pairs], [pair[1] for pair in pairs], kotoba)
+    metrics, rows = evaluation.score([pair[0] for pair in pairs], [pair[1] for pair in pairs], KOTOBA)
     kept = [pair for pair in pairs if kotoba(pair[0])]
     units = {
         "cer": [(kotoba(reference), kotoba(hypothesis)) for reference, hypothesis in kept],
@@ -218,26 +219,26 @@ def test_counts_and_rates_are_those_of_an_independent_edit_distance(pairs):
     ],
 )
 def test_fixed_strings_have_known_counts(reference, hypothesis, substitutions, deletions, insertions, length):
-    _, (row,) = evaluation.score([reference], [hypothesis], kotoba)
+    _, (row,) = evaluation.score([reference], [hypothesis], KOTOBA)
     assert [row[f"character_{name}"] for name in evaluation.COUNTS] == [substitutions, deletions, insertions, length]
 
 
 def test_unsegmented_japanese_has_the_share_of_wrong_clips_for_a_word_error_rate():
     references = ["今日は、晴れ。", "明日は、雨。", "はい。", "いいえ。"]
-    metrics, _ = evaluation.score(references, ["今日は晴れ", "明日は雪", "はい", ""], kotoba)
+    metrics, _ = evaluation.score(references, ["今日は晴れ", "明日は雪", "はい", ""], KOTOBA)
     assert metrics["wer"] == 50
     assert metrics["details"]["wer"]["reference"] == 4
 
 
 def test_an_empty_reference_is_left_out_of_raw_and_normalised_rates_and_counted():
-    metrics, rows = evaluation.score(["、。", "はい"], ["長い間違い", "はい"], kotoba)
+    metrics, rows = evaluation.score(["、。", "はい"], ["長い間違い", "はい"], KOTOBA)
     assert [metrics[name] for name in evaluation.METRICS] == [0, 0, 0, 0]
     assert (metrics["clips"], metrics["empty_references"]) == (1, 1)
     assert "cer" not in rows[0]
 
 
 def test_a_runaway_output_is_longer_than_twice_the_reference_plus_ten():
-    metrics, rows = evaluation.score(["あいう"] * 2, ["あ" * 16, "あ" * 17], kotoba)
+    metrics, rows = evaluation.score(["あいう"] * 2, ["あ" * 16, "あ" * 17], KOTOBA)
     assert [row["runaway"] for row in rows] == [False, True]
     assert metrics["runaways"] == 1
 
@@ -246,7 +247,7 @@ def test_rates_by_length_are_the_rates_of_the_clips_of_that_length_alone():
     lengths = (1, 7, 8, 15, 16, 31, 32, 63, 64, 95, 96, 200)
     references = ["あ" * length for length in lengths]
     hypotheses = ["あ" * (length - 1) + "い" for length in lengths]
-    metrics, _ = evaluation.score(references, hypotheses, kotoba)
+    metrics, _ = evaluation.score(references, hypotheses, KOTOBA)
     assert [group["characters"] for group in metrics["by_length"]] == [
         [0, 7], [8, 15], [16, 31], [32, 63], [64, 95], [96, None]
     ]  # fmt: skip
@@ -262,7 +263,7 @@ def test_the_interval_is_that_of_a_direct_bootstrap():
     random = np.random.default_rng(5)
     references = ["あ" * int(length) for length in random.integers(1, 60, 300)]
     hypotheses = ["".join(random.choice(["あ", "い"], p=[0.8, 0.2]) for _ in reference) for reference in references]
-    metrics, rows = evaluation.score(references, hypotheses, kotoba)
+    metrics, rows = evaluation.score(references, hypotheses, KOTOBA)
     rates, generator = [], np.random.default_rng(0)
     for _ in range(evaluation.BOOTSTRAP_DRAWS):
         drawn = [rows[index] for index in generator.integers(0, 300, 300)]
@@ -294,15 +295,147 @@ def test_ten_thousand_predictions_are_scored_in_five_seconds_of_cpu_time(clips):
     references = [clip["transcription"] for clip in clips] * 420
     hypotheses = [text[1:] + "ん" if index % 3 else text for index, text in enumerate(references)]
     started = time.process_time()
-    evaluation.score(references[:10_000], hypotheses[:10_000], kotoba)
+    evaluation.score(references[:10_000], hypotheses[:10_000], KOTOBA)
     assert time.process_time() - started < 5
 
 
-def test_differences_are_marked_and_the_texts_escaped():
-    assert evaluation.mark_differences("a<b>c", "a<i>cd") == (
-        "a&lt;<del>b</del><ins>i</ins>&gt;c<ins>d</ins>"
-    )  # fmt: skip
-    assert evaluation.mark_differences("&", "&") == "&amp;"
+# ------------------------------------------------------------------------------------------------------- other scorers
+
+
+@pytest.fixture(scope="module")
+def japanese() -> dict[str, evaluation.Scorer]:
+    return {scorer.name: scorer for scorer in evaluation.make_scorers("kotoba", "ja", None)}
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis"),
+    [
+        ("三時に会う", "3時に会う"),
+        ("一万円です", "10,000円です"),
+        ("百二十三人", "１２３人"),
+        ("二千二十四年十二月", "2024年12月"),
+        ("二十日", "20日"),
+        ("一億二千万", "1億2000万"),
+        ("五パーセント", "5%"),
+        ("そう言った", "そういった"),
+        ("警察", "ケイサツ"),
+        ("東京", "とうきょう"),
+        ("続く", "つずく"),
+        ("一緒に食べ物を", "いっしょにたべものを"),
+        ("はい（笑）、どうぞ。", "はい どうぞ"),
+    ],
+)
+def test_what_is_read_alike_is_equal_by_its_reading(japanese, reference, hypothesis):
+    read = japanese["readings"].normalise
+    assert read(reference) == read(hypothesis) != ""
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis"),
+    [
+        ("三時", "二時"),
+        ("一万円", "千円"),
+        ("学校", "学生"),
+        ("おばさん", "おばあさん"),
+        ("ビル", "ビール"),
+        ("病院", "美容院"),
+    ],
+)
+def test_what_is_read_differently_stays_different(japanese, reference, hypothesis):
+    read = japanese["readings"].normalise
+    assert read(reference) != read(hypothesis)
+
+
+def test_words_are_counted_where_none_are_written(japanese):
+    counts = evaluation.count_errors(*map(japanese["words"].normalise, ("今日は、晴れです。", "今日は雨です")), "words")
+    assert counts == [1, 0, 0, 4]
+
+
+def test_a_text_of_any_length_and_of_any_characters_can_be_scored(japanese):
+    text = "漢字とカナ、123。" * 8_000
+    for name in ("readings", "words"):
+        assert len(japanese[name].normalise(text)) > 50_000
+        for odd in ("", " ", "\x00", "👍", "ö", "\u3099", "한국어", "\n\n"):
+            assert isinstance(japanese[name].normalise(odd), str)
+
+
+def test_all_scorers_rate_the_same_predictions_and_the_first_is_the_headline():
+    references = ["三時に会う。", "そう言った。", "犬が好き。"]
+    hypotheses = ["3時に会う。", "そういった。", "猫が好き。"]
+    metrics, rows = evaluation.score(references, hypotheses, evaluation.make_scorers("kotoba", "ja", None))
+    scores = metrics["scores"]
+    assert list(scores) == ["kotoba", "reazon", "whisper", "readings", "words"]
+    assert [scores[name]["unit"] for name in scores] == ["characters"] * 4 + ["words"]
+    assert scores["kotoba"]["rate"] == metrics["cer"] == pytest.approx(100 * 3 / 14)
+    assert scores["reazon"]["rate"] == pytest.approx(100 * 2 / 14)  # which reads 3 out
+    assert [row["readings_errors"] for row in rows] == [0, 0, 2]  # イヌ, ネコ
+    for name, summary in scores.items():
+        assert summary["reference"] == sum(row[f"{name}_reference"] for row in rows)
+        assert summary["low"] <= summary["rate"] <= summary["high"]
+
+
+@pytest.mark.parametrize(
+    ("language", "expected"),
+    [
+        ("zh", {"kotoba": "characters", "whisper": "characters"}),
+        ("th", {"kotoba": "characters", "whisper": "characters"}),
+        ("ko", {"whisper": "characters", "kotoba": "characters"}),
+        ("de", {"whisper": "words", "characters": "characters"}),
+        ("en", {"whisper": "words", "characters": "characters"}),
+    ],
+)
+def test_other_languages_are_scored_by_character_or_by_word_as_they_are_written(language, expected):
+    headline = evaluation.parse_args(["--predictions", "x.csv", "--language", language]).scorer
+    scorers = evaluation.make_scorers(headline, language, None)
+    assert {scorer.name: scorer.unit for scorer in scorers} == expected
+    assert [scorer.name for scorer in scorers] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "package"),
+    [("pyopenjtalk", "readings", "pyopenjtalk-plus"), ("sudachipy", "words", "sudachipy sudachidict_core")],
+)
+def test_a_scorer_without_its_package_is_left_out_in_one_line_and_the_others_stay(
+    monkeypatch, caplog, module, name, package
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    scorers = [scorer.name for scorer in evaluation.make_scorers("kotoba", "ja", None)]
+    assert scorers == [other for other in ("kotoba", "reazon", "whisper", "readings", "words") if other != name]
+    (record,) = caplog.records
+    assert record.getMessage() == f"the scorer {name} is left out: it needs `pip install {package}`"
+
+
+def test_what_is_said_where_nobody_speaks_is_counted():
+    metrics, _ = evaluation.score(["", "、。", "", "はい"], ["ご視聴", "", "ん", "はい"], KOTOBA)
+    assert metrics["silence"] == {"clips_with_text": 2, "characters": 4}
+    assert (metrics["empty_references"], metrics["clips"], metrics["cer"]) == (3, 1, 0)
+    metrics, _ = evaluation.score(["あ"] * 4, ["あ", "い" * 99, "あ", "あ"], KOTOBA)
+    assert (metrics["runaways"], metrics["runaway_rate"]) == (1, 25)
+
+
+def test_the_differences_that_occur_most_are_counted_with_examples():
+    texts = [("三時", "3時"), ("三日", "3日"), ("はい", "い"), ("三つ", "3つ"), ("一万円", "10000円"), ("犬", "犬だ")]
+    predictions = [
+        {"id": str(number), "problem": None, "reference": reference, "hypothesis": hypothesis}
+        for number, (reference, hypothesis) in enumerate([*texts, ("三", "3"), ("", "無")])
+    ]
+    metrics = evaluation.score_predictions(predictions, KOTOBA)
+    first, *others = metrics["confusions"]
+    assert first == {
+        "kind": "substitution", "reference": "三", "hypothesis": "3", "count": 4, "clips": ["0", "1", "3"]
+    }  # fmt: skip
+    assert [tuple(other.values())[:4] for other in others] == [
+        ("deletion", "は", "", 1), ("substitution", "一万", "10000", 1), ("insertion", "", "だ", 1)
+    ]  # fmt: skip
+
+
+@given(TEXTS, TEXTS)
+def test_both_texts_are_whole_in_their_alignment(reference, hypothesis):
+    pieces = evaluation.align_texts(kotoba(reference), kotoba(hypothesis), "characters")
+    assert "".join(piece[0] for piece in pieces) == kotoba(reference)
+    assert "".join(piece[1] for piece in pieces) == kotoba(hypothesis)
+    differ = [expected != predicted for expected, predicted in pieces]
+    assert not any(first and second for first, second in itertools.pairwise(differ))
 
 
 # ------------------------------------------------------------------------------------------------------------ the world
@@ -386,6 +519,9 @@ def test_every_clip_has_a_row_in_the_dataset_s_order_and_the_rows_add_up_to_the_
     seconds = sum(soundfile.info(io.BytesIO(clip["audio"])).duration for clip in clips)
     assert metrics["audio_seconds"] == pytest.approx(seconds, abs=0.1)
     assert metrics["real_time_factor"] == pytest.approx(metrics["process_seconds"] / seconds, rel=0.05)
+    assert metrics["rtfx"] == pytest.approx(seconds / metrics["process_seconds"], rel=0.05)
+    assert (metrics["dtype"], metrics["batch_size"]) == ("float32", "32")
+    assert metrics["device"].startswith("CPU")
     assert metrics["clips_per_second"] == pytest.approx(len(clips) / metrics["process_seconds"], rel=0.05)
     incorrect = predictions(evaluated, "incorrect")
     assert incorrect == [row for row in rows if row["normalised_reference"] != row["normalised_hypothesis"]]
@@ -421,6 +557,32 @@ def test_the_metrics_name_the_versions_of_the_libraries_that_decide_them(evaluat
     metrics = json.loads((evaluated / "metric.train.json").read_text(encoding="utf-8"))
     names = ("torch", "transformers", "datasets", "jiwer")
     assert metrics["versions"] == {name: importlib.metadata.version(name) for name in names}
+
+
+def test_the_time_of_the_first_batch_does_not_count_in_the_rtfx(tiny_teacher, loaded, tmp_path, monkeypatch):
+    clock, audio = [0.0], []
+
+    def transcribe(recogniser, waveforms):
+        clock[0] += 10 if audio else 1_000
+        audio.append(sum(map(len, waveforms)) / 16_000)
+        return ["はい"] * len(waveforms)
+
+    monkeypatch.setattr(evaluation, "transcribe", transcribe)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
+    metrics = evaluate(tiny_teacher, loaded, tmp_path / "two", "--per_device_eval_batch_size", "12")
+    assert len(audio) == 2
+    assert metrics["process_seconds"] == 1_010
+    assert metrics["rtfx"] == pytest.approx(audio[1] / 10, abs=0.01)
+    metrics = evaluate(tiny_teacher, loaded, tmp_path / "one", "--per_device_eval_batch_size", "24")
+    assert metrics["rtfx"] == pytest.approx(audio[2] / 10, abs=0.01)  # the only batch
+
+
+def test_an_evaluation_without_any_reference_says_so_before_it_loads_a_model(tiny_teacher, loaded, clips, tmp_path):
+    rows = [row(clip["name"], clip["audio"], text) for clip, text in zip(clips, ("", None, "、。"), strict=False)]
+    dataset = write_dataset(tmp_path / "data", rows, loaded)
+    (tmp_path / "model").mkdir()  # of which nothing can be loaded
+    with pytest.raises(SystemExit, match="nothing to score: every reference is empty after normalisation"):
+        evaluate(tmp_path / "model", dataset, tmp_path / "results")
 
 
 def test_a_second_run_keeps_what_the_model_said_and_can_score_it_by_another_rule(
@@ -749,144 +911,23 @@ def test_a_model_and_a_dataset_on_the_hub_are_evaluated_and_the_card_gets_the_ra
     def published() -> dict:
         results = ModelCard.load("acme/eval-me").data.eval_results
         assert all(result.dataset_type == "acme/eval-me" and result.dataset_split == "train" for result in results)
-        return {result.metric_name: result.metric_value for result in results}
+        return {result.metric_name: (result.metric_type, result.metric_value) for result in results}
 
-    assert published() == {"CER (kotoba)": round(metrics["cer"], 2), "WER (kotoba)": round(metrics["wer"], 2)}
+    rates = {name: round(summary["rate"], 2) for name, summary in metrics["scores"].items()}
+    expected = {f"CER ({name})": ("cer", rates[name]) for name in ("kotoba", "reazon", "whisper", "readings")}
+    assert published() == expected | {"WER (words)": ("wer", rates["words"])}
     hub.fault("/commit/main", method="POST", times=1, status=412)  # another evaluation's push came between
     evaluate("acme/eval-me", "acme/eval-me", tmp_path / "results", *flags, "--scorer", "reazon")
-    assert set(published()) == {"CER (kotoba)", "WER (kotoba)", "CER (reazon)", "WER (reazon)"}
+    assert published() == expected | {"WER (words)": ("wer", rates["words"])}
+    for scorer in ("kotoba", "reazon"):
+        path = hf_hub_download("acme/eval-me", f".eval_results/acme--eval-me.train.{scorer}.yaml")
+        (entry,) = parse_eval_result_entries(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        assert (entry.dataset_id, entry.task_id, entry.value) == ("acme/eval-me", "tiny", rates[scorer])
+        assert entry.notes == f"CER ({scorer}), per cent, train, 24 clips"
     hub.fault("/commit/main", method="POST", times=5, status=500)
     with pytest.raises(SystemExit, match="the results are written, but not on the card of acme/eval-me"):
         evaluate("acme/eval-me", "acme/eval-me", tmp_path / "results", *flags, "--scorer", "whisper")
     assert json.loads((tmp_path / "results/metric.train.json").read_text())["scorer"] == "whisper"
-
-
-# ---------------------------------------------------------------------------------------------------------- comparison
-
-
-def test_saved_evaluations_are_compared_in_one_table_and_a_chart(evaluated, tiny_teacher_v2, loaded, tmp_path, capsys):
-    evaluate(tiny_teacher_v2, loaded, tmp_path / "second", "--id_column_name", "name")
-    evaluate(tiny_teacher_v2, loaded, tmp_path / "few", "--max_samples_per_split", "5")
-    capsys.readouterr()
-    directories = [str(evaluated), str(tmp_path / "second"), str(tmp_path / "few")]
-    assert evaluation.main(["--compare", *directories, "--output_dir", str(tmp_path / "out")]) == 0
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["Model", "Parameters", "Dataset", "Clips", "CER %", "WER %", "CER against the first", "Seconds"]
-    assert len(lines) == 5
-    first, second = (json.loads((Path(path) / "metric.train.json").read_text()) for path in directories[:2])
-    assert lines[2][0] == "tiny-whisper-v3"
-    assert lines[2][4].startswith(f"{first['cer']:.2f} (")
-    assert lines[2][6] == ""
-    assert lines[3][6].startswith(f"{second['cer'] - first['cer']:+.2f} (")
-    assert lines[4][3] == "5"
-    assert lines[4][6] == "other clips"
-    assert Image.open(tmp_path / "out/comparison.png").size[0] > 500
-
-
-def test_comparing_a_directory_without_an_evaluation_is_a_clear_error(tmp_path):
-    with pytest.raises(SystemExit, match=r"has no metric\.<split>\.json"):
-        evaluation.main(["--compare", str(tmp_path)])
-
-
-# ------------------------------------------------------------------------------------------------------------- the page
-
-
-def browse(page: Path, *flags: str) -> str:
-    """Open a page in headless Chromium without any network; returns the document as the browser has it in the end."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None and "CI" not in os.environ:
-        pytest.skip("no browser on this machine: apt-get install chromium")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
-    options += [f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=20000", *flags]
-    return subprocess.run(
-        [chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-
-
-class Document(html.parser.HTMLParser):
-    """The tags of a document and its text."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.tags, self.sources, self.text = [], [], ""
-        self.feed(source)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.sources += [value for name, value in attributes if name in ("src", "href", "xlink:href") and value]
-
-    def handle_data(self, data):
-        self.text += data
-
-
-@pytest.fixture(scope="module")
-def page(tiny_teacher, loaded, clips, tmp_path_factory) -> Path:
-    """A report of clips whose names and texts contain HTML."""
-    root = tmp_path_factory.mktemp("page")
-    attack = "<script>document.title='changed'</script><img src=x onerror=\"document.title='changed'\">"
-    rows = [row(clip["name"], clip["audio"], clip["transcription"]) for clip in clips[:6]]
-    rows[0]["transcription"] = f"はい{attack}&amp;</ol>"
-    rows[1]["name"] = f'"><b>{attack}'
-    dataset = write_dataset(root / "data", rows, loaded)
-    evaluate(tiny_teacher, dataset, root / "results", "--id_column_name", "name", "--scorer", "reazon")
-    return root / "results" / "report.train.html"
-
-
-@pytest.fixture(scope="module")
-def document(page) -> Document:
-    """The page as a browser has it."""
-    return Document(browse(page))
-
-
-def test_a_browser_shows_the_texts_as_texts_and_runs_nothing_in_them(page, document):
-    assert "changed" not in re.search(r"<title>(.*)</title>", page.read_text(encoding="utf-8"))[1]
-    assert document.tags.count("audio") == 6
-    assert not {"script", "img", "b", "iframe", "link"} & set(document.tags)
-    assert "document.title='changed'" in document.text
-    assert all(source.startswith(("data:audio/", "#")) for source in document.sources)
-
-
-def test_the_page_has_every_figure_and_a_bar_for_each_length(page, document):
-    metrics = json.loads((page.parent / "metric.train.json").read_text(encoding="utf-8"))
-    for cell in metrics["details"].values():
-        assert f"{cell['rate']:.2f} %" in document.text
-        assert f"{cell['low']:.2f} to {cell['high']:.2f} %" in document.text
-    for group in metrics["by_length"]:
-        assert f"({group['clips']} clips)" in document.text
-        if group["clips"]:
-            assert f"{group['cer']['rate']:.1f}" in document.text
-
-
-def test_the_differences_on_the_page_give_both_texts_back(page):
-    items = re.findall(r"<li><p>(.*?)</p>", page.read_text(encoding="utf-8"), re.DOTALL)
-    rows = {row["normalised_reference"]: row["normalised_hypothesis"] for row in predictions(page.parent)}
-    for item in items:
-        reference = html.unescape(re.sub(r"<ins>.*?</ins>|</?del>", "", item, flags=re.DOTALL))
-        hypothesis = html.unescape(re.sub(r"<del>.*?</del>|</?ins>", "", item, flags=re.DOTALL))
-        assert rows[reference] == hypothesis
-        assert jiwer.cer(reference, hypothesis) > 0
-    assert len(items) == 6
-
-
-def test_the_browser_can_play_every_clip_of_the_page(page, clips, tmp_path):
-    sources = re.findall(r'<audio controls src="(.*?)"', page.read_text(encoding="utf-8"))
-    elements = "".join(f'<audio src="{source}"></audio>' for source in sources)
-    player = tmp_path / "player.html"
-    player.write_text(
-        f"""{elements}<p></p><script>for (const audio of document.querySelectorAll("audio"))
-        audio.onloadedmetadata = () => document.querySelector("p").append(audio.duration.toFixed(1) + " ")</script>"""
-    )
-    durations = re.search(r"<p>(.*?)</p>", browse(player))[1].split()
-    assert sorted(durations) == sorted(
-        f"{soundfile.info(io.BytesIO(clip['audio'])).duration:.1f}" for clip in clips[:6]
-    )
-
-
-def test_the_chart_is_drawn_in_the_browser(page, tmp_path):
-    shot = tmp_path / "page.png"
-    browse(page, f"--screenshot={shot}", "--window-size=900,1600")
-    colours = Image.open(shot).convert("RGB").getcolors(maxcolors=2**24)
-    assert sum(count for count, colour in colours if colour == (0x55, 0x88, 0xAA)) > 2_000
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -908,6 +949,7 @@ def test_help_names_every_flag_of_the_readme_and_its_default(capsys):
         ),
         *("attn_type", "dtype", "scorer", "report_to", "push_to_hub", "model_revision", "skip_long_audio", "compare"),
         *("concatenate_audio", "concatenate_seconds", "long_form", "seed", "assistant_model", "dry_run"),
+        *("predictions", "report_audio_mb"),
     ):
         assert f"--{flag} " in text
     assert "(default: 256)" in text

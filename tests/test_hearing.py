@@ -3,8 +3,6 @@
 Each stage that decodes is compared with stock `transformers` on a waveform that is mixed and resampled here.
 """
 
-import base64
-import re
 from pathlib import Path
 
 import librosa
@@ -25,6 +23,7 @@ from tests.stages import (
     make_label,
     read_figures,
     read_labels,
+    read_players,
     read_predictions,
     read_rows,
     samples_of,
@@ -155,9 +154,8 @@ def test_a_hypothesis_is_what_the_model_says_of_both_channels_at_16_khz(rows, da
 
 
 def test_a_clip_on_the_report_s_page_sounds_as_the_model_heard_it(rows, dataset, tiny_teacher, tmp_path):
-    page = (evaluate(tiny_teacher, dataset, tmp_path) / "report.train.html").read_text(encoding="utf-8")
-    players = dict(re.findall(r'base64,([^"]*)"></audio><small>[^<]*· ([^<]*)</small>', page))
-    found = {name: samples_of(base64.b64decode(audio))[:, 0] for audio, name in players.items()}
+    players = read_players(evaluate(tiny_teacher, dataset, tmp_path) / "report.train.html")
+    found = {name: samples_of(audio)[:, 0] for name, audio in players.items()}
     for row in rows:
         np.testing.assert_allclose(found[row["name"]], heard(row["audio"]), rtol=0, atol=1 / 32768)
 
@@ -202,9 +200,8 @@ def test_silences_in_the_filter_s_windows_are_drawn_from_none_to_the_longest(ton
 
 def test_silences_in_the_evaluation_s_windows_differ_and_are_no_longer_than_0_4_s(tones, tiny_teacher, tmp_path):
     evaluate(tiny_teacher, tones, tmp_path, "--concatenate_audio")
-    page = (tmp_path / "report.train.windows_30.html").read_text(encoding="utf-8")
-    (audio,) = re.findall(r'base64,([^"]*)"></audio>', page)
-    found = silences(samples_of(base64.b64decode(audio))[:, 0])
+    (audio,) = read_players(tmp_path / "report.train.windows_30.html").values()
+    found = silences(samples_of(audio)[:, 0])
     assert len(found) > 8
     assert 3_200 < max(found) <= 6_400
     assert len(set(found)) > 5

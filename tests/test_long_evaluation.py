@@ -1,6 +1,5 @@
 """run_short_form_eval.py on windows of several clips, on audio over 30 s, with a draft model, and on a dry run."""
 
-import base64
 import io
 import json
 import re
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 import run_short_form_eval as evaluation
+from tests.stages import read_players
 from tests.test_evaluation import command, evaluate, predictions, row, write_dataset
 
 WINDOWS = "train.windows_30"
@@ -72,9 +72,8 @@ def test_a_window_is_whole_clips_with_silence_between_and_their_texts_joined(win
     members = [prediction["id"].split(" + ") for prediction in rows]
     assert sorted(name for names in members for name in names) == sorted(sources)
     assert max(map(len, members)) > 2
-    page = (windows / f"report.{WINDOWS}.html").read_text(encoding="utf-8")
-    heard = dict(re.findall(r'base64,([^"]*)"></audio><small>[^<]*· ([^<]*)</small>', page))
-    heard = {names: decode(base64.b64decode(audio)) for audio, names in heard.items()}
+    players = read_players(windows / f"report.{WINDOWS}.html")
+    heard = {names: decode(audio) for names, audio in players.items()}
     for prediction, names in zip(rows, members, strict=True):
         assert prediction["reference"] == "".join(sources[name]["transcription"] for name in names)
         pieces = [decode(sources[name]["audio"]) for name in names]

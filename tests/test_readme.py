@@ -1,6 +1,7 @@
 """The README's commands, run as they are printed, one after the other, in the sandbox."""
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -99,6 +100,8 @@ def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published,
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "clip.flac").write_bytes(clips[0]["audio"])
+    lines = [f"{Path(clip['name']).name},{clip['transcription']}" for clip in clips[:6]]
+    (tmp_path / "engine.csv").write_text("\n".join(["id,hypothesis", *lines]), encoding="utf-8")
     with MirrorServer(agreeing_corpus) as mirror:
         env = environment(tmp_path, "", mirror.url, HUB.url, "hf_write", "acme")
         env |= {"ACCELERATE_USE_CPU": "1", "WANDB_MODE": "offline"}
@@ -111,6 +114,8 @@ def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published,
     assert (tmp_path / "eval" / "report.test.html").is_file()
     assert (tmp_path / "models" / "student" / "model.safetensors").is_file()
     assert (tmp_path / "eval" / "metric.test.windows_30.json").is_file()
+    assert json.loads((tmp_path / "eval" / "engine" / "metric.test.json").read_text())["cer"] == 0
+    assert (tmp_path / "eval" / "comparison.html").is_file()
     assert (tmp_path / "models" / "student-faster-whisper" / "model.bin").is_file()
 
 

@@ -113,7 +113,7 @@ def score_saved(number: int) -> float:
     references = choose.choices(sentences(400), k=number)
     hypotheses = ["".join("ん" if choose.random() < 0.1 else letter for letter in text) for text in references]
     started = time.process_time()
-    evaluation.score(references, hypotheses, evaluation.scoring_rule("kotoba", "ja", None))
+    evaluation.score(references, hypotheses, evaluation.make_scorers("kotoba", "ja", None))
     return time.process_time() - started
 
 
