@@ -6,6 +6,7 @@ log-mels, or labelled audio, whose log-mels are computed while it is loaded.
 
 Out, in --output_dir: the trained model with every file that transformers, faster-whisper and whisper.cpp look for, its
 card, `metrics.jsonl`, `training_curves.png`, the record `distillation.json`, and `checkpoint-<step>-epoch-<epoch>/`.
+With held-out rows also `held_out_predictions.jsonl`: what the student says of the first ones at every evaluation.
 
 One process:
 
@@ -130,6 +131,8 @@ OLD_SCHEDULER = "custom_checkpoint_0.pkl"  # where checkpoints of earlier versio
 EVALUATION = "evaluation.json"  # of a run without --do_train
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)-epoch-(\d+)")
 SCRIPTS = ["create_student_model.py", "run_distillation.py"]  # published with the model
+PREDICTIONS = "held_out_predictions.jsonl"  # stays on this machine: it has texts of the held-out rows
+LOGGED_PREDICTIONS = 8  # held-out rows whose predictions are written down at every evaluation
 TRAINING_FILES = ["model.safetensors", "metrics.jsonl", "training_curves.png", RECORD]
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -2438,13 +2441,17 @@ def evaluate(
     rows: Rows,
     accelerator: Accelerator,
     args: argparse.Namespace,
-) -> dict[str, float]:
-    """Loss per token, and WER and CER of greedy decoding in per cent, of the teacher or the student."""
+) -> tuple[dict[str, float], list[dict]]:
+    """Loss per token, and WER and CER of greedy decoding in per cent, of the teacher or the student.
+
+    Beside them it returns what the model says of the first rows.
+    """
     teacher = models.teacher
     normalise = text_normaliser(args.language, models.tokenizer.english_spelling_normalizer)
     generation_config = greedy_config(model, models, args.max_label_length)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, tokens
     pairs = []
+    predictions = []
     size = args.per_device_train_batch_size
     batches = [range(len(rows))[start : start + size] for start in range(0, len(rows), size)]
     batches = batches[accelerator.process_index :: accelerator.num_processes]
@@ -2474,17 +2481,19 @@ def evaluate(
                 continue
             reference = rows.reference_text(index, models.tokenizer)
             pairs.append((normalise(reference), normalise(hypothesis)))
+            if index < LOGGED_PREDICTIONS:
+                predictions.append({"row": index, "reference": reference, "hypothesis": hypothesis.strip()})
     arrive()
     ce_sum, kl_sum, num_tokens = accelerator.reduce(sums).tolist()
     if not num_tokens:
         fail(f"no held-out clip of {rows.name} can be read: the warnings above have the reasons")
-    rates = error_rates(gather_object(pairs))
-    return {
+    figures = {
         "eval_loss": (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens,
         "eval_ce": ce_sum / num_tokens,
         "eval_kl": kl_sum / num_tokens,
-        **rates,
+        **error_rates(gather_object(pairs)),
     }
+    return figures, sorted(gather_object(predictions), key=lambda prediction: prediction["row"])
 
 
 def error_rates(pairs: list[tuple[str, str]]) -> dict[str, float]:
@@ -2620,7 +2629,7 @@ def results_to_remove(args: argparse.Namespace, after_step: int | None = None) -
     output_dir = args.output_dir
     results = [path for step, path in list_checkpoints(output_dir) if after_step is None or step > after_step]
     if after_step is None:
-        results += [output_dir / name for name in TRAINING_FILES if (output_dir / name).exists()]
+        results += [output_dir / name for name in [*TRAINING_FILES, PREDICTIONS] if (output_dir / name).exists()]
     if results and not args.overwrite_output_dir:
         names = ", ".join(path.name for path in results)
         remedy = "pass --overwrite_output_dir to replace them, or choose another --output_dir"
@@ -2798,12 +2807,13 @@ def evaluate_training(training: Training, models: Models, data: Data, args: argp
         return False
     models.trained.eval()
     if state.teacher is None:
-        state.teacher = evaluate(models.teacher, models, data.held_out, training.accelerator, args)
+        state.teacher, _ = evaluate(models.teacher, models, data.held_out, training.accelerator, args)
         log_evaluation("teacher", state.teacher)
-    figures = evaluate(models.student, models, data.held_out, training.accelerator, args)
+    figures, predictions = evaluate(models.student, models, data.held_out, training.accelerator, args)
     models.trained.train()
     log_evaluation(f"step {state.step}", figures)
     log_figures(training, figures, data.plan, args)
+    log_predictions(training, predictions, args)
     if args.lr_scheduler_type in LED_BY_LOSS:
         training.scheduler.step(figures["eval_loss"])
     figure = figures[f"eval_{args.metric_for_best_model}"]
@@ -2826,6 +2836,23 @@ def log_figures(training: Training, figures: dict, plan: Plan, args: argparse.Na
         with open(args.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         track(training.accelerator, figures, step)
+
+
+def log_predictions(training: Training, predictions: list[dict], args: argparse.Namespace) -> None:
+    """Write down what the student says of a few held-out rows, and show it in a tracker that has tables."""
+    accelerator = training.accelerator
+    if not accelerator.is_main_process:
+        return
+    step = training.state.step
+    with open(args.output_dir / PREDICTIONS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "predictions": predictions}, ensure_ascii=False) + "\n")
+    rows = [list(prediction.values()) for prediction in predictions]
+    try:
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_table"):
+                tracker.log_table("held_out_predictions", ["row", "reference", "hypothesis"], rows, step=step)
+    except Exception as error:  # a tracker may raise anything
+        logger.warning("the tracker takes no table: %s", first_line(error))
 
 
 def train(training: Training, models: Models, data: Data, args: argparse.Namespace) -> int:
@@ -2934,7 +2961,7 @@ def rotate_checkpoints(directory: Path, step: int, limit: int | None, best_step:
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
-    """The entries of metrics.jsonl up to a step. Damaged lines, and a last one that a kill has cut, are left out."""
+    """The entries up to a step. Damaged lines, and a last one that a kill has cut, are left out."""
     if not path.exists():
         return []
     entries = []
@@ -3299,16 +3326,19 @@ def clean_output(start: Start, output_dir: Path) -> None:
     for path in start.to_remove:
         logger.warning("removing %s", path)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    metrics = output_dir / "metrics.jsonl"
-    lines = [json.dumps(entry) + "\n" for entry in read_metrics(metrics, start.state.step)]
-    write_atomically(metrics, "".join(lines))
+    for path in (output_dir / "metrics.jsonl", output_dir / PREDICTIONS):
+        if path.name == PREDICTIONS and not path.exists():  # it is there only with held-out rows
+            continue
+        entries = read_metrics(path, start.state.step)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        write_atomically(path, "".join(lines))
 
 
 def evaluate_only(models: Models, data: Data, accelerator: Accelerator, args: argparse.Namespace) -> None:
     """Evaluate teacher and student on the held-out rows, and write the figures."""
     figures = {}
     for name, model in (("teacher", models.teacher), ("student", models.student)):
-        figures[name] = evaluate(model.eval(), models, data.held_out, accelerator, args)
+        figures[name], _ = evaluate(model.eval(), models, data.held_out, accelerator, args)
         log_evaluation(name, figures[name])
     if accelerator.is_main_process:
         write_json(args.output_dir / EVALUATION, figures)

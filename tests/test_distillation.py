@@ -1426,6 +1426,45 @@ def test_without_training_the_student_and_the_teacher_are_evaluated_and_nothing_
     assert "held-out rows, teacher: CER" in caplog.text and "held-out rows, student: CER" in caplog.text
 
 
+class Tracker:
+    """A tracker that takes tables."""
+
+    name = "tables"
+
+    def __init__(self):
+        self.tables = []
+
+    def log(self, values, step, **options):
+        pass
+
+    def log_table(self, name, columns, data, step):
+        self.tables.append((columns, data, step))
+
+    def finish(self):
+        pass
+
+
+def test_what_the_student_says_of_a_few_held_out_rows_is_written_down_and_shown_in_a_tracker(
+    run, vectorized, monkeypatch
+):
+    tracker = Tracker()
+    monkeypatch.setattr(script, "start_tracker", lambda accelerator, *_: accelerator.trackers.append(tracker))
+    monkeypatch.setattr(script, "LOGGED_PREDICTIONS", 2)
+    held_out = ("--eval_dataset_name", vectorized, "--eval_steps", 1, "--eval_max_samples", 3, "--max_label_length", 60)
+    output = run("straight", *held_out, "--max_steps", 2)
+    entries = script.read_metrics(output / "held_out_predictions.jsonl")
+    assert [entry["step"] for entry in entries] == [0, 1, 2]
+    for entry in entries:
+        assert [prediction["row"] for prediction in entry["predictions"]] == [0, 1]
+        assert all(prediction["reference"] for prediction in entry["predictions"])
+    for step, (columns, data, table_step) in enumerate(tracker.tables):
+        assert (columns, table_step) == (["row", "reference", "hypothesis"], step)
+        assert data == [list(prediction.values()) for prediction in entries[step]["predictions"]]
+    assert len(tracker.tables) == 3
+    script.clean_output(script.Start(script.TrainingState(step=1)), output)
+    assert script.read_metrics(output / "held_out_predictions.jsonl") == entries[:2]
+
+
 @pytest.mark.parametrize(("figure", "best"), [("loss", 1), ("wer", 2), ("cer", 3)])
 def test_the_best_checkpoint_is_chosen_by_the_figure_asked_for(run, vectorized, monkeypatch, figure, best):
     """The weights stay as they are, and so does the loss: of equals the first is the best."""
