@@ -13,6 +13,9 @@ and with --concatenate_audio, instead of the second, windows that hold several w
                                    dataset), clip_starts (seconds)
     <dataset>.wer_10.0.packed.vectorized
 
+Audio without reference texts is filtered by what the teacher says of its own labels, and by what is known of them:
+loops, and phrases that Whisper hears in silence. The names then have `.unscored` in place of `.wer_10.0`.
+
 A card, a record (filtering.<config>.<split>.json) and a figure say what was dropped, why, and what other thresholds
 would keep. Run it on one machine, or on each of two machines that share a file system:
 
@@ -54,12 +57,13 @@ import threading
 import time
 import unicodedata
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from difflib import SequenceMatcher
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
@@ -111,6 +115,7 @@ UNUSABLE = (
     "label for another language or task",
     "malformed label",
     "empty reference",
+    "empty label",
     "undecodable audio",
 )
 OVER_THRESHOLD = "score over the threshold"
@@ -121,6 +126,64 @@ TEACHER_SCORES = {
     "max_compression_ratio": ("compression_ratio", "compression ratio over the maximum"),
     "max_no_speech_prob": ("no_speech_prob", "no-speech probability over the maximum"),
 }
+# Limits where there are no references: those of openai-whisper's `transcribe`, and for loops one of our own.
+UNSCORED_LIMITS = {
+    "min_avg_logprob": -1.0,
+    "max_compression_ratio": 2.4,
+    "max_no_speech_prob": 0.6,
+    "max_ngram_repeats": 5,
+}
+# What Whisper hears in silence, music and noise, by public reports: the ends of the videos that it has learnt from.
+HALLUCINATIONS = {
+    "ja": (
+        "ご視聴ありがとうございました",
+        "ご視聴ありがとうございます",
+        "ご視聴いただきありがとうございました",
+        "ご視聴いただきありがとうございます",
+        "最後までご視聴いただきありがとうございました",
+        "最後までご視聴いただきありがとうございます",
+        "最後までご覧いただきありがとうございました",
+        "最後まで見てくれてありがとう",
+        "ご清聴ありがとうございました",
+        "字幕視聴ありがとうございました",
+        "チャンネル登録お願いします",
+        "チャンネル登録をお願いします",
+        "チャンネル登録よろしくお願いします",
+        "チャンネル登録をよろしくお願いいたします",
+        "チャンネル登録と高評価お願いします",
+        "高評価とチャンネル登録よろしくお願いします",
+        "また次の動画でお会いしましょう",
+        "次の動画でお会いしましょう",
+        "それでは次の動画でお会いしましょう",
+        "次回の動画でお会いしましょう",
+        "また次回の動画でお会いしましょう",
+        "この動画の字幕は視聴者によって作成されました",
+    ),
+    "en": (
+        "Thanks for watching",
+        "Thank you for watching",
+        "Thank you so much for watching",
+        "Thank you very much for watching",
+        "Thanks for watching and see you next time",
+        "Thank you for watching and don't forget to subscribe",
+        "Please subscribe",
+        "Please subscribe to my channel",
+        "Please subscribe to our channel",
+        "Please like and subscribe",
+        "Don't forget to like and subscribe",
+        "Like, comment and subscribe",
+        "I'll see you in the next video",
+        "See you in the next video",
+        "See you next video",
+        "Subtitles by the Amara.org community",
+        "Subtitles by Amara.org",
+        "Transcription by CastingWords",
+        "Captions by GetTranscribed.com",
+        "For more information visit www.FEMA.gov",
+    ),
+}
+NEAR = {True: 0.9, False: 0.85}  # how alike a near match is, in characters where there are no spaces, else in words
+FREQUENT_LABELS = 50  # that a shard notes; the report has fewer
 # Arguments that the filtered dataset depends on, and those that the windows depend on as well.
 FILTER_ARGUMENTS = (
     "split",
@@ -135,6 +198,7 @@ FILTER_ARGUMENTS = (
     "min_duration_in_seconds",
     "max_duration_in_seconds",
     "max_ngram_repeats",
+    "hallucinations",
     *TEACHER_SCORES,
     "timestamp_probability",
     "condition_on_prev_probability",
@@ -158,6 +222,8 @@ ABOUT_AUDIO = "`labels` is the decoder sequence, `input_length` the samples at 1
 ABOUT = {
     "filtered": f"Clips whose teacher label agrees with the reference, to train a student on. {ABOUT_AUDIO}"
     "`wer` and `cer` compare normalised texts, in per cent.",
+    "unscored": f"Clips whose teacher label nothing speaks against, to train a student on. {ABOUT_AUDIO}"
+    "There were no reference texts: `text` is what the teacher says as well.",
     "packed": f"Windows of several whole clips with silence between them, to train a student on. {ABOUT_AUDIO}"
     "`clips` are rows of the labelled dataset, `clip_starts` the seconds at which they begin in the window.",
     "vectorized": "Log-mel features and labels, to train a student on. `input_features` is binary: little-endian "
@@ -177,7 +243,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-d", "--dataset_name", required=True, help="labelled dataset, a local directory or a Hub id")
     add("--dataset_config_name", help="configuration of the dataset; unset = its only or default one")
     add("--split", default="train", help="split of the dataset")
-    add("--text_column_name", default="transcription", help="column of the reference texts")
+    add(
+        "--text_column_name",
+        help="column of the reference texts; none = go by the labels alone; unset = transcription, or none without it",
+    )
     add("--audio_column_name", default="audio", help="column of the audio")
     add("--speaker_id_column_name", help="column of the speakers, one to a window; unset = windows mix speakers")
     add("--model", default="openai/whisper-large-v3", help="teacher, whose tokenizer and feature extractor are used")
@@ -189,10 +258,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min_duration_in_seconds", type=float, default=0.0, help="shortest clip to keep, seconds")
     add("--max_duration_in_seconds", type=float, default=30.0, help="longest clip to keep, seconds")
     add("--max_label_length", type=int, help="longest label, tokens with special ones; unset = 128, 256 for windows")
-    repeats_help = "most consecutive repetitions of any piece of a label; unset = no limit"
-    add("--max_ngram_repeats", type=int, help=repeats_help)
+    unset = "unset = no limit, or without references {}"
+    repeats_help = f"most consecutive repetitions of any piece of a label; {unset}"
+    add("--max_ngram_repeats", type=int, help=repeats_help.format(UNSCORED_LIMITS["max_ngram_repeats"]))
     for name, (column, _) in TEACHER_SCORES.items():
-        add(f"--{name}", type=float, help=f"{name[:3]}imum of the labels' {column}; unset = no limit")
+        limit_help = f"{name[:3]}imum of the labels' {column}; {unset}"
+        add(f"--{name}", type=float, help=limit_help.format(UNSCORED_LIMITS[name]))
+    phrases_help = "text file of more phrases that are dropped as known hallucinations, one per line; unset = none"
+    add("--hallucinations", metavar="FILE", type=os.path.expanduser, help=phrases_help)
     add = parser.add_argument_group("labels").add_argument
     add("--timestamp_probability", type=float, default=0.2, help="share of labels with timestamps that keep them")
     prompt_help = "share of labels that get the previous row's text as a prompt"
@@ -1657,7 +1730,7 @@ class Job:
     dataset: datasets.Dataset | None  # what is not stored as parquet in the form of our labelling
     place: Place  # where the files lie that rows name
     rows: int  # of the labelled dataset
-    columns: dict[str, str]  # names by role: audio, text, label; if they are needed, name, speaker and scores
+    columns: dict[str, str]  # names by role: audio, label; if they are there or needed, text, name, speaker and scores
     tokenizer: WhisperTokenizerFast
     tokens: SpecialTokens
     extractor: WhisperFeatureExtractor
@@ -1851,13 +1924,46 @@ def repeats(text: str, limit: int | None) -> bool:
     return re.search(rf"(.+?)\1{{{limit}}}", "".join(text.split())) is not None
 
 
+def hallucination_test(settings: dict) -> Callable[[str], bool]:
+    """Whether a normalised text is a phrase that Whisper is known to say where nothing is said, once or repeated.
+
+    A near match counts as well: a few more characters, or a word more.
+    """
+    language = "en" if settings["task"] == "translate" else settings["language"]
+    is_unspaced = language in UNSPACED
+    normalise = text_normaliser(language, {})
+    units = list if is_unspaced else str.split
+    phrases = []
+    for phrase in (*HALLUCINATIONS.get(language, ()), *(settings["hallucinations"] or ())):
+        if normalise(phrase):
+            phrases.append(units(normalise(phrase)))
+
+    def is_hallucination(text: str) -> bool:
+        heard = units(text)
+        matcher = SequenceMatcher(autojunk=False)
+        matcher.set_seq2(heard)
+        for phrase in phrases:
+            times = max(1, round(len(heard) / len(phrase)))
+            matcher.set_seq1(phrase * times)
+            bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # each slower than the one before
+            if all(ratio() >= NEAR[is_unspaced] for ratio in bounds):
+                return True
+        return False
+
+    return functools.lru_cache(maxsize=10_000)(is_hallucination)
+
+
 def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) -> pd.DataFrame:
-    """The labels of some rows with the normalised texts: the reference, and the teacher's hypothesis."""
+    """The labels of some rows with the normalised texts: the reference, and the teacher's hypothesis.
+
+    Where there are no references, the teacher's text is taken for one.
+    """
     settings = job.outputs["filtered"].settings
     normalise = text_normaliser(settings["language"], job.tokenizer.english_spelling_normalizer)
     rows = pd.DataFrame(labels)
     hypotheses = job.tokenizer.batch_decode(rows.ids.to_list())
-    references = table["text"].to_pylist()
+    references = table["text"].to_pylist() if "text" in job.columns else [text.strip() for text in hypotheses]
+    rows["text"] = references
     rows["hypothesis"] = [normalise(text) for text in hypotheses]
     rows["reference"] = [normalise(text or "") for text in references]
     rows.loc[rows.problem.notna(), "reference"] = ""  # without a label, nothing is compared
@@ -1895,13 +2001,16 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
     in `TEACHER_SCORES`.
     """
     limit = settings["max_ngram_repeats"]
+    is_hallucination = hallucination_test(settings)
+    is_spoken = (rows.reference == rows.hypothesis) if settings["metric"] else False  # somebody really says it
     conditions = {
-        "empty reference": rows.reference == "",
+        "empty reference" if settings["metric"] else "empty label": rows.reference == "",
         "undecodable audio": rows.samples == 0,
         "shorter than the minimum": rows.samples < settings["min_duration_in_seconds"] * SAMPLING_RATE,
         "longer than the maximum": rows.samples > settings["max_duration_in_seconds"] * SAMPLING_RATE,
         "label too long": rows.label_length > settings["max_label_length"],
         "label repeats itself": [repeats(hypothesis, limit) for hypothesis in rows.hypothesis],
+        "known hallucination": rows.hypothesis.map(is_hallucination) & ~np.array(is_spoken),
     }
     for flag, (column, reason) in TEACHER_SCORES.items():
         if settings[flag] is not None:
@@ -1909,7 +2018,8 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
             too_low = scores < settings[flag]
             too_high = scores > settings[flag]
             conditions[reason] = too_low if flag.startswith("min_") else too_high
-    conditions[OVER_THRESHOLD] = rows[settings["metric"]] > settings["threshold"]
+    if settings["metric"]:
+        conditions[OVER_THRESHOLD] = rows[settings["metric"]] > settings["threshold"]
     reasons = np.select(list(conditions.values()), list(conditions), default=KEPT)
     return np.where(rows.problem.isna(), reasons, rows.problem)
 
@@ -1955,7 +2065,7 @@ def filter_shard(job: Job, shard: int) -> None:
     rows = compare_texts(job, table, labels, start)
 
     # Measures and audio of the same rows are taken from other thresholds, if there are any.
-    texts = table.select(["text", "label"]).to_pydict()
+    texts = table.select([role for role in ("text", "label") if role in roles]).to_pydict()
     settings = [output.settings[name] for name in MEASURE_SETTINGS]
     source = digest(json.dumps([texts, settings]).encode())
     other_notes, clips = copy_from_others(job, output, shard, source, "audio")
@@ -1973,14 +2083,18 @@ def filter_shard(job: Job, shard: int) -> None:
     stored = table.take(pa.array(kept.index, pa.int64()))
     columns = {
         "audio": [{"bytes": clips[row]["bytes"], "path": clips[row]["path"]} for row in kept.index],
-        "text": stored["text"],
+        "text": kept.text.to_list(),
         "whisper_transcript": stored["label"],
         "labels": kept.labels.to_list(),
         "input_length": kept.samples.to_list(),
-        "wer": kept.wer.to_list(),
-        "cer": kept.cer.to_list(),
     }
-    types = AUDIO_COLUMNS | SCORE_COLUMNS
+    types = dict(AUDIO_COLUMNS)
+    scores = SCORE_COLUMNS
+    if "text" not in job.columns:
+        scores = {column: Value("float32") for column, _ in TEACHER_SCORES.values() if column in job.columns}
+    for column in scores:
+        columns[column] = kept[column].to_list()
+    types |= scores
     if pa.types.is_string(stored["label"].type):
         types["whisper_transcript"] = Value("string")
     if "speaker" in job.columns:
@@ -1996,12 +2110,15 @@ def shard_notes(rows: pd.DataFrame, source: str) -> dict:
     unusable = rows[rows.reason.isin(UNUSABLE)]
     dropped = rows[rows.reason == OVER_THRESHOLD]
     worst = dropped.nlargest(5, "cer")[["name", "reference", "hypothesis", "wer", "cer"]]
+    frequent = Counter(rows.hypothesis).most_common(FREQUENT_LABELS)
+    kept = Counter(rows.hypothesis[rows.reason == KEPT])
     return {
         "source": source,
         "kept": rows.index[rows.reason == KEPT].to_list(),
         "rows": rows[["reason", *MEASURES]].to_dict("list"),
         "unusable": unusable[["reason", "name"]].to_dict("records"),
         "worst": worst.to_dict("records"),
+        "frequent": [[label, count, kept[label]] for label, count in frequent if label],
     }
 
 
@@ -2358,17 +2475,22 @@ def summarize_filter(filtered: Output) -> dict:
     tables = []
     worst = []
     unusable = defaultdict(list)
+    frequent = Counter()
+    frequent_kept = Counter()
     for shard in range(filtered.shards):
         notes = read_notes(filtered.shard_path(shard))
         tables.append(pd.DataFrame(notes["rows"]))
         worst += notes["worst"]
         for row in notes["unusable"]:
             unusable[row["reason"]].append(row["name"])
+        for label, count, kept_count in notes.get("frequent", []):
+            frequent[label] += count
+            frequent_kept[label] += kept_count
     worst.sort(key=lambda row: row["cer"], reverse=True)
     rows = add_scores(pd.concat(tables, ignore_index=True))
     kept = rows[rows.reason == KEPT]
     judged = rows[rows.reason.isin([KEPT, OVER_THRESHOLD])]  # dropped or kept by the threshold alone
-    scores = judged[filtered.settings["metric"]]
+    scores = judged[filtered.settings["metric"] or "cer"]
     bins = np.minimum(scores // 5, 20).astype(int)  # of 5 per cent; the last has no upper end
     total = rows[MEASURES].sum().to_dict()
     total_kept = kept[MEASURES].sum().to_dict()
@@ -2384,6 +2506,7 @@ def summarize_filter(filtered: Output) -> dict:
         "other_thresholds": {"wer": count_under(judged.wer), "cer": count_under(judged.cer)},
         "score_histogram": np.bincount(bins, minlength=21).tolist(),
         "worst": worst[:10],
+        "frequent_labels": [[label, count, frequent_kept[label]] for label, count in frequent.most_common(20)],
         "unusable": unusable,
     }
 
@@ -2472,9 +2595,41 @@ def keep_rates(counts: dict[str, list]) -> list[list]:
 def describe_filter(output: Output, report: dict) -> str:
     """What the card says of one configuration and split."""
     settings = output.settings
-    metric = settings["metric"].upper()
     totals = keep_rates({name: report[name] for name in ("clips", "hours", "characters")})
     lengths = keep_rates(report["by_reference_length"])
+    frequent = [[label[:80], *counts] for label, *counts in report["frequent_labels"]]
+    parts = [
+        describe_rule(report, settings),
+        markdown_table(["", "in", "out", "%"], totals),
+        f"![Scores, and keep rate by length]({output.record.with_suffix('.png').name})",
+        markdown_table(["reason", "clips"], report["reasons"].items()),
+        markdown_table(["characters of the reference, or else of the label", "clips", "kept", "%"], lengths),
+        "The most frequent labels, normalised:",
+        markdown_table(["label", "clips", "kept"], frequent),
+    ]
+    if "windows" in report:
+        parts.insert(2, describe_windows(report["windows"], settings))
+    if settings["metric"]:
+        parts += describe_thresholds(report)
+    return "\n\n".join(parts)
+
+
+def describe_rule(report: dict, settings: dict) -> str:
+    """What is kept."""
+    if settings["metric"]:
+        return (
+            f"Clips with {settings['metric'].upper()} <= {settings['threshold']} % are kept; their labels have a CER "
+            f"of {report['cer_of_kept']:.2f} %. {exact_match_notice(report, settings)}"
+        )
+    limits = [f"`{name} {settings[name]}`" for name in UNSCORED_LIMITS if settings[name] is not None]
+    return (
+        f"There are no reference texts. Clips are kept whose labels keep to {', '.join(limits)} and are no known "
+        "hallucination; how many of these labels are wrong is not known."
+    )
+
+
+def describe_thresholds(report: dict) -> list[str]:
+    """What other thresholds would keep, and the worst labels."""
     thresholds = []
     for name, counts in report["other_thresholds"].items():
         thresholds.append([name.upper(), *counts.values()])
@@ -2483,36 +2638,28 @@ def describe_filter(output: Output, report: dict) -> str:
         reference = row["reference"][:80]
         hypothesis = row["hypothesis"][:80]
         worst.append([row["name"], round(row["cer"]), reference, hypothesis])
-    parts = [
-        f"Clips with {metric} <= {settings['threshold']} % are kept; their labels have a CER of "
-        f"{report['cer_of_kept']:.2f} %. {exact_match_notice(report, settings)}",
-        markdown_table(["", "in", "out", "%"], totals),
-        f"![Scores, and keep rate by reference length]({output.record.with_suffix('.png').name})",
-        markdown_table(["reason", "clips"], report["reasons"].items()),
-        markdown_table(["characters of the reference", "clips", "kept", "%"], lengths),
+    return [
         markdown_table(["clips that another threshold (%) would keep", *OTHER_THRESHOLDS], thresholds),
         "The worst of the labels that were dropped, normalised:",
         markdown_table(["clip", "CER", "reference", "label"], worst),
     ]
-    if "windows" in report:
-        parts.insert(2, describe_windows(report["windows"], settings))
-    return "\n\n".join(parts)
 
 
 def draw_report(report: dict, settings: dict) -> bytes:
     """A PNG of the distribution of the scores and of the share of clips that is kept by reference length."""
     figure = Figure(figsize=(11, 4), layout="constrained")
-    scores, lengths = figure.subplots(1, 2)
-    bins = range(0, 105, 5)
-    scores.bar(bins, report["score_histogram"], width=5, align="edge")
-    scores.axvline(settings["threshold"], color="black", linestyle="--", label="threshold")
-    scores.legend()
-    scores.set_xlabel(f"{settings['metric'].upper()}, % (last bar: 100 and more)")
-    scores.set_ylabel("clips")
+    panels = list(figure.subplots(1, 2 if settings["metric"] else 1, squeeze=False)[0])
+    lengths = panels.pop()
+    for scores in panels:
+        scores.bar(range(0, 105, 5), report["score_histogram"], width=5, align="edge")
+        scores.axvline(settings["threshold"], color="black", linestyle="--", label="threshold")
+        scores.legend()
+        scores.set_xlabel(f"{settings['metric'].upper()}, % (last bar: 100 and more)")
+        scores.set_ylabel("clips")
     classes = report["by_reference_length"]
     shares = [percent(kept, total) for total, kept in classes.values()]
     lengths.bar(list(classes), shares)
-    lengths.set_xlabel("reference length, characters")
+    lengths.set_xlabel(f"{'reference' if settings['metric'] else 'label'} length, characters")
     lengths.set_ylabel("kept, %")
     lengths.set_ylim(0, 100)
     image = io.BytesIO()
@@ -2547,16 +2694,18 @@ def is_as_labelled(args: argparse.Namespace, path: str) -> bool:
     """Whether a parquet file has the form in which our labelling writes texts and audio."""
     parquet = pq.ParquetFile(path, page_checksum_verification=True)
     schema = parquet.schema_arrow
-    if not {args.audio_column_name, args.text_column_name} <= set(schema.names):
+    text_column = args.text_column_name or "transcription"
+    has_text = text_column in schema.names
+    if args.audio_column_name not in schema.names:
         return True  # which is refused later
     audio = schema.field(args.audio_column_name).type
-    is_text = pa.types.is_string(schema.field(args.text_column_name).type)
+    is_text = not has_text or pa.types.is_string(schema.field(text_column).type)
     if not is_text or not pa.types.is_struct(audio) or audio.get_field_index("bytes") < 0:
         return False
     try:
-        if not path.startswith("hf://"):
+        if has_text and not path.startswith("hf://"):
             with naming_damage(path):
-                texts = parquet.read([args.text_column_name])
+                texts = parquet.read([text_column])
             texts.validate(full=True)
     except pa.ArrowInvalid:  # texts in another encoding
         return False
@@ -2570,7 +2719,9 @@ def is_as_labelled(args: argparse.Namespace, path: str) -> bool:
 
 def find_columns(args: argparse.Namespace, available: list[str]) -> dict[str, str]:
     """The columns of the labelled dataset by role. Fails if one is missing."""
-    columns = {"audio": args.audio_column_name, "text": args.text_column_name, "label": "whisper_transcript"}
+    columns = {"audio": args.audio_column_name, "label": "whisper_transcript"}
+    if args.metric:
+        columns["text"] = args.text_column_name
     if args.speaker_id_column_name:
         columns["speaker"] = args.speaker_id_column_name
     for flag, (column, _) in TEACHER_SCORES.items():
@@ -2582,6 +2733,39 @@ def find_columns(args: argparse.Namespace, available: list[str]) -> dict[str, st
     if "name" in available:
         columns["name"] = "name"
     return columns
+
+
+def find_references(args: argparse.Namespace, available: list[str]) -> None:
+    """Decide in `args` whether labels are compared with references, or have to be judged without.
+
+    Another column of texts is not taken for missing references: it may be what --text_column_name should name.
+    """
+    if args.text_column_name is None:
+        has_text = {"transcription", "text", "sentence", "transcript"}.intersection(available)
+        args.text_column_name = "transcription" if has_text else "none"
+    if args.text_column_name != "none":
+        return
+    if args.cer_threshold is not None:
+        fail("--cer_threshold compares labels with references, and there are none (--text_column_name)")
+    args.text_column_name = None
+    args.metric = None
+    args.threshold = None
+    for flag, limit in UNSCORED_LIMITS.items():
+        column = TEACHER_SCORES[flag][0] if flag in TEACHER_SCORES else None
+        if column and column not in available:
+            logger.warning("%s has no column %s, which labelling with --scores adds", args.dataset_name, column)
+        elif getattr(args, flag) is None:
+            setattr(args, flag, limit)
+    logger.info("%s has no reference texts: the labels are judged alone", args.dataset_name)
+
+
+def read_phrases(path: str | None) -> list[str] | None:
+    """The phrases of --hallucinations."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if path else []
+    except (OSError, UnicodeError) as error:
+        fail(f"cannot read --hallucinations {path}: {first_line(error)}")
+    return [line.strip() for line in lines if line.strip()] or None
 
 
 def load_job(args: argparse.Namespace) -> Job:
@@ -2603,12 +2787,14 @@ def load_job(args: argparse.Namespace) -> Job:
     if paths:
         row_groups, dataset_digest = find_row_groups(paths)
         rows = row_groups[-1].stop if row_groups else 0
+        find_references(args, pq.ParquetFile(paths[0]).schema_arrow.names)
         columns = find_columns(args, pq.ParquetFile(paths[0]).schema_arrow.names)
     else:
-        options = (args.dataset_config_name, args.split, args.audio_column_name, args.text_column_name)
-        dataset, place = open_dataset(args.dataset_name, *options)
+        dataset, place = open_dataset(args.dataset_name, args.dataset_config_name, args.split, args.audio_column_name)
         row_groups = []
         rows = len(dataset)
+        find_references(args, dataset.column_names)
+        dataset = find_texts(args.dataset_name, dataset, "text_column_name", args.text_column_name)
         columns = find_columns(args, dataset.column_names)
         others = [column for role, column in columns.items() if role != "audio"]
         dataset_digest = speech_digest(dataset, place, args.audio_column_name, others)
@@ -2626,6 +2812,7 @@ def load_job(args: argparse.Namespace) -> Job:
     }
     for name in FILTER_ARGUMENTS:
         settings[name] = getattr(args, name)
+    settings["hallucinations"] = read_phrases(args.hallucinations)
     settings["split"] = split_title(args.split)
     results = results_path(args)
     return Job(
@@ -2651,7 +2838,7 @@ def results_path(args: argparse.Namespace) -> Path:
 
 def name_outputs(args: argparse.Namespace, results: Path, settings: dict, rows: int) -> dict[str, Output]:
     """The datasets to write, by kind."""
-    suffix = f".{args.metric}_{args.threshold}"
+    suffix = f".{args.metric}_{args.threshold}" if args.metric else ".unscored"
     dataset_id = None if local_directory(args.dataset_name) else args.dataset_name
     hub_id = args.hub_model_id or dataset_id
     filtered = Output(
@@ -2840,6 +3027,8 @@ def refuse_empty_results(report: dict, settings: dict) -> None:
     unusable = sum(len(names) for names in report["unusable"].values())
     if unusable == clips:
         fail(f"none of the {clips} rows can be used: {report['reasons']}; nothing is pushed")
+    if not kept and not settings["metric"]:
+        fail(f"none of the {clips} clips is kept: {report['reasons']}. Nothing is pushed")
     if not kept:
         fail(
             f"{settings['metric'].upper()} <= {settings['threshold']} keeps none of {clips} clips; CER <= 10 would "
@@ -2850,7 +3039,8 @@ def refuse_empty_results(report: dict, settings: dict) -> None:
 def filtering_card(output: Output, card: RepoCard | None) -> str:
     """The dataset card with the section on this configuration and split, and all else that `card` has."""
     settings = output.settings
-    card = card or RepoCard(f"---\n{{}}\n---\n# {output.directory.name}\n\n{ABOUT[output.kind]}\n")
+    about = ABOUT["unscored" if output.kind == "filtered" and not settings["metric"] else output.kind]
+    card = card or RepoCard(f"---\n{{}}\n---\n# {output.directory.name}\n\n{about}\n")
     list_split(card, settings["config"], settings["split"])
     fill_metadata(card, language=[settings["language"]], task_categories=["automatic-speech-recognition"])
     title = f"{settings['config']}, {settings['split']}"

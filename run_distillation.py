@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Distil a Whisper teacher into a smaller student on pseudo-labelled speech.
+"""Distil a Whisper teacher into a smaller student on pseudo-labelled speech, or fine-tune a Whisper on transcripts.
 
 In: a student from create_student_model.py, its teacher, and one or more datasets joined by `+`: `.vectorized` ones with
-log-mels, or labelled audio, whose log-mels are computed while it is loaded.
+log-mels, labelled audio, whose log-mels are computed while it is loaded, or audio with transcripts, from which labels
+are made. With `--kl_weight 0` the student is any Whisper, and there is no teacher.
 
 Out, in --output_dir: the trained model with every file that transformers, faster-whisper and whisper.cpp look for, its
 card, `metrics.jsonl`, `training_curves.png`, the record `distillation.json`, and `checkpoint-<step>-epoch-<epoch>/`.
@@ -165,6 +166,7 @@ SETTINGS = [
     "max_grad_norm",
     "ce_weight",
     "kl_weight",
+    "kl_shares",
     "temperature",
     "seed",
 ]
@@ -178,6 +180,13 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split("+")]
 
 
+def tasks(text: str) -> str:
+    """Value of --task: tasks joined by `+`."""
+    if not set(text.split("+")) <= set(TASK_IDS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(TASK_IDS)}, or several joined by +")
+    return text
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -188,7 +197,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count = {"type": int, "metavar": "N"}
     add = parser.add_argument_group("models").add_argument
     add("--model_name_or_path", required=True, help="student, Hub id or local directory")
-    add("--teacher_model_name_or_path", required=True, help="teacher, Hub id or local directory")
+    add("--teacher_model_name_or_path", help="teacher, Hub id or local directory; not needed with --kl_weight 0")
     add(
         "--freeze_encoder", **switch, help="do not train the encoder; if it equals the teacher's, it runs once for both"
     )
@@ -217,10 +226,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--audio_column_name", default="audio", help="column of audio, for datasets without input_features")
     add(
         "--text_column_name",
-        help="column of held-out reference texts; unset = text or transcription, or else the labels' text",
+        help="column of texts: of the held-out references, and of what labels are made from where a training dataset "
+        "has none; unset = text or transcription",
     )
-    add("--language", help="language code or name of the labels; unset = the models get no language token")
-    add("--task", choices=["transcribe", "translate"], default="transcribe", help="task of the labels")
+    add(
+        "--language",
+        help="language code or name of the labels that are made from texts and of what is held out; joined by +, one "
+        "for each training dataset and the first for what is held out; unset = the models get no language token",
+    )
+    add("--task", type=tasks, default="transcribe", help="transcribe or translate, likewise")
     add("--max_label_length", **count, default=448, help="maximum label length in tokens; longer ones are left out")
     add("--preprocessing_num_workers", **count, default=1, help="processes that load the datasets")
     add("--dataloader_num_workers", **count, default=0, help="processes that load batches; 0 = the training process")
@@ -246,7 +260,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; 0 = no clipping")
     add("--ce_weight", type=float, default=0.8, help="weight of the cross-entropy with the labels")
-    add("--kl_weight", type=float, default=1.0, help="weight of the KL divergence from the teacher")
+    add(
+        "--kl_weight",
+        type=numbers,
+        default="1.0",
+        help="weight of the KL divergence from the teacher, one for all training datasets or one for each joined by +; "
+        "0 = no teacher, which is fine-tuning",
+    )
     add("--temperature", type=float, default=2.0, help="temperature of the KL divergence")
     add("--seed", type=int, default=42, help="seed of the order of rows and of dropout")
     add = parser.add_argument_group("evaluation").add_argument
@@ -293,8 +313,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.language:
-        args.language = language_code(args.language)
+        args.language = "+".join(map(language_code, args.language.split("+")))
+    share_kl_weight(args)
+    if not args.kl_weight:
+        args.teacher_model_name_or_path = None
+    elif not args.teacher_model_name_or_path:
+        parser.error("--teacher_model_name_or_path is needed, unless --kl_weight is 0")
     return args
+
+
+def share_kl_weight(args: argparse.Namespace) -> None:
+    """Turn several --kl_weight into the largest, and into shares of it for each training dataset."""
+    weights = args.kl_weight
+    args.kl_weight = max(weights)
+    args.kl_shares = None  # the same for all
+    if len(set(weights)) > 1:
+        args.kl_shares = [weight / args.kl_weight for weight in weights]
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
@@ -1734,24 +1768,37 @@ def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable
 
 
 def chunk_loss(
-    logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float, weights: tuple[float, float]
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    kl_shares: Tensor | None,
+    temperature: float,
+    weights: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and T² · KL(teacher ‖ student), each summed over tokens; and the gradient of their weighted sum.
 
     The gradient of the first by the logits is softmax(logits) - onehot(targets), that of the second is
-    T · (softmax(logits / T) - softmax(teacher_logits / T)).
+    T · (softmax(logits / T) - softmax(teacher_logits / T)). `kl_shares` weigh the KL of each token, (tokens).
     """
     ce_weight, kl_weight = weights
     labels = targets[:, None]
     log_probs = logits.log_softmax(-1)  # (tokens, vocabulary)
     ce_loss = -log_probs.gather(1, labels).sum()
+    if teacher_logits is None:
+        gradient = log_probs.exp_().mul_(ce_weight)
+        gradient.scatter_add_(1, labels, torch.full_like(labels, -ce_weight, dtype=gradient.dtype))
+        return torch.stack([ce_loss, torch.zeros_like(ce_loss)]), gradient
     soft_log_probs = (logits / temperature).log_softmax(-1)
     teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
     teacher_probs = teacher_log_probs.exp()
-    kl_loss = temperature**2 * (teacher_probs * (teacher_log_probs - soft_log_probs)).sum()
+    divergence = teacher_probs * (teacher_log_probs - soft_log_probs)
 
     # In place, because each of these is as large as the logits.
     gradient = soft_log_probs.exp_().sub_(teacher_probs).mul_(kl_weight * temperature)
+    if kl_shares is not None:
+        divergence.mul_(kl_shares[:, None])
+        gradient.mul_(kl_shares[:, None])
+    kl_loss = temperature**2 * divergence.sum()
     gradient.add_(log_probs.exp_(), alpha=ce_weight)
     gradient.scatter_add_(1, labels, torch.full_like(labels, -ce_weight, dtype=gradient.dtype))
     return torch.stack([ce_loss, kl_loss]), gradient
@@ -1766,26 +1813,31 @@ class DistillationLoss(torch.autograd.Function):
     1.2 times.
 
     Args:
-        hidden, teacher_hidden: last hidden states, (tokens, width).
+        hidden, teacher_hidden: last hidden states, (tokens, width); the teacher's are None where there is no teacher.
         head, teacher_head: output projections, (vocabulary, width).
         targets: token ids, (tokens).
         weights: ce_weight and kl_weight.
+        kl_shares: of each token, how much of kl_weight counts, (tokens); None = all of it.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, weights):
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, weights, kl_shares=None):
         hidden_gradient = torch.zeros_like(hidden)
         head_gradient = torch.zeros_like(head)
         dtype = F.linear(hidden[:0], head[:1]).dtype  # in which autocast computes logits
         exact = torch.promote_types(dtype, torch.float32)
         hidden, head = hidden.to(dtype), head.to(dtype)
-        teacher_hidden, teacher_head = teacher_hidden.to(dtype), teacher_head.to(dtype)
+        if teacher_hidden is not None:
+            teacher_hidden, teacher_head = teacher_hidden.to(dtype), teacher_head.to(dtype)
         sums = torch.zeros(2, dtype=exact, device=hidden.device)
         for start in range(0, len(targets), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             logits = F.linear(hidden[chunk], head).to(exact)
-            teacher_logits = F.linear(teacher_hidden[chunk], teacher_head).to(exact)
-            losses, gradient = chunk_loss(logits, teacher_logits, targets[chunk], temperature, weights)
+            teacher_logits = None
+            if teacher_hidden is not None:
+                teacher_logits = F.linear(teacher_hidden[chunk], teacher_head).to(exact)
+            shares = None if kl_shares is None else kl_shares[chunk]
+            losses, gradient = chunk_loss(logits, teacher_logits, targets[chunk], shares, temperature, weights)
             sums += losses
             if ctx.needs_input_grad[0]:
                 gradient = gradient.to(dtype)
@@ -1798,7 +1850,7 @@ class DistillationLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_gradient, _):
         hidden_gradient, head_gradient = ctx.saved_tensors
-        return hidden_gradient * loss_gradient, head_gradient.mul_(loss_gradient), None, None, None, None, None
+        return hidden_gradient * loss_gradient, head_gradient.mul_(loss_gradient), None, None, None, None, None, None
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -1810,13 +1862,15 @@ class Source(NamedTuple):
     reference: str
     config: str | None
     split: str
+    language: str | None  # of labels that are made from texts
+    task: str
 
 
 def training_sources(args: argparse.Namespace) -> list[Source]:
-    """The training datasets; a single configuration or split applies to all."""
+    """The training datasets; a single configuration, split, language or task applies to all."""
     references = args.train_dataset_name.split("+")
     columns = [references]
-    for flag in ("train_dataset_config_name", "train_split_name"):
+    for flag in ("train_dataset_config_name", "train_split_name", "language", "task"):
         value = getattr(args, flag) or ""
         is_expression = len(references) == 1 and flag == "train_split_name"  # such as train+validation[:10%]
         values = [value] if is_expression else value.split("+")
@@ -1828,7 +1882,17 @@ def training_sources(args: argparse.Namespace) -> list[Source]:
     weights = args.train_dataset_samples
     if weights and (len(weights) != len(references) or min(weights) <= 0):
         fail(f"--train_dataset_samples {weights} must be one positive number for each dataset")
-    return [Source(reference, config or None, split) for reference, config, split in zip(*columns, strict=True)]
+    if args.kl_shares and len(args.kl_shares) != len(references):
+        fail(f"--kl_weight names {len(args.kl_shares)} for {len(references)} datasets")
+    sources = []
+    for reference, config, split, language, task in zip(*columns, strict=True):
+        sources.append(Source(reference, config or None, split, language or None, task))
+    return sources
+
+
+def first_of_joined(value: str | None) -> str | None:
+    """The first of values joined by `+`: that for what is held out."""
+    return value.split("+")[0] if value else None
 
 
 def open_split(source: Source, held_out: bool, args: argparse.Namespace) -> tuple[datasets.Dataset, Place, list[dict]]:
@@ -1837,7 +1901,7 @@ def open_split(source: Source, held_out: bool, args: argparse.Namespace) -> tupl
     A dry run converts nothing: from parquet files it reads every column except the large inputs.
     """
     if args.dry_run and is_repository(source.reference):
-        builder, files_by_split = find_files(*source)
+        builder, files_by_split = find_files(source.reference, source.config, source.split)
         if isinstance(builder, Parquet) and list(files_by_split) == [source.split]:
             files = files_by_split[source.split]
             filesystem, _ = fsspec.url_to_fs(files[0])
@@ -1848,8 +1912,8 @@ def open_split(source: Source, held_out: bool, args: argparse.Namespace) -> tupl
             place = Place(os.path.realpath(builder.base_path), is_confined=True)
             return datasets.Dataset(table), place, parquet.head(SAMPLE_ROWS).to_pylist()
     workers = args.preprocessing_num_workers
-    dataset, place = open_dataset(*source, args.audio_column_name, num_proc=workers)
-    if held_out:
+    dataset, place = open_dataset(*source[:3], args.audio_column_name, num_proc=workers)
+    if held_out or not {"labels", "whisper_transcript"}.intersection(dataset.column_names):
         require_columns(source.reference, dataset, {"text_column_name": args.text_column_name})
         text_column = first_of((args.text_column_name, "text", "transcription"), dataset.column_names)
         dataset = find_texts(source.reference, dataset, "text_column_name", text_column)
@@ -1862,12 +1926,13 @@ def first_of(candidates: Iterable[str | None], names: Iterable[str]) -> str | No
     return next((name for name in candidates if name in names), None)
 
 
-def labels_from_text(texts: Iterable[str | None], models: "Models") -> list[list[int]]:
+def labels_from_text(
+    texts: Iterable[str | None], tokenizer: WhisperTokenizerFast, prompt: dict[str, str]
+) -> list[list[int]]:
     """Labels in the teacher's form, without timestamps; an empty one where there is no text."""
-    tokenizer = models.tokenizer
     prefix = ["<|startoftranscript|>"]
-    if "language" in models.prompt:
-        prefix += [f"<|{models.prompt['language']}|>", f"<|{models.prompt['task']}|>"]
+    if "language" in prompt:
+        prefix += [f"<|{prompt['language']}|>", f"<|{prompt['task']}|>"]
     prefix_ids = tokenizer.convert_tokens_to_ids([*prefix, "<|notimestamps|>"])
     labels = []
     for text in texts:
@@ -1956,6 +2021,11 @@ def read_log_mel(value: bytes | dict, place: Place, extractor: WhisperFeatureExt
     return pad_window(log_mel([clip.waveform], extractor)[0]).half()
 
 
+def source_prompt(source: Source, tokenizer: WhisperTokenizerFast, args: argparse.Namespace) -> dict[str, str]:
+    """Language and task of labels that are made from a dataset's texts."""
+    return prompt_arguments(args.model_name_or_path, tokenizer.get_vocab(), source.language, source.task)
+
+
 class Rows(Dataset):
     """The usable rows of a split, numbered from 0; of held-out ones a sample, evenly spaced."""
 
@@ -1963,17 +2033,24 @@ class Rows(Dataset):
         self.name = source.reference
         self.extractor = models.extractor
         self.cache: Path | None = None  # directory of encoder outputs
+        self.kl_share: float | None = None  # how much of --kl_weight counts; None = all of it, as everywhere
         dataset, self.place, first_rows = open_split(source, held_out, args)
         columns = [*first_rows[0]] if first_rows else dataset.column_names
         self.input_column = first_of(("input_features", args.audio_column_name), columns)
         self.text_column = first_of((args.text_column_name, "text", "transcription"), columns)
         if "labels" not in columns and "whisper_transcript" in columns:
             dataset = dataset.rename_column("whisper_transcript", "labels")
-        elif "labels" not in columns and self.text_column and held_out:
+        elif "labels" not in columns and self.text_column:
+            logger.info("%s: labels are made from its column %s", self.name, self.text_column)
+            prompt = source_prompt(source, models.tokenizer, args)
             texts = dataset[self.text_column]
-            dataset = dataset.add_column("labels", labels_from_text(texts, models))
+            if not held_out:  # what is empty there may be missing, rather than silence
+                texts = [text if text and text.strip() else None for text in texts]
+            labels = labels_from_text(texts, models.tokenizer, prompt)
+            dataset = dataset.add_column("labels", labels)
         if "labels" not in dataset.column_names or not self.input_column:
-            fail(f"{self.name} lacks labels, or input_features or {args.audio_column_name}: it has {columns}")
+            needs = f"labels or a column of texts (--text_column_name), and input_features or {args.audio_column_name}"
+            fail(f"{self.name} needs {needs}: it has {', '.join(columns)}")
         labels = dataset.data.column("labels")
         if not pa.types.is_list(labels.type) and not pa.types.is_large_list(labels.type):
             fail(f"{self.name}: labels are {labels.type}, not token ids: label the data without --decode_token_ids")
@@ -2024,6 +2101,8 @@ class Rows(Dataset):
         row = int(self.usable[index])
         tokens = torch.tensor(self.labels[row]["labels"])
         example = {"tokens": tokens, "start": int(self.starts[index])}
+        if self.kl_share is not None:
+            example["kl_share"] = self.kl_share
         if self.cache:
             example |= read_outputs(self.cache, index)
             # A row whose audio could not be read has no hidden states of the teacher, and so no targets.
@@ -2123,6 +2202,9 @@ def collate(examples: list[dict]) -> dict[str, Tensor]:
     for name in ("features", "states"):
         if name in examples[0]:
             batch[name] = torch.stack([example[name] for example in examples])
+    if "kl_share" in examples[0]:
+        shares = torch.tensor([example["kl_share"] for example in examples])
+        batch["kl_shares"] = shares.repeat_interleave(last - first)  # as many as targets
     if "teacher_hidden" in examples[0]:
         batch["teacher_hidden"] = torch.cat([example["teacher_hidden"] for example in examples])
     return batch
@@ -2176,13 +2258,14 @@ class TrainedPart(nn.Module):
         self.temperature = args.temperature
         self.weights = (args.ce_weight, args.kl_weight)
 
-    def forward(self, inputs: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, batch: dict):
+    def forward(self, inputs: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None, batch: dict):
         """`DistillationLoss` of a batch. The inputs are encoder outputs, or features where the encoder is trained."""
         states = inputs if self.encoder is None else self.encoder(inputs).last_hidden_state
         hidden = decode_labels(self.decoder, states, batch)
         head = (self.proj_out or self.decoder.embed_tokens).weight
         teacher = (teacher_hidden, teacher_head)
-        return DistillationLoss.apply(hidden, head, *teacher, batch["targets"], self.temperature, self.weights)
+        settings = (self.temperature, self.weights, batch.get("kl_shares"))
+        return DistillationLoss.apply(hidden, head, *teacher, batch["targets"], *settings)
 
 
 @dataclass
@@ -2190,7 +2273,7 @@ class Models:
     """Teacher and student, and what belongs to the student."""
 
     student: WhisperForConditionalGeneration
-    teacher: WhisperForConditionalGeneration
+    teacher: WhisperForConditionalGeneration | None  # None = fine-tuning
     trained: TrainedPart
     tokenizer: WhisperTokenizerFast
     extractor: WhisperFeatureExtractor
@@ -2201,10 +2284,14 @@ class Models:
 
 
 @torch.no_grad()
-def run_frozen(models: Models, batch: dict) -> tuple[Tensor, Tensor]:
+def run_frozen(models: Models, batch: dict) -> tuple[Tensor, Tensor | None]:
     """Run what is frozen; returns the inputs of the trained part, and the teacher's hidden states (tokens, width)."""
     if "states" in batch:  # from the cache
         return batch["states"], batch["teacher_hidden"]
+    if models.teacher is None:
+        if models.trained.encoder is not None:
+            return batch["features"].to(models.student.dtype), None
+        return encode_features(models.student.model.encoder, batch), None
     encoder = models.teacher.model.encoder
     states = encode_features(encoder, batch)
     teacher_hidden = decode_labels(models.teacher.model.decoder, states, batch)
@@ -2238,19 +2325,25 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
     vocabulary = tokenizer.get_vocab()
     extractor = load_pretrained(WhisperFeatureExtractor, str(directory))
     refuse_other_sizes(name, load_config(name), vocabulary, extractor)
-    prompt = prompt_arguments(name, vocabulary, args.language, args.task)
+    for language in (args.language or "").split("+"):
+        for task in args.task.split("+"):
+            prompt_arguments(name, vocabulary, language or None, task)
+    prompt = prompt_arguments(name, vocabulary, first_of_joined(args.language), first_of_joined(args.task))
     attention = choose_attention(args.attn_type, args.dtype, device, args.torch_compile)
     student = load_model(name, "float32", vocabulary, attention, args.dry_run)
-    teacher = load_model(args.teacher_model_name_or_path, args.dtype, vocabulary, attention, args.dry_run)
-    for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
-        ours = getattr(student.config, key)
-        theirs = getattr(teacher.config, key)
-        if ours != theirs:
-            fail(f"{key} is {ours} in the student, {theirs} in the teacher: distil from the teacher it came from")
+    teacher = None
+    if args.teacher_model_name_or_path:
+        teacher = load_model(args.teacher_model_name_or_path, args.dtype, vocabulary, attention, args.dry_run)
+        teacher.eval().requires_grad_(False)
+        for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
+            ours = getattr(student.config, key)
+            theirs = getattr(teacher.config, key)
+            if ours != theirs:
+                fail(f"{key} is {ours} in the student, {theirs} in the teacher: distil from the teacher it came from")
     args.max_label_length = min(args.max_label_length, student.config.max_target_positions)
     models = Models(
         student=student,
-        teacher=teacher.eval().requires_grad_(False),
+        teacher=teacher,
         trained=TrainedPart(student, args),
         tokenizer=tokenizer,
         extractor=extractor,
@@ -2258,7 +2351,9 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
         prompt=prompt,
     )
     if not args.dry_run:
-        models.digests = {"student": weights_digest(student), "teacher": weights_digest(teacher)}
+        models.digests = {"student": weights_digest(student)}
+        if teacher is not None:
+            models.digests["teacher"] = weights_digest(teacher)
         place_models(models, args, device)
     transformers.logging.set_verbosity_error()  # its later warnings are about deliberate choices
     return models
@@ -2267,20 +2362,23 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
 def place_models(models: Models, args: argparse.Namespace, device: torch.device) -> None:
     """Freeze, share and compile what the flags say, and move all to the device."""
     encoder = models.student.model.encoder
-    teacher_encoder = models.teacher.model.encoder
+    frozen = []
     if args.freeze_encoder:
         encoder.requires_grad_(False).eval()
         models.frozen_weights = encoder.state_dict()
-        if equal_weights(encoder, teacher_encoder):
+    if models.teacher is not None:
+        teacher_encoder = models.teacher.model.encoder
+        frozen = [teacher_encoder, models.teacher.model.decoder]
+        if args.freeze_encoder and equal_weights(encoder, teacher_encoder):
             models.student.model.encoder = teacher_encoder  # it runs once for both
-        else:
+        elif args.freeze_encoder:
             logger.warning("the student's frozen encoder is not the teacher's: both run")
-    models.teacher.to(device)
+        models.teacher.to(device)
     models.student.to(device)
     if args.gradient_checkpointing:
         models.student.gradient_checkpointing_enable({"use_reentrant": False})
     if args.torch_compile:
-        for module in (teacher_encoder, models.teacher.model.decoder, *models.trained.children()):
+        for module in (*frozen, *models.trained.children()):
             module.compile()
 
 
@@ -2434,6 +2532,16 @@ def show_progress(title: str, accelerator: Accelerator, items: Sequence | None =
     return tqdm(items, title, disable=is_silent, mininterval=PROGRESS_SECONDS, **options)
 
 
+def hear_teacher(models: Models, model: WhisperForConditionalGeneration, states: Tensor, batch: dict) -> Tensor | None:
+    """The teacher's hidden states for a batch; `states` are what `model` encodes, whose encoder it may share."""
+    if models.teacher is None:
+        return None
+    encoder = models.teacher.model.encoder
+    if model.model.encoder is not encoder:
+        states = encode_features(encoder, batch)
+    return decode_labels(models.teacher.model.decoder, states, batch)
+
+
 @torch.no_grad()
 def evaluate(
     model: WhisperForConditionalGeneration,
@@ -2446,8 +2554,9 @@ def evaluate(
 
     Beside them it returns what the model says of the first rows.
     """
-    teacher = models.teacher
-    normalise = text_normaliser(args.language, models.tokenizer.english_spelling_normalizer)
+    teacher_head = models.teacher.proj_out.weight if models.teacher else None
+    language = first_of_joined(args.language)
+    normalise = text_normaliser(language, models.tokenizer.english_spelling_normalizer)
     generation_config = greedy_config(model, models, args.max_label_length)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, tokens
     pairs = []
@@ -2461,12 +2570,10 @@ def evaluate(
         batch = send_to_device(batch, accelerator.device)
         targets = batch["targets"]
         with accelerator.autocast():
-            teacher_states = encode_features(teacher.model.encoder, batch)
-            teacher_hidden = decode_labels(teacher.model.decoder, teacher_states, batch)
-            has_own_encoder = model.model.encoder is not teacher.model.encoder
-            states = encode_features(model.model.encoder, batch) if has_own_encoder else teacher_states
+            states = encode_features(model.model.encoder, batch)
             hidden = decode_labels(model.model.decoder, states, batch)
-            inputs = (hidden, model.proj_out.weight, teacher_hidden, teacher.proj_out.weight)
+            teacher_hidden = hear_teacher(models, model, states, batch)
+            inputs = (hidden, model.proj_out.weight, teacher_hidden, teacher_head)
             _, losses = DistillationLoss.apply(*inputs, targets, args.temperature, (1.0, 1.0))
             token_ids = model.generate(
                 encoder_outputs=BaseModelOutput(states),
@@ -2748,7 +2855,7 @@ def optimiser_step(
     """
     accelerator = training.accelerator
     model = training.model
-    teacher_head = models.teacher.proj_out.weight
+    teacher_head = models.teacher.proj_out.weight if models.teacher else None
     step = training.state.step
     rows = data.plan.rows(step)
     num_tokens = int(data.token_counts[rows].sum())
@@ -2806,7 +2913,7 @@ def evaluate_training(training: Training, models: Models, data: Data, args: argp
     if data.held_out is None:
         return False
     models.trained.eval()
-    if state.teacher is None:
+    if models.teacher is not None and state.teacher is None:
         state.teacher, _ = evaluate(models.teacher, models, data.held_out, training.accelerator, args)
         log_evaluation("teacher", state.teacher)
     figures, predictions = evaluate(models.student, models, data.held_out, training.accelerator, args)
@@ -3051,16 +3158,17 @@ def card_table(columns: list[str], rows: Iterable[Sequence]) -> str:
 
 def distillation_card(record: dict, entries: list[dict], args: argparse.Namespace, card: RepoCard | None) -> str:
     """README.md: what the model was made from and how it went, beside what others wrote into `card`."""
-    teacher = args.teacher_model_name_or_path
+    origin = args.teacher_model_name_or_path or args.model_name_or_path
+    kind = "distilled" if args.teacher_model_name_or_path else "fine-tuned"
     trained_on = args.train_dataset_name.split("+")
     card = card or RepoCard(f"---\n{{}}\n---\n# {args.output_dir.resolve().name}\n")
     fill_metadata(
         card,
-        language=args.language,
+        language=args.language.split("+") if "+" in (args.language or "") else args.language,
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition",
-        tags=["whisper", "distillation"],
-        base_model=None if local_directory(teacher) else teacher,
+        tags=["whisper", "distillation" if kind == "distilled" else "fine-tuning"],
+        base_model=None if local_directory(origin) else origin,
         datasets=[reference for reference in trained_on if not local_directory(reference)],
     )
     evaluations = []
@@ -3076,8 +3184,8 @@ def distillation_card(record: dict, entries: list[dict], args: argparse.Namespac
         evaluation = f"Held out, on {held_out}, greedy, normalised:\n\n{card_table(columns, evaluations)}\n"
     epochs = record["steps"] / record["steps_per_epoch"]
     layers = record["layers"]
-    section = f"""A Whisper with {layers["encoder"]} encoder and {layers["decoder"]} decoder layers, distilled from \
-{shown_name(teacher)} on {record["rows"]:,} rows of {" and ".join(map(shown_name, trained_on))}: \
+    section = f"""A Whisper with {layers["encoder"]} encoder and {layers["decoder"]} decoder layers, {kind} from \
+{shown_name(origin)} on {record["rows"]:,} rows of {" and ".join(map(shown_name, trained_on))}: \
 {record["steps"]:,} steps of {record["settings"]["global_batch_size"]} rows, {epochs:.2f} epochs.
 The loss is {args.ce_weight} · CE + {args.kl_weight} · T² · KL(teacher ‖ student) at T = {args.temperature}.
 Weights are float32.
@@ -3232,6 +3340,8 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         fail("nothing to do: pass --do_train and --train_dataset_name, or --eval_dataset_name for an evaluation")
     if args.cache_encoder_outputs and not args.freeze_encoder:
         fail("--cache_encoder_outputs needs --freeze_encoder: the outputs of an encoder in training change")
+    if args.cache_encoder_outputs and not args.kl_weight:
+        fail("--cache_encoder_outputs also holds what the teacher says: it does not go with --kl_weight 0")
     if args.lr_scheduler_type in LED_BY_LOSS and not args.eval_dataset_name:
         fail(f"--lr_scheduler_type {args.lr_scheduler_type} follows the held-out loss: it needs --eval_dataset_name")
     if args.dtype == "float16" and not torch.cuda.is_available():
@@ -3250,8 +3360,11 @@ def load_data(models: Models, accelerator: Accelerator, args: argparse.Namespace
         if args.do_train:
             train = [Rows(source, models, args) for source in training_sources(args)]
         if args.eval_dataset_name:
-            source = Source(args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name)
+            prompt = (first_of_joined(args.language), first_of_joined(args.task))
+            source = Source(args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name, *prompt)
             held_out = Rows(source, models, args, held_out=True)
+    for rows, share in zip(train, args.kl_shares or (), strict=False):
+        rows.kl_share = share
     plan = Plan(
         sizes=tuple(len(rows) for rows in train),
         weights=tuple(args.train_dataset_samples) if args.train_dataset_samples else None,
@@ -3338,6 +3451,8 @@ def evaluate_only(models: Models, data: Data, accelerator: Accelerator, args: ar
     """Evaluate teacher and student on the held-out rows, and write the figures."""
     figures = {}
     for name, model in (("teacher", models.teacher), ("student", models.student)):
+        if model is None:
+            continue
         figures[name], _ = evaluate(model.eval(), models, data.held_out, accelerator, args)
         log_evaluation(name, figures[name])
     if accelerator.is_main_process:

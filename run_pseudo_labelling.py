@@ -134,7 +134,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--dataset_split_name", default="train", help="split, or for example train[:1000]")
     group.add_argument("--audio_column_name", default="audio", help="column of audio")
-    group.add_argument("--text_column_name", help="column of reference texts, checked to exist; unset = no check")
+    group.add_argument(
+        "--text_column_name",
+        help="column of reference texts, checked to exist; none = there are none; unset = transcription or text",
+    )
     group.add_argument("--id_column_name", help="column that names rows; unset = rows are numbered")
     group.add_argument("--max_samples", type=int, help="rows to take from the start; unset = all")
     group = parser.add_argument_group("teacher and labels")
@@ -150,7 +153,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="maximum label length in tokens, special tokens included; longer labels are cut and counted as truncated",
     )
     group.add_argument("--decode_token_ids", default=False, help="store text in place of token ids", **flag)
-    group.add_argument("--scores", default=False, help=f"add the columns {', '.join(SCORE_COLUMNS)}", **flag)
+    group.add_argument(
+        "--scores",
+        help=f"add the columns {', '.join(SCORE_COLUMNS)}; unset = add them if there are no reference texts",
+        **flag,
+    )
     group = parser.add_argument_group("work")
     group.add_argument("--per_device_eval_batch_size", type=int, default=16, help="clips per batch")
     group.add_argument("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
@@ -1946,6 +1953,18 @@ class LabelledSplit:
     settings: dict
 
 
+def settle_scores(args: argparse.Namespace, columns: list[str]) -> None:
+    """Decide in `args` whether scores are stored: without reference texts, a filter has little else to go by."""
+    has_references = args.text_column_name or {"transcription", "text"}.intersection(columns)
+    if args.text_column_name == "none":
+        args.text_column_name = None
+        has_references = False
+    if args.scores is None:
+        args.scores = not has_references
+        if args.scores:
+            logger.info("%s has no reference texts: the labels' scores are stored, to filter by", args.dataset_name)
+
+
 def open_speech(
     args: argparse.Namespace, streaming: bool = False
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Place]:
@@ -1960,6 +1979,7 @@ def open_speech(
         args.preprocessing_num_workers,
         streaming,
     )
+    settle_scores(args, dataset.column_names or [])
     flags = ("audio_column_name", "text_column_name", "id_column_name")
     require_columns(args.dataset_name, dataset, {flag: getattr(args, flag) for flag in flags})
     if earlier := [column for column in (LABEL_COLUMN, *SCORE_COLUMNS) if column in dataset.column_names]:
