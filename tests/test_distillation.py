@@ -971,6 +971,7 @@ def interrupt(finished: Path, copy: Path, keep: int) -> None:
             shutil.rmtree(path)
     (copy / "model.safetensors").unlink()
     record = json.loads((copy / "distillation.json").read_text())
+    del record["checksum"]
     (copy / "distillation.json").write_text(json.dumps(record | {"status": "running"}))
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')

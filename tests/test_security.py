@@ -144,7 +144,7 @@ def replace_files(checkpoint: Path, contents: dict[str, bytes]) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     contents = {name: content for name, content in contents.items() if name != "manifest.json"}
     manifest["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    del manifest["checksum"]  # whoever puts a pickle there can compute it as well
+    manifest.pop("checksum", None)  # whoever puts a pickle there can compute it as well
     for path in checkpoint.iterdir():
         path.unlink()
     for name, content in contents.items():
