@@ -1710,6 +1710,17 @@ def filled_frames(samples: int) -> int:
     return min(WINDOW_FRAMES, math.ceil((samples + 200) / HOP_LENGTH) + 1)
 
 
+def log_mel_on_device(waveforms: torch.Tensor, extractor: WhisperFeatureExtractor) -> torch.Tensor:
+    """(clips, samples) -> (clips, mels, frames): what the extractor computes, which would bring it back to the CPU."""
+    window = torch.hann_window(extractor.n_fft, device=waveforms.device)
+    stft = torch.stft(waveforms, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
+    power = (stft[..., :-1].abs() ** 2).contiguous()
+    filters = torch.from_numpy(extractor.mel_filters).to(waveforms.device, torch.float32)
+    log_power = (filters.T @ power).clamp(min=1e-10).log10()
+    loudest = log_power.amax((1, 2), keepdim=True)
+    return (torch.maximum(log_power, loudest - 8.0) + 4.0) / 4.0
+
+
 def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, device: str = "cpu") -> torch.Tensor:
     """Whisper's log-mel of clips of at most 30 s, float32 (clips, mels, frames), as far as the longest clip fills it.
 
@@ -1717,7 +1728,12 @@ def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, dev
     constant into the clip's maximum. `pad_window` gives the frames that are left out.
     """
     samples = HOP_LENGTH * filled_frames(max(len(waveform) for waveform in waveforms))
-    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=device)
+    if device != "cpu":
+        padded = torch.zeros(len(waveforms), samples)
+        for row, waveform in zip(padded, waveforms, strict=True):
+            row[: len(waveform)] = torch.from_numpy(waveform)
+        return log_mel_on_device(padded.to(device), extractor)
+    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt")
     return features.input_features
 
 

@@ -112,10 +112,14 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizerFast,
 )
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 from transformers.utils import cached_file, find_adapter_config_file, is_flash_attn_2_available
 
+CPU_BATCH = 32  # clips
 TOO_LONG = "longer than 30 s"
 METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # in per cent; _raw = without normalisation
 COUNTS = ("substitutions", "deletions", "insertions", "reference")  # the last is the length of the reference
@@ -179,7 +183,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--generation_num_beams", type=int, default=1, help="beams; 1 = greedy")
     add("--return_timestamps", help="let the model predict timestamps, which are not scored", **flag)
     add = parser.add_argument_group("work").add_argument
-    add("--per_device_eval_batch_size", type=int, default=32, help="clips per batch; always 1 with --assistant_model")
+    add(
+        "--per_device_eval_batch_size",
+        type=int,
+        help=f"clips per batch; unset = {CPU_BATCH} on a CPU, what fits on a GPU, at most {MOST_CLIPS}; "
+        "always 1 with --assistant_model",
+    )
     add("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
     add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
     add = parser.add_argument_group("results").add_argument
@@ -1547,6 +1556,17 @@ def filled_frames(samples: int) -> int:
     return min(WINDOW_FRAMES, math.ceil((samples + 200) / HOP_LENGTH) + 1)
 
 
+def log_mel_on_device(waveforms: torch.Tensor, extractor: WhisperFeatureExtractor) -> torch.Tensor:
+    """(clips, samples) -> (clips, mels, frames): what the extractor computes, which would bring it back to the CPU."""
+    window = torch.hann_window(extractor.n_fft, device=waveforms.device)
+    stft = torch.stft(waveforms, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
+    power = (stft[..., :-1].abs() ** 2).contiguous()
+    filters = torch.from_numpy(extractor.mel_filters).to(waveforms.device, torch.float32)
+    log_power = (filters.T @ power).clamp(min=1e-10).log10()
+    loudest = log_power.amax((1, 2), keepdim=True)
+    return (torch.maximum(log_power, loudest - 8.0) + 4.0) / 4.0
+
+
 def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, device: str = "cpu") -> torch.Tensor:
     """Whisper's log-mel of clips of at most 30 s, float32 (clips, mels, frames), as far as the longest clip fills it.
 
@@ -1554,7 +1574,12 @@ def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, dev
     constant into the clip's maximum. `pad_window` gives the frames that are left out.
     """
     samples = HOP_LENGTH * filled_frames(max(len(waveform) for waveform in waveforms))
-    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt", device=device)
+    if device != "cpu":
+        padded = torch.zeros(len(waveforms), samples)
+        for row, waveform in zip(padded, waveforms, strict=True):
+            row[: len(waveform)] = torch.from_numpy(waveform)
+        return log_mel_on_device(padded.to(device), extractor)
+    features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt")
     return features.input_features
 
 
@@ -1562,6 +1587,384 @@ def pad_window(features: torch.Tensor) -> torch.Tensor:
     """(..., mels, frames) -> (..., mels, 3000): the last frame repeated, as all padded frames of a clip are equal."""
     missing = WINDOW_FRAMES - features.shape[-1]
     return torch.cat([features, features[..., -1:].expand(*features.shape[:-1], missing)], dim=-1)
+
+
+# ---- common: greedy decoding -----------------------------------------------------------------------------------------
+
+MOST_CLIPS = 128  # per batch by default; the arithmetic of a larger one takes as long per clip
+FEWEST_SLOTS = 8  # that a step computes on a GPU; fewer would not be faster
+CHECK_STEPS = 8  # decoder steps between two looks at which clips have ended, for which the host waits for a GPU
+PLAIN_SETTINGS = {  # of a generation config: names and rules that GreedyDecoder follows, directly or by `generate`
+    *("alignment_heads", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "eos_token_id"),
+    *("forced_decoder_ids", "is_multilingual", "lang_to_id", "language", "max_initial_timestamp_index"),
+    *("max_length", "max_new_tokens", "no_timestamps_token_id", "pad_token_id", "prev_sot_token_id"),
+    *("return_timestamps", "suppress_tokens", "task", "task_to_id", "transformers_version", "use_cache"),
+    "_from_model_config",
+}
+
+
+def other_rules(config: GenerationConfig) -> set[str]:
+    """The settings of a generation config that GreedyDecoder does not know: `generate` itself has to decode then."""
+    unknown = set(config.to_diff_dict()) - PLAIN_SETTINGS
+    if not isinstance(config.eos_token_id, int):
+        unknown.add("eos_token_id")
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        logger.warning("generation_config.json sets %s: `generate` decodes, which is slower on a GPU", names)
+    return unknown
+
+
+def fitting_batch(model: WhisperForConditionalGeneration, max_length: int, num_beams: int, on_cpu: int) -> int:
+    """How many clips a GPU's free memory holds while they become texts of `max_length` tokens, at most MOST_CLIPS."""
+    if model.device.type != "cuda":
+        return on_cpu
+    config = model.config
+    position = 2 * config.decoder_layers * config.d_model * model.dtype.itemsize  # keys and values of all layers
+    audio = position * config.max_source_positions
+    text = position * max_length
+    scores = 6 * 4 * config.vocab_size  # in float32, and what is computed of them
+    # A quarter of the clips is encoded at a time; the widest states of the encoder are there some four times.
+    states = 4 * config.max_source_positions * config.encoder_ffn_dim * model.dtype.itemsize
+    clip = num_beams * (audio + text + scores) + (audio + states) / 4
+    free, _ = torch.cuda.mem_get_info(model.device)
+    number = min(MOST_CLIPS, max(1, int(0.9 * free / clip)))
+    logger.info("--per_device_eval_batch_size is not set: %d, for %.1f GB of free memory", number, free / 1e9)
+    return number
+
+
+def halved(batch_size: int, reason: str) -> int:
+    """The batch size to go on with after the device's memory has run out."""
+    if batch_size == 1:
+        fail(f"the device has not enough memory for one clip: {reason}")
+    batch_size = math.ceil(batch_size / 2)
+    logger.warning("out of memory: batches of %d for the rest of the run", batch_size)
+    torch.cuda.empty_cache()
+    return batch_size
+
+
+class BatchDecoder:
+    """Decoding batch by batch, by a function that decodes one: for beams and whatever GreedyDecoder does not do."""
+
+    def __init__(self, batch_size: int, decode_batch: Callable[[list[np.ndarray]], list]):
+        self.batch_size = batch_size
+        self.decode_batch = decode_batch
+
+    def decode(self, waveforms: Iterable[np.ndarray]) -> Iterator[tuple[int, Any]]:
+        """The number of each clip and what the function gives for it. Batches are halved when memory runs out."""
+        left = list(waveforms)
+        number = 0
+        while left:
+            try:
+                results = self.decode_batch(left[: self.batch_size])
+            except torch.OutOfMemoryError as error:
+                reason = first_line(error)
+            else:
+                del left[: len(results)]
+                yield from enumerate(results, number)
+                number += len(results)
+                continue
+            # Not in the `except` block, where the traceback still holds on to tensors.
+            self.batch_size = halved(self.batch_size, reason)
+
+
+def encode(
+    model: WhisperForConditionalGeneration, extractor: WhisperFeatureExtractor, waveforms: list[np.ndarray]
+) -> BaseModelOutput:
+    """The encoder's states of clips of at most 30 s: (clips, 1500, width)."""
+    features = log_mel(waveforms, extractor, str(model.device))  # (clips, mels, frames)
+    encoder = model.get_encoder()
+    return encoder(pad_window(features).to(model.device, model.dtype))
+
+
+def timestamp_rules(
+    scores: torch.Tensor,
+    first_timestamp: int,
+    end: int,
+    last_is_time: torch.Tensor,
+    before_is_time: torch.Tensor,
+    latest: torch.Tensor,
+) -> None:
+    """Whisper's rules for timestamps, applied to scores (rows, vocabulary) in place and without a look at any of them.
+
+    They are those of WhisperTimeStampLogitsProcessor behind the first token of a text.
+
+    Args:
+        first_timestamp: id of <|0.00|>.
+        last_is_time, before_is_time: whether the last token is a timestamp, and the one before it. (rows,)
+        latest: the latest timestamp; the id before <|0.00|> where there is none. (rows,)
+    """
+    opens = last_is_time & ~before_is_time
+    closes = last_is_time & before_is_time
+    lowest = latest + ~opens
+    scores[:, :end].masked_fill_(opens[:, None], -math.inf)  # either the end or the second timestamp of the pair
+    times = scores[:, first_timestamp:]
+    ids = torch.arange(first_timestamp, scores.shape[1], device=scores.device)
+    times.masked_fill_(closes[:, None] | (ids < lowest[:, None]), -math.inf)
+    logprobs = scores.log_softmax(-1)
+    time_logprob = logprobs[:, first_timestamp:].logsumexp(-1)
+    best_text_logprob = logprobs[:, :first_timestamp].amax(-1)
+    scores[:, :first_timestamp].masked_fill_((time_logprob > best_text_logprob)[:, None], -math.inf)
+
+
+def attend(
+    attention: WhisperAttention,
+    hidden: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one token per row, hidden (rows, 1, width), to keys and values (rows, heads, positions, size)."""
+    rows, heads, _, size = keys.shape
+    query = (attention.q_proj(hidden) * attention.scaling).view(rows, 1, heads, size).transpose(1, 2)
+    mixed = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
+    return attention.out_proj(mixed.transpose(1, 2).reshape(rows, 1, heads * size))
+
+
+@dataclass
+class Slots:
+    """Fixed memory for the clips that are being decoded, a slot each."""
+
+    sequences: torch.Tensor  # (slots, length); from <|startoftranscript|> on
+    place: torch.Tensor  # (slots,); of the last token in its sequence
+    ended: torch.Tensor  # (slots,); also of a slot without a clip
+    before_is_time: torch.Tensor  # (slots,); whether the token before the last one is a timestamp
+    latest: torch.Tensor  # (slots,); the latest timestamp
+    keys_values: list[tuple[torch.Tensor, ...]]  # by layer: keys and values of the text, keys and values of the audio
+
+    def tensors(self) -> list[torch.Tensor]:
+        state = [self.sequences, self.place, self.ended, self.before_is_time, self.latest]
+        return [*state, *itertools.chain.from_iterable(self.keys_values)]
+
+    def first(self, number: int) -> "Slots":
+        """The first slots, in the same memory."""
+        state = [tensor[:number] for tensor in self.tensors()[:5]]
+        return Slots(*state, [tuple(tensor[:number] for tensor in layer) for layer in self.keys_values])
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Move clips to other slots."""
+        for tensor in self.tensors():
+            tensor[targets] = tensor[sources]
+
+
+class GreedyDecoder:
+    """Greedy decoding of many clips of at most 30 s, whose step is one CUDA graph where there is a GPU.
+
+    `generate` starts each clip: prompt, language and first token are its own. All further steps work in fixed memory
+    and ask nothing of the host, which looks every few steps which clips have ended; the next ones take their slots.
+    Where float32 computes, each sequence is what `generate` gives for the clip alone.
+    """
+
+    def __init__(
+        self,
+        model: WhisperForConditionalGeneration,
+        extractor: WhisperFeatureExtractor,
+        batch_size: int,
+        max_new_tokens: int,
+        **options,
+    ):
+        """`options` are language, task and `return_timestamps` for `generate`."""
+        self.model = model
+        self.extractor = extractor
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.options = options
+        rules = model.generation_config
+        self.end = rules.eos_token_id
+        self.first_timestamp = rules.no_timestamps_token_id + 1 if options["return_timestamps"] else None
+        never = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        never[rules.suppress_tokens or []] = True
+        if self.first_timestamp:
+            never[rules.no_timestamps_token_id] = True
+        self.never = never.to(model.device)
+        self.on_gpu = model.device.type == "cuda"
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self.slots: Slots | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of slots that a step computes
+
+    def make_slots(self, prefix_length: int) -> Slots:
+        """Memory for as many clips as a batch has."""
+        config = self.model.config
+        heads = config.decoder_attention_heads
+        length = prefix_length + self.max_new_tokens
+        new = functools.partial(torch.zeros, device=self.model.device)
+
+        def memory(positions: int) -> torch.Tensor:
+            size = config.d_model // heads
+            return new(self.batch_size, heads, positions, size, dtype=self.model.dtype)
+
+        positions = (length, length, config.max_source_positions, config.max_source_positions)
+        return Slots(
+            sequences=new(self.batch_size, length, dtype=torch.long),
+            place=new(self.batch_size, dtype=torch.long),
+            ended=torch.ones(self.batch_size, dtype=torch.bool, device=self.model.device),
+            before_is_time=new(self.batch_size, dtype=torch.bool),
+            latest=new(self.batch_size, dtype=torch.long),
+            keys_values=[tuple(map(memory, positions)) for _ in range(config.decoder_layers)],
+        )
+
+    def start(self, waveforms: list[np.ndarray], targets: list[int]) -> None:
+        """Encode clips, and put their prompts, first tokens, keys and values into these slots."""
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        sequences = self.model.generate(
+            encoder_outputs=encode(self.model, self.extractor, waveforms),
+            past_key_values=cache,
+            max_new_tokens=1,
+            num_beams=1,
+            do_sample=False,
+            force_unique_generate_call=True,  # one window, and the whole sequence with prefix and end token
+            **self.options,
+        )
+        prefix_length = sequences.shape[1] - 1
+        if self.slots is None:
+            self.slots = self.make_slots(prefix_length)
+        slots = self.slots
+        rows = torch.tensor(targets, device=self.model.device)
+        first = sequences[:, -1]
+        slots.sequences[rows, : prefix_length + 1] = sequences
+        slots.place[rows] = prefix_length
+        slots.ended[rows] = (first == self.end) | (self.max_new_tokens == 1)
+        slots.before_is_time[rows] = True  # so the rules have it of a text of one token
+        if self.first_timestamp:
+            slots.latest[rows] = first.clamp(min=self.first_timestamp - 1)
+        layers = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
+        for memory, (text, audio) in zip(slots.keys_values, layers, strict=True):
+            memory[0][rows, :, :prefix_length] = text.keys
+            memory[1][rows, :, :prefix_length] = text.values
+            memory[2][rows] = audio.keys
+            memory[3][rows] = audio.values
+
+    def next_logits(self, slots: Slots, token: torch.Tensor) -> torch.Tensor:
+        """Put the last tokens (slots,) into the decoder; the logits (slots, vocabulary) of the next ones."""
+        decoder = self.model.model.decoder
+        number, heads, length, size = slots.keys_values[0][0].shape
+        rows = torch.arange(number, device=token.device)
+        hidden = (decoder.embed_tokens(token) + decoder.embed_positions.weight[slots.place])[:, None]
+        unseen = torch.arange(length, device=token.device) > slots.place[:, None]
+        mask = hidden.new_zeros(number, 1, 1, length).masked_fill_(unseen[:, None, None], -math.inf)
+        for layer, (keys, values, audio_keys, audio_values) in zip(decoder.layers, slots.keys_values, strict=True):
+            normed = layer.self_attn_layer_norm(hidden)
+            keys[rows, :, slots.place] = layer.self_attn.k_proj(normed).view(number, heads, size)
+            values[rows, :, slots.place] = layer.self_attn.v_proj(normed).view(number, heads, size)
+            hidden = hidden + attend(layer.self_attn, normed, keys, values, mask)
+            normed = layer.encoder_attn_layer_norm(hidden)
+            hidden = hidden + attend(layer.encoder_attn, normed, audio_keys, audio_values)
+            normed = layer.final_layer_norm(hidden)
+            hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
+        return self.model.proj_out(decoder.layer_norm(hidden))[:, 0].float()
+
+    def step(self, slots: Slots) -> None:
+        """One more token for each clip that has not ended. A CUDA graph forbids to ask the host for anything here."""
+        place = slots.place[:, None]
+        token = slots.sequences.gather(1, place)[:, 0]
+        scores = self.next_logits(slots, token).masked_fill_(self.never, -math.inf)
+        if self.first_timestamp:
+            last_is_time = token >= self.first_timestamp
+            state = (last_is_time, slots.before_is_time, slots.latest)
+            timestamp_rules(scores, self.first_timestamp, self.end, *state)
+            slots.before_is_time.copy_(torch.where(slots.ended, slots.before_is_time, last_is_time))
+        chosen = torch.where(slots.ended, token, scores.argmax(-1))
+        slots.latest.copy_(torch.maximum(slots.latest, chosen))
+        slots.place.add_(~slots.ended)
+        slots.sequences.scatter_(1, slots.place[:, None], chosen[:, None])
+        slots.ended.logical_or_((chosen == self.end) | (slots.place == slots.sequences.shape[1] - 1))
+
+    def capture(self, slots: Slots) -> torch.cuda.CUDAGraph | None:
+        """Record a step as a CUDA graph; None where that fails, and steps are then launched kernel by kernel.
+
+        Meanwhile all clips count as ended, so that nothing changes for them.
+        """
+        ended = slots.ended.clone()
+        slots.ended.fill_(True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries set themselves up in their first calls
+                    self.step(slots)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                self.step(slots)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            logger.warning("decoding is slow, as its step cannot be a CUDA graph: %s", first_line(error))
+            graph = None
+        slots.ended.copy_(ended)
+        return graph
+
+    def run(self, number: int) -> None:
+        """A few steps of at least the first slots. A GPU has a graph for all slots, for half of them, and so on."""
+        if not self.on_gpu:
+            slots = self.slots.first(number)
+            for _ in range(CHECK_STEPS):
+                self.step(slots)
+            return
+        size = self.batch_size
+        while size // 2 >= max(number, FEWEST_SLOTS):
+            size //= 2
+        slots = self.slots.first(size)
+        if size not in self.graphs:
+            self.graphs[size] = self.capture(slots)
+        graph = self.graphs[size]
+        for _ in range(CHECK_STEPS):
+            if graph:
+                graph.replay()
+            else:
+                self.step(slots)
+
+    def decode_in_slots(self, waveforms: dict[int, np.ndarray]) -> Iterator[tuple[int, list[int]]]:
+        """`decode` without the halving."""
+        group = math.ceil(self.batch_size / 4)  # clips that start together
+        waiting = list(waveforms)
+        clips: dict[int, int] = {}  # by slot
+        while waiting or clips:
+            free = [slot for slot in range(self.batch_size) if slot not in clips]
+            while waiting and len(free) >= min(group, len(waiting)):
+                starting = waiting[:group]
+                targets = free[: len(starting)]
+                self.start([waveforms[clip] for clip in starting], targets)
+                clips |= dict(zip(targets, starting, strict=True))
+                del waiting[:group], free[: len(starting)]
+            if not waiting:
+                self.close_ranks(clips)
+            self.run(1 + max(clips))
+            ended = self.slots.ended.tolist()
+            done = [slot for slot in clips if ended[slot]]
+            places = self.slots.place[done].tolist()
+            sequences = self.slots.sequences[done].tolist()
+            for slot, place, sequence in zip(done, places, sequences, strict=True):
+                yield clips.pop(slot), sequence[: place + 1]
+
+    def close_ranks(self, clips: dict[int, int]) -> None:
+        """Move the clips of the last slots into those in front that are free, so that a step computes fewer slots."""
+        sources = [slot for slot in clips if slot >= len(clips)]
+        targets = [slot for slot in range(len(clips)) if slot not in clips]
+        if sources:
+            self.slots.move(sources, targets)
+            for source, target in zip(sources, targets, strict=True):
+                clips[target] = clips.pop(source)
+
+    @torch.inference_mode()
+    def decode(self, waveforms: Iterable[np.ndarray]) -> Iterator[tuple[int, list[int]]]:
+        """The number and the sequence of each clip, as they end; one without an end token has come to the limit.
+
+        The order of the work depends on the clips alone. Batches are halved when the device's memory runs out.
+        """
+        left = dict(enumerate(waveforms))
+        while left:
+            try:
+                for clip, sequence in self.decode_in_slots(left):
+                    yield clip, sequence
+                    del left[clip]
+                continue
+            except torch.OutOfMemoryError as error:
+                reason = first_line(error)
+            self.forget()
+            self.batch_size = halved(self.batch_size, reason)
 
 
 # ---- common: text ----------------------------------------------------------------------------------------------------
@@ -2103,6 +2506,8 @@ class Recogniser:
     tokenizer: WhisperTokenizerFast
     decoding: dict[str, Any]  # arguments of `generate` that determine the predictions
     assistance: dict[str, Any]  # arguments of `generate` for a draft model, which only speeds it up
+    short: GreedyDecoder | BatchDecoder | None = None  # for audio of at most 30 s
+    long: BatchDecoder | None = None  # for audio over 30 s
 
 
 def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recogniser:
@@ -2129,7 +2534,27 @@ def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recognise
         assistance["assistant_model"] = assistant.to(device)
         if tokens := model.generation_config.begin_suppress_tokens:  # assisted `generate` ignores them
             assistance["logits_processor"] = [SuppressTokensAtBeginLogitsProcessor(tokens, 0, str(device))]
-    return Recogniser(model.to(device).eval(), extractor, tokenizer, decoding, assistance)
+    recogniser = Recogniser(model.to(device).eval(), extractor, tokenizer, decoding, assistance)
+    choose_decoders(recogniser, args)
+    return recogniser
+
+
+def choose_decoders(recogniser: Recogniser, args: argparse.Namespace) -> None:
+    """How to decode: `generate` does it where there are several beams, a draft model, or audio over 30 s."""
+    model = recogniser.model
+    decoding = recogniser.decoding.copy()
+    max_new_tokens = decoding.pop("max_new_tokens")
+    num_beams = decoding.pop("num_beams")
+    batch_size = args.per_device_eval_batch_size
+    if batch_size is None:
+        batch_size = fitting_batch(model, max_new_tokens + PROMPT_TOKENS, num_beams, CPU_BATCH)
+    if args.assistant_model:
+        batch_size = 1  # assisted `generate` takes one clip at a time
+    recogniser.long = BatchDecoder(batch_size, functools.partial(generate_tokens, recogniser))
+    if num_beams > 1 or args.assistant_model or other_rules(model.generation_config):
+        recogniser.short = recogniser.long
+    else:
+        recogniser.short = GreedyDecoder(model, recogniser.extractor, batch_size, max_new_tokens, **decoding)
 
 
 def load_assistant(
@@ -2163,8 +2588,8 @@ def is_long(waveform: np.ndarray) -> bool:
 
 
 @torch.inference_mode()
-def transcribe(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list[str]:
-    """Transcribe a batch. Audio over 30 s is decoded window by window, everything else in one pass."""
+def generate_tokens(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list[list[int]]:
+    """Transcribe a batch by `generate`. Audio over 30 s is decoded window by window, everything else in one pass."""
     model = recogniser.model
     options = recogniser.decoding | recogniser.assistance
     if any(map(is_long, waveforms)):
@@ -2181,8 +2606,7 @@ def transcribe(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list[str]
         features = log_mel(waveforms, recogniser.extractor, str(model.device))  # (clips, mels, frames)
         features = pad_window(features).to(model.device, model.dtype)  # (clips, mels, 3000)
         tokens = model.generate(features, force_unique_generate_call=True, **options)  # (clips, tokens)
-    texts = recogniser.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return tokens.tolist()
 
 
 def device_name(device: torch.device) -> str:
@@ -2192,16 +2616,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def make_batches(recordings: list[Recording], batch_size: int) -> list[list[Recording]]:
-    """Batches of the usable recordings, longest first to save padding, audio over 30 s apart from the rest."""
+def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[Recording]:
+    """Give recordings their hypotheses, and yield each that has one; the longest first, which saves padding."""
     usable = [recording for recording in recordings if recording.waveform is not None]
     usable.sort(key=lambda recording: len(recording.waveform), reverse=True)
-    batches = []
-    for _, group in itertools.groupby(usable, key=lambda recording: is_long(recording.waveform)):
-        members = list(group)
-        for start in range(0, len(members), batch_size):
-            batches.append(members[start : start + batch_size])
-    return batches
+    for decoder, group_is_long in ((recogniser.long, True), (recogniser.short, False)):
+        group = [recording for recording in usable if is_long(recording.waveform) == group_is_long]
+        for number, tokens in decoder.decode(recording.waveform for recording in group):
+            text = recogniser.tokenizer.decode(tokens, skip_special_tokens=True)
+            group[number].hypothesis = text.strip()
+            yield group[number]
 
 
 def load_shards(
@@ -2227,9 +2651,6 @@ def predict(
     show_progress: bool = False,
 ) -> None:
     """Transcribe the recordings of each shard, and write the shard when it is complete."""
-    batch_size = args.per_device_eval_batch_size
-    if args.assistant_model:
-        batch_size = 1  # assisted `generate` takes one clip at a time
     load = functools.partial(load_recording, clips, place, args=args)
     total = sum(map(len, shards.values()))
     bar = tqdm(total=total, unit="clip", disable=not show_progress)
@@ -2238,16 +2659,16 @@ def predict(
         started = time.perf_counter()
         for path, recordings in zip(shards, load_shards(pool, load, shards.values()), strict=True):
             refuse_long_clips([recording.id for recording in recordings if recording.problem == TOO_LONG], args)
-            work = {"device": device_name(recogniser.model.device), "batch_size": batch_size}
-            for batch in make_batches(recordings, batch_size):
-                texts = transcribe(recogniser, [recording.waveform for recording in batch])
-                for recording, text in zip(batch, texts, strict=True):
-                    recording.hypothesis = text
-                bar.update(len(batch))
-                if not is_warm:  # the first batch of a process loads kernels and is slower than the others
+            work = {"device": device_name(recogniser.model.device), "batch_size": recogniser.short.batch_size}
+            done = []
+            for recording in transcribe(recogniser, recordings):
+                bar.update()
+                done.append(recording)
+                if not is_warm and len(done) == recogniser.short.batch_size:  # the first of a process load kernels
                     work["warm_up_seconds"] = time.perf_counter() - started
-                    work["warm_up_audio_seconds"] = sum(recording.seconds for recording in batch)
+                    work["warm_up_audio_seconds"] = sum(recording.seconds for recording in done)
                     is_warm = True
+            is_warm = True
             bar.update(sum(recording.waveform is None for recording in recordings))
             finished = time.perf_counter()
             write_predictions(path, recordings, work | {"process_seconds": finished - started})
@@ -3276,11 +3697,12 @@ def print_evaluation_plan(
 ) -> None:
     """Print what a run would do. Its time is estimated from a sample: one batch, or one recording with --long_form."""
     recording_rows = list(itertools.chain.from_iterable(shards.values()))
-    sample_size = 1 if args.long_form else args.per_device_eval_batch_size
+    sample_size = 1 if args.long_form else recogniser.short.batch_size
     sample = recording_rows[:: math.ceil(len(recording_rows) / sample_size)]
     with tempfile.TemporaryDirectory() as scratch:
         shard = Path(scratch) / "sample.jsonl"
-        predict(clips, place, {shard: sample}, recogniser, args)
+        for _ in range(2):  # the first time is slow
+            predict(clips, place, {shard: sample}, recogniser, args)
         _, speed = read_predictions([shard])
     done = [path for path in shards if read_saved_shard(path)]
     left = len(recording_rows) - sum(len(shards[path]) for path in done)

@@ -173,10 +173,8 @@ def test_batches_workers_and_shards_change_no_label(whole, tiny_teacher, loaded,
     assert labels(tmp_path) == labels(whole)
 
 
-def test_scores_a_static_cache_and_missing_flash_attention_change_no_label(
-    whole, tiny_teacher, loaded, tmp_path, caplog
-):
-    flags = (*TWELVE, "--scores", "--torch_compile", "--attn_type", "flash_attn")
+def test_scores_and_missing_flash_attention_change_no_label(whole, tiny_teacher, loaded, tmp_path, caplog):
+    flags = (*TWELVE, "--scores", "--attn_type", "flash_attn")
     with caplog.at_level(logging.WARNING):
         assert script.main(arguments(tiny_teacher, loaded, tmp_path, *flags)) == 0
     assert caplog.text.count("sdpa is used") == 1
@@ -233,15 +231,13 @@ def test_the_precision_is_by_default_what_the_device_computes_natively_and_is_re
     assert caplog.text.count(f"--dtype is not set: {dtype}") == 1
 
 
-@given(st.lists(st.integers(0, 5), max_size=20), st.integers(1, 4))
-def test_batches_hold_every_usable_clip_once_the_longest_first(lengths, batch_size):
+@given(st.lists(st.integers(0, 5), max_size=20))
+def test_every_usable_clip_is_labelled_once_the_longest_first(lengths):
     rows = []
     for row, length in enumerate(lengths):
         problem = None if length else "no audio"
         rows.append(script.SpeechRow({"row": row}, script.Clip(None, length, length / 16000, problem)))
-    batches = script.batches_by_length(rows, batch_size)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    found = [row.values["row"] for batch in batches for row in batch]
+    found = [row.values["row"] for row in script.longest_first(rows)]
     usable = [row for row, length in enumerate(lengths) if length]
     assert found == sorted(usable, key=lambda row: (-lengths[row], row))  # clips of one length in the order of rows
 
@@ -726,41 +722,41 @@ def test_a_full_disk_costs_the_shard_in_flight(whole, tiny_teacher, loaded, tmp_
 def test_memory_that_runs_out_halves_the_batch(caplog):
     sizes = []
 
-    def label(clips, size):
+    def decode(clips):
         sizes.append(len(clips))
         if len(clips) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return [script.TeacherLabel([clip], False) for clip in clips]
+        return [-clip for clip in clips]
 
+    decoder = script.BatchDecoder(16, decode)
     with caplog.at_level(logging.WARNING):
-        found, size = script.label_with_halving(list(range(10)), 16, label)
-    assert [label.ids for label in found] == [[clip] for clip in range(10)]
+        assert list(decoder.decode(range(10))) == [(clip, -clip) for clip in range(10)]
     assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]
-    assert size == 2
+    assert decoder.batch_size == 2
     assert "batches of 2 for the rest of the run" in caplog.text
 
 
 def test_memory_that_one_clip_exhausts_ends_the_run_in_one_line():
-    def label(clips, size):
+    def decode(clips):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SystemExit, match="not enough memory for one clip"):
-        script.label_with_halving([0, 1], 2, label)
+        list(script.BatchDecoder(2, decode).decode([0, 1]))
 
 
 def test_memory_that_runs_out_changes_no_label(whole, tiny_teacher, loaded, tmp_path, monkeypatch):
-    label_batch, sizes = script.label_batch, []
+    start, sizes = script.GreedyDecoder.start, []
 
-    def small_device(teacher, waveforms, batch_size):
-        sizes.append(batch_size)
-        if batch_size > 2:
+    def small_device(decoder, waveforms, targets):
+        sizes.append(decoder.batch_size)
+        if decoder.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return label_batch(teacher, waveforms, batch_size)
+        start(decoder, waveforms, targets)
 
-    monkeypatch.setattr(script, "label_batch", small_device)
+    monkeypatch.setattr(script.GreedyDecoder, "start", small_device)
     assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE)) == 0
     assert files(tmp_path) == files(whole)
-    assert sizes == [3, *[2] * 8]  # what did not fit once is not tried again in the other shards
+    assert sizes == [3, *[2] * 12]  # what did not fit once is not tried again in the other shards
 
 
 # ------------------------------------------------------------------------------------------------------ Hub and tracker

@@ -31,6 +31,7 @@ COMMON = [
     "common: finding datasets",
     "common: reading datasets",
     "common: audio",
+    "common: greedy decoding",
     "common: text",
 ]
 LAST = ["files, record, card, push", "main"]

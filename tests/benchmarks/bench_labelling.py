@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_labelling
     python -m tests.benchmarks.bench_labelling --dtype bfloat16
     python -m tests.benchmarks.bench_labelling --shape large-v3 --dtype bfloat16 --clips 512 --batch_size 64 \\
-        --max_label_length 32 --torch_compile          # on a GPU
+        --max_label_length 32          # on a GPU
 
 Both label the same clips, in turns, each time in a process of its own with the same number of threads. Ours is the
 script's own labelling, from stored audio to shards on the disk. The baseline is how the recipe was first run: log-mels
@@ -87,7 +87,7 @@ def script_arguments(options: argparse.Namespace, output: Path) -> argparse.Name
     flags = [
         *("--model_name_or_path", options.teacher, "--dataset_name", options.dataset, "--dtype", options.dtype),
         *("--id_column_name", "name", "--language", "ja", "--report_to", "none", "--output_dir", str(output)),
-        *("--return_timestamps", str(options.return_timestamps), "--torch_compile", str(options.torch_compile)),
+        *("--return_timestamps", str(options.return_timestamps)),
         *("--max_label_length", str(options.max_label_length), "--generation_num_beams", str(options.num_beams)),
         *("--per_device_eval_batch_size", str(options.batch_size), "--shard_size", str(options.shard_size)),
     ]
@@ -112,8 +112,6 @@ def run_ours(options: argparse.Namespace, root: Path) -> dict:
     split = labelling.plan_split(args, teacher, len(dataset), None)
     shards = list(range(len(split.shards)))
     progress = labelling.start_progress(accelerator, split, shards)
-    if options.torch_compile:
-        labelling.label_batch(teacher, [np.zeros(1600, np.float32)], options.batch_size)
     result = timed(lambda: labelling.label_shards(args, dataset, place, teacher, split, shards, progress))
     rows = [row for path in split.shards for row in pq.read_table(path).to_pylist()]
     result["labels"] = {row["name"]: row["whisper_transcript"] for row in rows}
@@ -216,7 +214,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_beams", type=int, default=1, help="beams, 1 = greedy")
     parser.add_argument("--max_label_length", type=int, default=128, help="maximum label length in tokens")
     parser.add_argument("--return_timestamps", type=labelling.boolean, default=True, metavar="BOOL")
-    parser.add_argument("--torch_compile", action="store_true")
     parser.add_argument("--dtype", default="float32", help="precision of both")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of both")
     parser.add_argument("--run_side", help=argparse.SUPPRESS)
