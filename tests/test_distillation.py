@@ -1608,7 +1608,9 @@ def test_models_and_data_that_do_not_fit_together_are_refused(command, examples,
             command("out", "--train_dataset_name", write_dataset(tmp_path / "v2", "tiny", "train", other, VECTORIZED))
         )
     columns = pa.schema([("labels", pa.list_(pa.int32())), ("text", pa.string())])
-    with pytest.raises(SystemExit, match="lacks labels, or input_features or audio"):
+    with pytest.raises(
+        SystemExit, match=r"needs labels or a column of texts .*, and input_features or audio: it has labels, text"
+    ):
         script.main(
             command(
                 "out", "--train_dataset_name", write_dataset(tmp_path / "text", "tiny", "train", examples[:2], columns)

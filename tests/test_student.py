@@ -248,7 +248,7 @@ def untied(weights: Path) -> None:
     [
         (cut_off, "cannot load the model"),
         (emptied_pickle, "cannot load the model"),
-        (other_shape, "lack model.decoder.layers.3.fc1.bias"),
+        (other_shape, "have another shape of model.decoder.layers.3.fc1.bias"),
         (untied, "lack proj_out.weight"),
     ],
 )
