@@ -1979,6 +1979,8 @@ def remove_bracketed(text: str) -> str:
     such a bracket becomes another mark, which they treat alike. Long gaps, another such case, are shortened.
     """
     for opening, closing, pattern in (("<[", ">]", r"[<\[][^>\]]*[>\]]"), ("(", ")", r"\([^)]+\)")):
+        if not any(mark in text for mark in opening):
+            continue
         end = max(text.rfind(mark) for mark in closing) + 1
         rest = text[end:]
         for mark in opening:
