@@ -278,6 +278,7 @@ def test_a_batch_with_prompts_windows_and_padding_has_the_loss_of_its_rows_alone
         count += len(tokens) - first - 1
     batch = script.collate(rows)
     assert batch["decoder_input_ids"].shape[1] % 8 == 0 and len(batch["targets"]) == count
+    assert {script.collate([row])["decoder_input_ids"].shape[1] % 8 for row in rows} == {0}
     args = argparse.Namespace(freeze_encoder=True, temperature=2.0, ce_weight=0.8, kl_weight=1.0)
     trained = script.TrainedPart(student_model, args)
     student_model.model.encoder = teacher_model.model.encoder
@@ -1161,6 +1162,12 @@ def test_a_run_of_other_batches_rows_or_models_does_not_go_on_from_this_one(
     name = {"other rows": "train_data"}.get(changed, changed)
     with pytest.raises(SystemExit, match=f"made with other settings: {name} was"):
         script.main(command("out", "--lr_scheduler_type", "linear", *flags[changed]()))
+
+
+def test_the_same_rows_in_another_place_are_the_same_data(run, uninterrupted, examples, tmp_path, caplog):
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    run("out", "--train_dataset_name", write_dataset(tmp_path / "moved", "tiny", "train", examples, VECTORIZED))
+    assert "nothing is trained" in caplog.text
 
 
 @pytest.fixture(scope="module")
