@@ -47,3 +47,10 @@ def test_the_labelling_benchmark_s_plain_way_gives_the_same_labels(tiny_teacher)
 def test_the_evaluation_benchmark_s_plain_way_gives_the_same_texts(tiny_teacher):
     printed = benchmark("evaluation", "--model", tiny_teacher, "--clips", 2, "--rounds", 1)
     assert re.search(r"^\| plain .* 2 \|$", printed, re.MULTILINE), printed
+
+
+def test_the_acceptance_of_a_gpu_runs_on_a_cpu_and_finds_equal_labels():
+    printed = benchmark("gpu", "--tiny", "--sections", "device,labels,exact")
+    assert "sections that failed: none" in printed
+    assert re.search(r"^\| labelling, batches of 2 \| \d", printed, re.MULTILINE), printed
+    assert printed.count("| 4 of 4 |") == 2
