@@ -23,6 +23,7 @@ The loss is `ce_weight · CE + kl_weight · T² · KL(teacher ‖ student)` (htt
 the label tokens of the global batch: it does not depend on padding, accumulation or the number of processes. The rows
 of a batch are a function of the seed and of the step. So to resume, after a kill at any moment, run the same command
 again: it goes on from the newest complete checkpoint and ends with the weights of a run that was never interrupted.
+Where two whole runs differ in their last bits, as on some GPUs, it differs from one by no more than they do.
 """
 
 import argparse
@@ -59,7 +60,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 from urllib.parse import urlsplit
@@ -106,6 +107,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
+    AutoModelForSpeechSeq2Seq,
     GenerationConfig,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -119,7 +121,13 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 from transformers.utils import cached_file, find_adapter_config_file, is_flash_attn_2_available
 
 LOSS_CHUNK = 256  # tokens whose logits exist at the same time
-CACHE_BLOCK = 8  # rows encoded together for the cache; fixed, because the last bits of a row depend on the batch size
+LOSS_CHUNK_GPU = 1024  # the same on a GPU: each chunk reads and writes the whole gradient of the head
+GPU_WORKERS = 4  # loading processes per GPU; one reads 650 FLAC or 1,520 vectorised clips a second
+# What takes long to import, for the process that all loading ones are forks of.
+PRELOADED = ["accelerate", "datasets", "librosa", "jiwer", "matplotlib.figure"]
+PRELOADED += [f"transformers.models.whisper.{name}_whisper" for name in ("modeling", "processing", "tokenization")]
+CACHE_BLOCK = 32  # rows encoded together for the cache; fixed, because the last bits of a row depend on the batch size
+SAMPLE_STEPS = 3  # that a dry run times
 SAMPLE_ROWS = 16  # rows read from the start of a dataset as a sample of its inputs
 # Seconds between updates of a progress bar; in a log each update is a line.
 PROGRESS_SECONDS = 0.1 if sys.stderr.isatty() else 30.0
@@ -207,9 +215,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="compute precision; what is trained stays float32; unset = bfloat16 where the device computes it "
         "natively, else float32",
     )
-    add("--attn_type", choices=["eager", "sdpa", "flash_attn"], default="sdpa", help="attention")
+    add(
+        "--attn_type",
+        choices=["eager", "sdpa", "flash_attn"],
+        default="sdpa",
+        help="attention; flash_attn needs a GPU, half precision, and the package flash-attn or kernels",
+    )
     add("--gradient_checkpointing", **switch, help="recompute activations instead of storing them")
-    add("--torch_compile", **switch, help="compile the models, for GPUs")
+    add("--torch_compile", **switch, help="compile the models, for GPUs; not measured on one yet")
     add = parser.add_argument_group("data").add_argument
     add("--train_dataset_name", help="training datasets, Hub ids or local directories, joined by +")
     add("--train_dataset_config_name", help="their configurations joined by +, or one for all; unset = the default one")
@@ -237,11 +250,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--task", type=tasks, default="transcribe", help="transcribe or translate, likewise")
     add("--max_label_length", **count, default=448, help="maximum label length in tokens; longer ones are left out")
     add("--preprocessing_num_workers", **count, default=1, help="processes that load the datasets")
-    add("--dataloader_num_workers", **count, default=0, help="processes that load batches; 0 = the training process")
+    add(
+        "--dataloader_num_workers",
+        **count,
+        help=f"processes that load batches, per training process; 0 = that process itself; unset = {GPU_WORKERS} "
+        "with a GPU, if there are so many cores, and 0 without",
+    )
     add(
         "--cache_encoder_outputs",
         metavar="DIR",
-        help="cache for the outputs of what is frozen, about 4 MB per clip; unset = computed every epoch",
+        help="cache for the outputs of what is frozen, about 4 MB per clip of large-v3: for CPUs, slow GPUs and small "
+        "data, because a fast GPU computes them sooner than a disk reads them; unset = computed every epoch",
     )
     add = parser.add_argument_group("training").add_argument
     add("--do_train", **switch, help="train; without it, only an evaluation on the held-out rows")
@@ -305,7 +324,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     private = switch | {"default": True}
     add("--hub_private_repo", **private, help="make a new repository private; an existing one stays as it is")
-    add("--dry_run", **switch, help="print what a run would read, write and push, and what is done; change nothing")
+    add(
+        "--dry_run",
+        **switch,
+        help="print what a run would read, write and push, what is done, and how long the rest takes by a few steps "
+        "with random weights; change nothing",
+    )
     args = parser.parse_args(argv)
     args.output_dir = Path(args.output_dir).expanduser()
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps", "eval_steps")
@@ -1042,6 +1066,7 @@ def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **optio
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
     """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in float32 are computed in TF32
     if dtype is not None:
         return dtype
     native = False
@@ -1055,16 +1080,24 @@ def choose_dtype(dtype: str | None, device: torch.device) -> str:
     return dtype
 
 
-def choose_attention(attn_type: str, dtype: str, device: torch.device, torch_compile: bool) -> str:
-    """What `transformers` calls --attn_type; sdpa in place of flash attention where that cannot run."""
+def choose_attention(attn_type: str, dtype: str, device: torch.device) -> str:
+    """What `transformers` calls --attn_type; sdpa in place of flash attention where that cannot run.
+
+    Without the package flash-attn, `transformers` takes a kernel from the Hub, if the package kernels is installed.
+    """
     if attn_type != "flash_attn":
         return attn_type
-    # Flash attention does not mask what the static cache of compiled decoding has not been filled with yet.
-    able = device.type == "cuda" and dtype != "float32" and not torch_compile
-    if able and is_flash_attn_2_available():
+    if device.type != "cuda" or dtype == "float32":
+        problem = f"it needs a GPU and --dtype bfloat16 or float16, and this is {dtype} on {device.type}"
+    elif is_flash_attn_2_available():
+        logger.info("--attn_type flash_attn: by the package flash-attn")
         return "flash_attention_2"
-    needs = "a CUDA GPU, the package flash-attn, --dtype bfloat16 or float16, and no --torch_compile"
-    logger.warning("--attn_type flash_attn needs %s: sdpa is used", needs)
+    elif is_flash_attn_2_available(kernels_fallback_ok=True):
+        logger.info("--attn_type flash_attn: by the kernel of kernels-community on the Hub")
+        return "flash_attention_2"
+    else:
+        problem = "install the package kernels, with which a kernel comes from the Hub, or the package flash-attn"
+    logger.warning("--attn_type flash_attn: %s. sdpa is used", problem)
     return "sdpa"
 
 
@@ -1825,7 +1858,7 @@ def chunk_loss(
 class DistillationLoss(torch.autograd.Function):
     """ce_weight · CE + kl_weight · T² · KL summed over tokens, and the two sums without their weights.
 
-    Logits exist for LOSS_CHUNK tokens at a time, and a chunk's gradient is computed together with its loss. So memory
+    Logits exist for a chunk of tokens at a time, and a chunk's gradient is computed together with its loss. So memory
     does not grow with the batch, and no logit is computed twice. Stock functions under `torch.utils.checkpoint` make a
     step on packed windows with cached encoder outputs 1.3 to 1.6 times as long, and autograd within each chunk 1.1 to
     1.2 times.
@@ -1848,8 +1881,9 @@ class DistillationLoss(torch.autograd.Function):
         if teacher_hidden is not None:
             teacher_hidden, teacher_head = teacher_hidden.to(dtype), teacher_head.to(dtype)
         sums = torch.zeros(2, dtype=exact, device=hidden.device)
-        for start in range(0, len(targets), LOSS_CHUNK):
-            chunk = slice(start, start + LOSS_CHUNK)
+        size = LOSS_CHUNK_GPU if hidden.is_cuda else LOSS_CHUNK
+        for start in range(0, len(targets), size):
+            chunk = slice(start, start + size)
             logits = F.linear(hidden[chunk], head).to(exact)
             teacher_logits = None
             if teacher_hidden is not None:
@@ -1863,7 +1897,8 @@ class DistillationLoss(torch.autograd.Function):
                 head_gradient += gradient.T @ hidden[chunk]
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.mark_non_differentiable(sums)
-        return (sums * sums.new_tensor(weights)).sum(), sums
+        ce_weight, kl_weight = weights
+        return ce_weight * sums[0] + kl_weight * sums[1], sums
 
     @staticmethod
     def backward(ctx, loss_gradient, _):
@@ -2228,26 +2263,84 @@ def collate(examples: list[dict]) -> dict[str, Tensor]:
     return batch
 
 
-def read_batches(rows: Dataset, indices: Iterable, workers: int, pin_memory: bool = False) -> Iterator[dict]:
-    """Batches, loaded by worker processes that leave SIGTERM and Ctrl-C to the training process, which saves.
+def choose_workers(args: argparse.Namespace, device: torch.device, processes: int) -> int:
+    """How many processes load batches for each training process."""
+    if args.dataloader_num_workers is not None:
+        return args.dataloader_num_workers
+    if device.type == "cpu":  # which the training keeps busy
+        return 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return min(GPU_WORKERS, max(1, cores - 1))
 
-    They are spawned, because a process that is forked after threads have run may hang. And they start with both signals
-    blocked: if one were killed before reading its task, the parent would hang writing to it.
+
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Processes that are started here leave SIGTERM and Ctrl-C to the training process, which saves."""
+    resource_tracker.ensure_running()  # otherwise they start it, which would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_fork_server() -> None:
+    """Start the process that imports the libraries once, and of which all workers are forks.
+
+    A fork of the training process may hang, because threads have run in it. A process that is spawned imports all for
+    itself, and if it is killed before it has read its task the training process hangs writing to it.
     """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with blocked_signals():
+        forkserver.ensure_running()
+
+
+def end_with_training(_worker: int) -> None:
+    """Let a worker end when the training process has been killed. It is no child of that process, but of the server."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class LostWorker(Exception):
+    """A process that loads batches was killed."""
+
+
+@contextlib.contextmanager
+def lost_workers() -> Iterator[None]:
+    """Raise LostWorker for what torch and Python raise when a worker that they speak to has been killed."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        raise LostWorker from error
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            raise LostWorker from error
+        raise
+
+
+def read_batches(rows: Dataset, indices: Iterable, workers: int, pin_memory: bool = False) -> Iterator[dict]:
+    """Batches, loaded by worker processes ahead of their use."""
     loader = DataLoader(
         rows,
         batch_sampler=indices,
         collate_fn=collate,
         num_workers=workers,
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=end_with_training,
         pin_memory=pin_memory,
     )
-    resource_tracker.ensure_running()  # otherwise the workers start it, which would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with blocked_signals(), lost_workers():
+        batches = iter(loader)  # starts the workers
+
+    def read() -> Iterator[dict]:
+        with lost_workers():
+            yield from batches
+
+    return read()
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -2303,7 +2396,10 @@ class Models:
 
 @torch.no_grad()
 def run_frozen(models: Models, batch: dict) -> tuple[Tensor, Tensor | None]:
-    """Run what is frozen; returns the inputs of the trained part, and the teacher's hidden states (tokens, width)."""
+    """Run what is frozen; returns the inputs of the trained part, and the teacher's hidden states (tokens, width).
+
+    Call it outside of autocast, which would compute the LayerNorms of a model in half precision in float32.
+    """
     if "states" in batch:  # from the cache
         return batch["states"], batch["teacher_hidden"]
     if models.teacher is None:
@@ -2325,11 +2421,12 @@ def load_model(
 ) -> WhisperForConditionalGeneration:
     """A model on the CPU; in a dry run only its shape."""
     config = load_config(reference)
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     if dry_run:
         with torch.device("meta"):
-            return WhisperForConditionalGeneration(config)
+            return AutoModelForSpeechSeq2Seq.from_config(config, **options)
     generation_config = load_generation_config(reference, config, vocabulary)
-    return load_whisper(reference, generation_config, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return load_whisper(reference, generation_config, **options)
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> Models:
@@ -2347,7 +2444,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
         for task in args.task.split("+"):
             prompt_arguments(name, vocabulary, language or None, task)
     prompt = prompt_arguments(name, vocabulary, first_of_joined(args.language), first_of_joined(args.task))
-    attention = choose_attention(args.attn_type, args.dtype, device, args.torch_compile)
+    attention = choose_attention(args.attn_type, args.dtype, device)
     student = load_model(name, "float32", vocabulary, attention, args.dry_run)
     teacher = None
     if args.teacher_model_name_or_path:
@@ -2392,6 +2489,8 @@ def place_models(models: Models, args: argparse.Namespace, device: torch.device)
         elif args.freeze_encoder:
             logger.warning("the student's frozen encoder is not the teacher's: both run")
         models.teacher.to(device)
+    if args.freeze_encoder:
+        encoder.to(getattr(torch, args.dtype))
     models.student.to(device)
     if args.gradient_checkpointing:
         models.student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -2439,7 +2538,9 @@ def read_outputs(cache: Path, index: int) -> dict[str, Tensor]:
     """Encoder outputs and the teacher's hidden states of one row, from a memory map."""
     block, place = divmod(index, CACHE_BLOCK)
     with safetensors.safe_open(block_path(cache, block), "pt") as file:
-        return {name: file.get_tensor(f"{name}.{place}") for name in ("states", "teacher_hidden")}
+        start, end = file.get_tensor("token_limits")[place : place + 2].tolist()
+        states = file.get_slice("states")[place]
+        return {"states": states, "teacher_hidden": file.get_slice("teacher_hidden")[start:end]}
 
 
 def block_digest(tensors: dict[str, Tensor]) -> str:
@@ -2489,19 +2590,39 @@ def refuse_small_disk(rows: Rows, num_blocks: int, cache: Path, models: Models) 
         fail(f"--cache_encoder_outputs needs {needed:.2f} GB for {rows.name}; {cache.parent} has {free:.2f} free")
 
 
-def encode_block(batch: dict, models: Models, accelerator: Accelerator) -> dict[str, Tensor]:
-    """What a file of the cache holds: of each of its rows the encoder outputs and the teacher's hidden states."""
-    batch = send_to_device(batch, accelerator.device)
-    with accelerator.autocast():
-        states, teacher_hidden = run_frozen(models, batch)
+def encode_block(batch: dict, models: Models, device: torch.device) -> dict[str, Tensor]:
+    """What a file of the cache holds: encoder outputs, the teacher's hidden states, and which of these are a row's."""
     num_rows, width = batch["decoder_input_ids"].shape
-    token_counts = torch.bincount(batch["positions"] // width, minlength=num_rows).tolist()
+    token_counts = torch.bincount(batch["positions"] // width, minlength=num_rows)
+    states, teacher_hidden = run_frozen(models, send_to_device(batch, device, non_blocking=True))
     dtype = models.teacher.dtype
-    tensors = {}
-    for place, hidden in enumerate(teacher_hidden.split(token_counts)):
-        tensors[f"states.{place}"] = states[place].to("cpu", dtype).clone()
-        tensors[f"teacher_hidden.{place}"] = hidden.to("cpu", dtype).clone()
-    return tensors
+    return {
+        "states": states.to("cpu", dtype),  # (rows, 1500, width)
+        "teacher_hidden": teacher_hidden.to("cpu", dtype),  # (tokens, width)
+        "token_limits": F.pad(token_counts.cumsum(0), (1, 0)),  # (rows + 1)
+    }
+
+
+def write_block(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, safetensors.torch.save(tensors, {"sha256": block_digest(tensors)}))
+
+
+def write_blocks(
+    blocks: list[int], cache: Path, rows: Rows, models: Models, accelerator: Accelerator, args: argparse.Namespace
+) -> None:
+    """Encode blocks, and write each while the next is encoded."""
+    all_rows = range(len(rows))
+    indices = [all_rows[block * CACHE_BLOCK :][:CACHE_BLOCK] for block in blocks]
+    has_gpu = accelerator.device.type == "cuda"
+    batches = read_batches(rows, indices, args.dataloader_num_workers, pin_memory=has_gpu)
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(cache.is_dir)
+        for block in show_progress("encoding", accelerator, blocks):
+            tensors = encode_block(next(batches), models, accelerator.device)
+            writing.result()  # it may have found the disk full; and no more than two blocks are in memory
+            writing = writer.submit(write_block, block_path(cache, block), tensors)
+        writing.result()
 
 
 def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argparse.Namespace) -> Path:
@@ -2512,7 +2633,7 @@ def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argpa
     """
     directory = Path(args.cache_encoder_outputs).expanduser()
     encoder_digest = weights_digest(models.student.model.encoder)
-    key = json.dumps([encoder_digest, models.digests["teacher"], rows.digest, args.dtype])
+    key = json.dumps([encoder_digest, models.digests["teacher"], rows.digest, args.dtype, CACHE_BLOCK])
     name = hashlib.sha256(key.encode()).hexdigest()
     cache = directory / name[:16]
     if accelerator.is_main_process:
@@ -2529,14 +2650,8 @@ def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argpa
         if accelerator.is_main_process:
             refuse_small_disk(rows, len(missing), cache, models)
         blocks = missing[accelerator.process_index :: accelerator.num_processes]
-        all_rows = range(len(rows))
-        indices = [all_rows[block * CACHE_BLOCK :][:CACHE_BLOCK] for block in blocks]
-        batches = read_batches(rows, indices, args.dataloader_num_workers if blocks else 0)
-        for block in show_progress("encoding", accelerator, blocks):
-            tensors = encode_block(next(batches), models, accelerator)
-            path = block_path(cache, block)
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, safetensors.torch.save(tensors, {"sha256": block_digest(tensors)}))
+        if blocks:
+            write_blocks(blocks, cache, rows, models, accelerator, args)
         accelerator.wait_for_everyone()
     return cache
 
@@ -2558,6 +2673,12 @@ def hear_teacher(models: Models, model: WhisperForConditionalGeneration, states:
     if model.model.encoder is not encoder:
         states = encode_features(encoder, batch)
     return decode_labels(models.teacher.model.decoder, states, batch)
+
+
+def in_precision(module: nn.Module, accelerator: Accelerator) -> contextlib.AbstractContextManager:
+    """Autocast for what is trained; what is frozen has the precision to compute in."""
+    is_trained = any(parameter.requires_grad for parameter in module.parameters())
+    return accelerator.autocast() if is_trained else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -2584,13 +2705,13 @@ def evaluate(
     batches = batches[accelerator.process_index :: accelerator.num_processes]
     for indices in show_progress("evaluating", accelerator, batches, leave=False):
         examples = [rows[index] for index in indices]
-        batch = collate(examples)
-        batch = send_to_device(batch, accelerator.device)
+        batch = send_to_device(collate(examples), accelerator.device)
         targets = batch["targets"]
-        with accelerator.autocast():
+        with in_precision(model.model.encoder, accelerator):
             states = encode_features(model.model.encoder, batch)
+        teacher_hidden = hear_teacher(models, model, states, batch)
+        with in_precision(model, accelerator):
             hidden = decode_labels(model.model.decoder, states, batch)
-            teacher_hidden = hear_teacher(models, model, states, batch)
             inputs = (hidden, model.proj_out.weight, teacher_hidden, teacher_head)
             _, losses = DistillationLoss.apply(*inputs, targets, args.temperature, (1.0, 1.0))
             token_ids = model.generate(
@@ -2888,26 +3009,27 @@ def optimiser_step(
         place = np.random.SeedSequence([args.seed, step, start])
         torch.manual_seed(int(place.generate_state(1)[0]))
         with accelerator.accumulate(model):
+            inputs, teacher_hidden = run_frozen(models, batch)
             with accelerator.autocast():
-                inputs, teacher_hidden = run_frozen(models, batch)
                 loss, losses = model(inputs, teacher_hidden, teacher_head, batch)
             accelerator.backward(loss * (is_counted * scale))
         sums[:2] += is_counted * losses
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-    grad_norm = 0.0 if grad_norm is None else float(grad_norm)
-    sums[2] = bool(training.stop_status)
-    ce_sum, kl_sum, num_stopped = accelerator.reduce(sums).tolist()
-    mean_loss = (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens
-    check_loss(training, mean_loss, grad_norm, args)
     training.optimizer.step()
     training.optimizer.zero_grad()
     if args.lr_scheduler_type not in LED_BY_LOSS:
         training.scheduler.step()
+    sums[2] = bool(training.stop_status)
+    grad_norm = sums.new_zeros(()) if grad_norm is None else grad_norm.to(sums)
+    # The host waits for a GPU here and nowhere else in a step: once, and when all of the step's work is queued.
+    ce_sum, kl_sum, num_stopped, grad_norm = torch.stack([*accelerator.reduce(sums), grad_norm]).tolist()
+    mean_loss = (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens
+    check_loss(training, mean_loss, grad_norm, args)
     return [ce_sum, kl_sum, num_tokens], grad_norm, num_stopped > 0
 
 
 def check_loss(training: Training, loss: float, grad_norm: float, args: argparse.Namespace) -> None:
-    """End the run before a loss that is not a number, or explodes, gets into the weights and the checkpoints."""
+    """End the run before weights get into a checkpoint whose loss is not a number or has exploded."""
     state = training.state
     state.trend = loss if state.trend is None else 0.95 * state.trend + 0.05 * loss
     state.lowest = min(state.lowest or math.inf, state.trend)
@@ -3323,7 +3445,55 @@ def print_inputs(data: Data) -> None:
             print(f"input: {rows.name}, {counts}, {sum(rows.left_out.values())} rows left out")
 
 
-def print_training_plan(start: Start, models: Models, data: Data, pushes: str, args: argparse.Namespace) -> None:
+@dataclass
+class Cost:
+    """What a dry run measures."""
+
+    device: str
+    step_seconds: float
+    rows_trained: float  # a second, by each process
+    rows_read: float  # a second, by a process that loads batches
+
+
+def measure_steps(models: Models, data: Data, accelerator: Accelerator, args: argparse.Namespace) -> Cost:
+    """Time the steps of a training on its first rows. A dry run has no weights; random ones take as long."""
+    for model in filter(None, (models.teacher, models.student)):
+        model.to_empty(device=accelerator.device)
+        model.tie_weights()
+        for weight in model.parameters():
+            weight.detach().normal_(std=0.02)
+    if models.teacher:
+        encoders = (models.student.model.encoder, models.teacher.model.encoder)
+        pairs = list(zip(*(encoder.parameters() for encoder in encoders), strict=False))
+        if all(weight.shape == source.shape for weight, source in pairs):
+            for weight, source in pairs:  # as a rule, the student's encoder is the teacher's
+                weight.detach().copy_(source)
+    place_models(models, args, accelerator.device)
+    optimizer = make_optimizer(models, accelerator.device, args)
+    model, optimizer = accelerator.prepare(models.trained.train(), optimizer)
+    scheduler = make_scheduler(args, optimizer, data.total_steps)
+    training = Training(accelerator, model, optimizer, scheduler, TrainingState(), {}, None)
+
+    rows = data.train[0]
+    size = args.per_device_train_batch_size
+    sample = range(min(size, len(rows)))
+    values = itertools.cycle(rows.first_inputs)
+    rows.dataset = {int(row): {rows.input_column: next(values)} for row in rows.usable[: len(sample)]}
+    started = time.perf_counter()
+    batch = collate([rows[index] for index in np.resize(sample, size)])
+    rows_read = size / (time.perf_counter() - started)
+    for number in range(1 + SAMPLE_STEPS):
+        if number == 1:  # the first step compiles, allocates and fills caches
+            started = time.perf_counter()
+        optimiser_step(training, models, data, itertools.repeat(batch), args)
+    step_seconds = (time.perf_counter() - started) / SAMPLE_STEPS
+    rows_trained = data.plan.batch_size / data.plan.processes / step_seconds
+    return Cost(accelerator.device.type, step_seconds, rows_trained, rows_read)
+
+
+def print_training_plan(
+    start: Start, models: Models, data: Data, cost: Cost, pushes: str, args: argparse.Namespace
+) -> None:
     """Print what a run would read, do, write and push."""
     print_inputs(data)
     print(f"work: {data.total_steps} steps of {data.plan.batch_size} rows, {data.plan.steps_per_epoch} an epoch")
@@ -3331,20 +3501,18 @@ def print_training_plan(start: Start, models: Models, data: Data, pushes: str, a
     print(f"done: {step} of {data.total_steps} steps{f' ({start.checkpoint.name})' if start.checkpoint else ''}")
     if start.to_remove:
         print(f"removes: {', '.join(path.name for path in start.to_remove)} in {args.output_dir}")
-    size = sum(weight.nbytes for weight in models.student.parameters()) / 1e9
+    size = sum(4 * weight.numel() for weight in models.student.parameters()) / 1e9  # float32
     trained_size = sum(weight.nbytes for weight in models.trained.parameters()) / 1e9
     saved = math.ceil(data.total_steps / args.save_steps)
     kept = min(saved, args.save_total_limit or saved)
     checkpoints = f"{kept} checkpoints of {3 * trained_size:.2f} GB each"  # weights, and AdamW's two averages
     print(f"writes: {args.output_dir}, the model of {size:.2f} GB, {checkpoints}")
     print(f"pushes: {f'{pushes}, {size:.2f} GB at every save' if pushes else 'nothing'}")
-    inputs = data.train[0].first_inputs
-    started = time.perf_counter()
-    for value in inputs:
-        with contextlib.suppress(ValueError):
-            read_log_mel(value, data.train[0].place, models.extractor)
-    rate = len(inputs) / (time.perf_counter() - started)
-    print(f"left: {data.total_steps - step} steps; a process reads {rate:.0f} rows/s (from a sample of {len(inputs)})")
+    left = data.total_steps - step
+    hours = left * cost.step_seconds / 3600
+    print(f"left: {left} steps, {hours:.2f} h at {cost.step_seconds:.3f} s a step (measured on this {cost.device})")
+    speeds = f"a training process takes {cost.rows_trained:.1f} rows/s, a process that loads gives {cost.rows_read:.1f}"
+    print(f"rates: {speeds}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -3479,16 +3647,23 @@ def evaluate_only(models: Models, data: Data, accelerator: Accelerator, args: ar
 
 @contextlib.contextmanager
 def one_line_for_faults() -> Iterator[None]:
-    """End with one line where the disk is full or nothing may be written, and leave no loader's process behind."""
+    """End with one line where what a user can mend is in the way, and leave no loader's process behind."""
     try:
         yield
+    except LostWorker:
+        remedy = "If memory ran out, lower --dataloader_num_workers"
+        fail(f"a process that loads batches was killed. {remedy}. {CONTINUE}")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        fail(f"--torch_compile failed: {first_line(cause)}. Run the same command without it")
     except (OSError, SafetensorError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno is None:  # not the operating system's
             raise
         fail(f"{first_line(cause)}. Fix this. {CONTINUE}")
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise for workers that are killed
         for worker in multiprocessing.active_children():
             worker.kill()  # it blocks SIGTERM, so the interpreter's exit would wait for it
             worker.join()
@@ -3514,16 +3689,17 @@ def main(argv: list[str] | None = None) -> int:
 
         # 2. Refuse what can be refused.
         refuse_contradictions(args)
+        args.dataloader_num_workers = choose_workers(args, accelerator.device, accelerator.num_processes)
+        if args.dataloader_num_workers and not args.dry_run:
+            start_fork_server()
         if accelerator.is_main_process and not args.dry_run:
-            lock = args.output_dir / ".training.lock"
             leftovers = (".checkpoint-*.partial", ".model.partial", ".*.json.*.partial", ".metrics.jsonl.*.partial")
-            locks.enter_context(hold_lock(lock, str(args.output_dir), *leftovers))
+            locks.enter_context(hold_lock(args.output_dir / ".training.lock", str(args.output_dir), *leftovers))
         accelerator.wait_for_everyone()
         repo_id = visibility = None
         if args.push_to_hub and args.do_train and accelerator.is_main_process:
             repository = args.hub_model_id or home_repository(args.output_dir)
-            private = args.hub_private_repo
-            repo_id, visibility = prepare_repository(repository, "model", private, args.dry_run)
+            repo_id, visibility = prepare_repository(repository, "model", args.hub_private_repo, args.dry_run)
         if accelerator.is_main_process:
             check_cards(args.output_dir, repo_id, "model")
 
@@ -3541,9 +3717,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = training_settings(models, data, args)
         start = find_start(settings, data.total_steps, args) if accelerator.is_main_process else None
         if args.dry_run:
+            cost = measure_steps(models, data, accelerator, args)
             if start:
-                pushes = f"{repo_id} ({visibility})" if repo_id else ""
-                print_training_plan(start, models, data, pushes, args)
+                print_training_plan(start, models, data, cost, f"{repo_id} ({visibility})" if repo_id else "", args)
             return 0
         start = broadcast_object_list([start])[0]
 

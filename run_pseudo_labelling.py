@@ -999,6 +999,7 @@ def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **optio
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
     """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in float32 are computed in TF32
     if dtype is not None:
         return dtype
     native = False
@@ -1012,16 +1013,24 @@ def choose_dtype(dtype: str | None, device: torch.device) -> str:
     return dtype
 
 
-def choose_attention(attn_type: str, dtype: str, device: torch.device, torch_compile: bool) -> str:
-    """What `transformers` calls --attn_type; sdpa in place of flash attention where that cannot run."""
+def choose_attention(attn_type: str, dtype: str, device: torch.device) -> str:
+    """What `transformers` calls --attn_type; sdpa in place of flash attention where that cannot run.
+
+    Without the package flash-attn, `transformers` takes a kernel from the Hub, if the package kernels is installed.
+    """
     if attn_type != "flash_attn":
         return attn_type
-    # Flash attention does not mask what the static cache of compiled decoding has not been filled with yet.
-    able = device.type == "cuda" and dtype != "float32" and not torch_compile
-    if able and is_flash_attn_2_available():
+    if device.type != "cuda" or dtype == "float32":
+        problem = f"it needs a GPU and --dtype bfloat16 or float16, and this is {dtype} on {device.type}"
+    elif is_flash_attn_2_available():
+        logger.info("--attn_type flash_attn: by the package flash-attn")
         return "flash_attention_2"
-    needs = "a CUDA GPU, the package flash-attn, --dtype bfloat16 or float16, and no --torch_compile"
-    logger.warning("--attn_type flash_attn needs %s: sdpa is used", needs)
+    elif is_flash_attn_2_available(kernels_fallback_ok=True):
+        logger.info("--attn_type flash_attn: by the kernel of kernels-community on the Hub")
+        return "flash_attention_2"
+    else:
+        problem = "install the package kernels, with which a kernel comes from the Hub, or the package flash-attn"
+    logger.warning("--attn_type flash_attn: %s. sdpa is used", problem)
     return "sdpa"
 
 
@@ -2210,7 +2219,7 @@ def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
         reference,
         load_generation_config(reference, config, vocabulary),
         dtype=getattr(torch, args.dtype),
-        attn_implementation=choose_attention(args.attn_type, args.dtype, device, torch_compile=False),
+        attn_implementation=choose_attention(args.attn_type, args.dtype, device),
     )
     model.to(device).eval()
     model.generation_config.max_length = None

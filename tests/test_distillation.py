@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -838,7 +839,7 @@ def test_the_teacher_computes_in_the_precision_asked_for(run, tiny_teacher, exam
     cache = ("--cache_encoder_outputs", tmp_path / "cache", "--train_dataset_name", data)
     run("out", "--dtype", dtype, *cache, "--max_steps", 1)
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
-    states = load_file(file)["states.0"]
+    states = load_file(file)["states"][0]
     teacher = WhisperForConditionalGeneration.from_pretrained(tiny_teacher, dtype=getattr(torch, dtype)).eval()
     features = torch.tensor(examples[0]["log_mel"].astype(np.float16))[None].to(teacher.dtype)
     with torch.no_grad():
@@ -1068,14 +1069,14 @@ def test_without_a_whole_checkpoint_nothing_starts_until_overwriting_is_allowed(
 def test_signals_to_a_whole_process_group_do_not_reach_the_loader_even_as_it_starts(command, uninterrupted, tmp_path):
     process, told = launch(command("told", "--dataloader_num_workers", "2")), set()
     while process.poll() is None:
-        for child in psutil.Process(process.pid).children():
+        for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "spawn_main" in " ".join(child.cmdline()) and child.pid not in told:
+                if "forkserver" in " ".join(child.cmdline()) and child.pid not in told:
                     child.send_signal(signal.SIGTERM)
                     told.add(child.pid)
         time.sleep(0.005)
     finish(process)
-    assert len(told) == 2
+    assert len(told) == 3  # the fork server and its two workers
     assert_equal_weights(tmp_path / "told", uninterrupted)
 
 
@@ -1231,6 +1232,8 @@ def test_a_dry_run_reads_no_weights_and_says_what_would_happen(
     assert said["input"].startswith(f"{vectorized}, 10 rows, {hours:.2f} h, ")
     assert said["work"] == "6 steps of 4 rows, 3 an epoch" and said["done"] == "0 of 6 steps"
     assert said["pushes"] == "nothing"
+    assert re.fullmatch(r"6 steps, 0\.00 h at \d\.\d{3} s a step \(measured on this cpu\)", said["left"])
+    assert len(re.findall(r"[1-9]\d*\.\d", said["rates"])) == 2
 
     size = sum(path.stat().st_size for path in (uninterrupted / "checkpoint-6-epoch-1").iterdir()) / 1e9
     model = (uninterrupted / "model.safetensors").stat().st_size / 1e9
@@ -1282,7 +1285,10 @@ def test_a_dry_run_on_the_hub_reads_a_few_columns_and_makes_no_repository(plan, 
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
-def test_cached_encoder_outputs_give_the_same_losses_and_are_used_again(run, uninterrupted, tmp_path, caplog):
+def test_cached_encoder_outputs_give_the_same_losses_and_are_used_again(
+    run, uninterrupted, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(script, "CACHE_BLOCK", 8)
     output = run("cached", "--cache_encoder_outputs", tmp_path / "cache")
     assert metrics(output) == pytest.approx(metrics(uninterrupted), rel=1e-5)
     files = list((tmp_path / "cache").rglob("*.safetensors"))
