@@ -2623,7 +2623,7 @@ def generate_tokens(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list
 def device_name(device: torch.device) -> str:
     """What a device is called, for people: the model of a GPU, or how many threads of a CPU compute."""
     if device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, threads: {torch.get_num_threads()}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -3068,20 +3068,21 @@ PAGE = """<!DOCTYPE html>
 {%- endfor %}</table></div>
 <h2>By length of the reference</h2>
 <div class="scroll" tabindex="0"><table><caption>Character error rate of the clips of each length</caption>
-<tr><th scope="col" class="text">Characters<th scope="col">Clips<th scope="col">Rate
+<tr><th scope="col" class="text">Characters<th scope="col" class="minor">Clips<th scope="col">Rate
 <th scope="col" class="text">95 % interval
 {%- for group in metrics.by_length %}<tr><th scope="row" class="number">{{ group.characters[0] }}
 {{- " to %d"|format(group.characters[1]) if group.characters[1] else " or more" }}
-<td class="number">{{ "{:,}".format(group.clips) }}{{ rate_cells(group.cer, length_scale) }}{% endfor %}</table></div>
+<td class="number minor">{{ "{:,}".format(group.clips) }}{{ rate_cells(group.cer, length_scale) }}
+{%- endfor %}</table></div>
 <h2>What is confused most</h2>
 <div class="scroll long" tabindex="0"><table>
 <caption>Differences of the normalised texts; a clip's name shows that clip</caption>
-<tr><th scope="col" class="text">Reference<th scope="col" class="text">Prediction<th scope="col" class="text">Kind
+<tr><th scope="col" class="text">Reference<th scope="col" class="text">Prediction<th scope="col" class="text minor">Kind
 <th scope="col">Times<th scope="col" class="text">For example
 {%- for confusion in metrics.confusions %}<tr>
 <td class="text" lang="{{ metrics.language }}"><del>{{ confusion.reference }}</del>
 <td class="text" lang="{{ metrics.language }}"><ins>{{ confusion.hypothesis }}</ins>
-<td class="text">{{ confusion.kind }}<td class="number">{{ "{:,}".format(confusion.count) }}<td class="text">
+<td class="text minor">{{ confusion.kind }}<td class="number">{{ "{:,}".format(confusion.count) }}<td class="text">
 {%- for clip in confusion.clips %}<button class="example">{{ clip }}</button>{% endfor %}{% endfor %}</table></div>
 {%- else %}
 <div class="scroll compared" tabindex="0"><table>
