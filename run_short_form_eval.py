@@ -1009,7 +1009,7 @@ def find_files(
     found = {}
     for name in split_names(split):
         if name not in files_by_split:
-            fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(files_by_split)}")
+            fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(map(str, files_by_split))}")
         found[name] = files_by_split[name]
         refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found

@@ -194,6 +194,12 @@ def test_one_metadata_file_above_the_splits_serves_them_all(tmp_path, caplog):
     assert "left out" not in caplog.text
 
 
+def test_a_split_that_a_folder_does_not_have_is_named_with_those_that_it_has(tmp_path):
+    write_clips(tmp_path / "folder")
+    with pytest.raises(SystemExit, match="has no split 'test'; it has train"):
+        opened(tmp_path / "folder", split="test")
+
+
 def test_a_folder_as_it_lies_on_a_disk_is_read(tmp_path):
     root = tmp_path / "録音 2024"
     write_clips(root, ["話者 A/録音 1.WAV", "話者 A/ 2.Flac", "B/深い/x.y.wav"])
