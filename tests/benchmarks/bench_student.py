@@ -48,7 +48,8 @@ def random_teacher(directory: Path, shape: str) -> Path:
     width, layers, heads = SHAPES[shape]
     tiny_whisper(directory, arrangement="large-v3")
     config = WhisperConfig.from_pretrained(directory)
-    config.update({"d_model": width, "vocab_size": 51866, "init_std": 0.02})
+    # As many rows as large-v3 has, padded to a multiple of 8, because the tokenizer has fewer tokens.
+    config.update({"d_model": width, "vocab_size": 51872, "init_std": 0.02})
     for side in ("encoder", "decoder"):
         ours = {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * width}
         config.update(ours)
