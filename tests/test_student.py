@@ -1,5 +1,6 @@
 """create_student_model.py: which layers, which tensors, which files, and nothing half done."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -539,7 +540,7 @@ def test_the_record_has_arguments_versions_and_counts(student, tiny_teacher):
     assert record["settings"]["decoder_layer_indices"] == [0, 3]
     assert record["arguments"]["teacher_checkpoint"] == tiny_teacher.name
     assert record["arguments"]["seed"] == 42
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
     assert record["wall_time_s"] > 0
 
 
