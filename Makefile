@@ -12,10 +12,10 @@ INSTALLED := .venv/installed
 .PHONY: demo test chaos mutants lint clean
 .DEFAULT_GOAL := test
 
-$(INSTALLED): requirements.txt tests/requirements.txt
+$(INSTALLED): requirements.txt constraints.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r tests/requirements.txt -c constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
