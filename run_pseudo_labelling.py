@@ -1392,8 +1392,10 @@ def read_repository(
 
 
 def find_audio(reference: str, dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
-    """The rows with undecoded audio in the named column, which may have another name where there is no doubt."""
+    """The rows with undecoded audio in the named column. Without the flag, any other that is the only one will do."""
     if audio_column not in (dataset.column_names or []):
+        if audio_column != "audio":  # the default
+            return dataset
         features = dataset.features or {}
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
         if not found:
