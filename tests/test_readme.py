@@ -62,6 +62,18 @@ def agreeing_corpus(corpus, clips, teacher, tmp_path_factory) -> Path:
     return root
 
 
+def write_folder(directory: Path, corpus: Path, clips: list[dict]) -> None:
+    """An audio folder with the clips and transcriptions of `tiny`."""
+    directory.mkdir()
+    lines = ["file_name,transcription"]
+    for row in (corpus / "tsv" / "tiny.tsv").read_text(encoding="utf-8").splitlines():
+        name, text = row.split("\t")
+        content = next(clip["audio"] for clip in clips if clip["name"] == name)
+        (directory / Path(name).name).write_bytes(content)
+        lines.append(f'{Path(name).name},"{text.replace(chr(34), 2 * chr(34))}"')
+    (directory / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def write_tar(path: Path, clips: list[dict]) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for clip in clips:
@@ -102,6 +114,8 @@ def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published,
     (tmp_path / "clip.flac").write_bytes(clips[0]["audio"])
     lines = [f"{Path(clip['name']).name},{clip['transcription']}" for clip in clips[:6]]
     (tmp_path / "engine.csv").write_text("\n".join(["id,hypothesis", *lines]), encoding="utf-8")
+    for name in ("my-audio", "my-test-audio"):
+        write_folder(tmp_path / name, agreeing_corpus, clips)
     with MirrorServer(agreeing_corpus) as mirror:
         env = environment(tmp_path, "", mirror.url, HUB.url, "hf_write", "acme")
         env |= {"ACCELERATE_USE_CPU": "1", "WANDB_MODE": "offline"}
@@ -113,6 +127,7 @@ def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published,
     assert {"model.safetensors", "README.md", "create_student_model.py", "run_distillation.py"} <= files
     assert (tmp_path / "eval" / "report.test.html").is_file()
     assert (tmp_path / "models" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "eval" / "own" / "report.train.html").is_file()
     assert (tmp_path / "eval" / "metric.test.windows_30.json").is_file()
     assert json.loads((tmp_path / "eval" / "engine" / "metric.test.json").read_text())["cer"] == 0
     assert (tmp_path / "eval" / "comparison.html").is_file()
