@@ -1046,10 +1046,11 @@ def find_files(
         # The texts lie beside audio, which is what counts.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=str(directory.resolve()))
     files_by_split = builder.config.data_files or {}
+    available = ", ".join(map(str, files_by_split))
     found = {}
     for name in split_names(split):
         if name not in files_by_split:
-            fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {', '.join(map(str, files_by_split))}")
+            fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {available}")
         found[name] = files_by_split[name]
         refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found
