@@ -787,12 +787,13 @@ def test_a_clip_over_30_s_is_refused_before_its_shard_is_transcribed_and_earlier
         evaluate(tiny_teacher, dataset, tmp_path / "results", *flags)
 
 
-def test_windows_refuse_clips_over_30_s_before_any_model_is_loaded(loaded, clips, tmp_path):
+def test_windows_refuse_clips_over_30_s_before_any_clip_is_transcribed(tiny_teacher, loaded, clips, tmp_path):
     rows = [row("good", clips[0]["audio"], "はい"), row("long", wave(31), "長い")]
     dataset = write_dataset(tmp_path / "data", rows, loaded)
     flags = ["--id_column_name", "name", "--concatenate_audio"]
     with pytest.raises(SystemExit, match=r"1 clips are longer than 30 s \(long\): "):
-        evaluate("acme/no-such-model", dataset, tmp_path / "results", *flags)
+        evaluate(tiny_teacher, dataset, tmp_path / "results", *flags)
+    assert not list((tmp_path / "results").rglob("*.parquet"))
 
 
 def test_clips_without_readable_audio_are_listed_and_fatal_only_when_there_are_no_others(
