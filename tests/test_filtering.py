@@ -435,12 +435,12 @@ def test_the_decoded_length_is_the_length_whatever_the_header_says(teacher, run,
 
 def test_audio_that_a_row_only_names_is_read_and_stored(clips, teacher, run, tmp_path):
     text = clips[0]["transcription"]
-    (tmp_path / "clip.flac").write_bytes(clips[0]["audio"])
     row = {"audio": None, "transcription": text, "whisper_transcript": teacher.label(text)}
     dataset = labelled(tmp_path / "named", [row], files=1)
     (path,) = (dataset / "tiny").iterdir()
+    (dataset / "clip.flac").write_bytes(clips[0]["audio"])
     table = pq.read_table(path)
-    named = pa.array([{"bytes": None, "path": str(tmp_path / "clip.flac")}], table["audio"].type)
+    named = pa.array([{"bytes": None, "path": "clip.flac"}], table["audio"].type)
     pq.write_table(table.set_column(table.column_names.index("audio"), "audio", named), path)
     assert run(dataset) == 0
     assert [row["audio"]["bytes"] for row in read(tmp_path / "named.wer_10.0", ["audio"])] == [clips[0]["audio"]]
@@ -706,7 +706,7 @@ def test_filtering_and_vectorising_apart_give_the_bytes_of_both_together(source,
     ):
         run(source, *SAME, "--skip_filtering", output=tmp_path)
     assert run(source, *SAME, "--skip_logmel", output=tmp_path) == 0
-    assert not (tmp_path / NAMES[1]).exists()
+    assert not list((tmp_path / NAMES[1]).glob("[!.]*"))  # the refused run has left its lock
     assert run(source, *SAME, "--skip_filtering", output=tmp_path) == 0
     assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
 
