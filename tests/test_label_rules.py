@@ -118,7 +118,7 @@ def test_training_takes_a_label_of_exactly_the_longest_and_none_of_a_token_more(
     distil(student, tiny_teacher, data, tmp_path / "out", "--max_label_length", 20, "--max_steps", 1)
     record = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert record["rows"] == 2
-    assert list(record["rows_left_out"][str(data)].values()) == [1]
+    assert list(record["rows_left_out"][data.name].values()) == [1]
 
 
 def test_labels_of_exactly_the_longest_share_a_window_and_with_a_token_less_room_they_do_not(
