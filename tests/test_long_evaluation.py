@@ -100,7 +100,7 @@ def test_windows_and_clips_are_kept_apart_and_compared_apart(windows, tiny_teach
     evaluation.main(["--compare", str(windows), "--output_dir", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("|")[3].strip() for line in lines] == ["reazonspeech", "reazonspeech windows 30"]
-    assert all(line.split("|")[7].strip() == "" for line in lines)
+    assert all(line.split("|")[-4].strip() == "" for line in lines)  # each is the first on its data
 
 
 def test_windows_are_drawn_by_seed(windows, tiny_teacher, loaded, tmp_path):
@@ -218,7 +218,7 @@ def test_a_dry_run_measures_a_sample_says_what_is_to_be_done_and_changes_nothing
         evaluation.main([*command(tiny_teacher, loaded, output_dir)[1:], "--id_column_name", "nothing"])
 
     assert evaluation.main(command(tiny_teacher, loaded, output_dir)[1:]) == 0
-    written = {path.name for path in output_dir.iterdir() if path.is_file()}
+    written = {path.name for path in output_dir.iterdir() if path.is_file() and path.name != ".train.lock"}
     assert written == set(said["writes"].removeprefix(f"{output_dir}: ").split(", "))
     assert dry_run()["done"] == dry_run("--overwrite_output_dir")["done"] == "1 of 1 shards"
     assert dry_run()["left"] == "0 of 24"

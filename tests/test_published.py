@@ -65,7 +65,7 @@ def test_the_evaluations_page_and_the_tracker_get_names_and_no_places(secret_pla
     flags = ("--dataset_config_name", "tiny", "--max_samples_per_split", 2, "--report_to", "tensorboard")
     evaluate(secret_place / "teacher", data, tmp_path / "results", *flags)
     page = (tmp_path / "results" / "report.train.html").read_text(encoding="utf-8")
-    assert secret_place.name not in page and "<td>teacher" in page
+    assert secret_place.name not in page and "<title>teacher on data, train</title>" in page
     assert told["model_name_or_path"] == "teacher" and told["dataset_name"] == "data"
     assert not [value for value in told.values() if secret_place.name in str(value)]
 
