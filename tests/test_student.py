@@ -552,7 +552,7 @@ def test_running_again_changes_nothing(tiny_teacher, tmp_path):
     before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in student.iterdir()}
     create(tiny_teacher, student)
     assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in student.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".init.lock", "init"]
 
 
 def change_weights(teacher: Path) -> None:
@@ -621,7 +621,7 @@ def test_a_student_whose_check_fails_is_not_saved(tiny_teacher, tmp_path, capsys
     save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
     message = refused(capsys, "--teacher_checkpoint", teacher, "--save_dir", tmp_path / "init")
     assert "not finite" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".init.lock", "teacher"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
