@@ -5,6 +5,7 @@ The datasets are local directories of one configuration, `default`, and one spli
 
 import base64
 import csv
+import importlib
 import io
 import json
 import re
@@ -20,7 +21,6 @@ from datasets import Audio, Features, List, Value
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
 
 import create_student_model
-import reazonspeech_manual_dataloader
 import run_data_filtering
 import run_distillation
 import run_pseudo_labelling
@@ -38,7 +38,9 @@ def run(main, *words) -> None:
 
 def load(data_dir: Path, output: Path, *flags) -> Path:
     """Make a dataset of a download; gives its directory."""
-    run(reazonspeech_manual_dataloader.main, "--data_dir", data_dir, "--output_dir", output, *flags)
+    # Labelling loads this script anew, and its worker processes look functions up in the newest module of that name.
+    loader = importlib.import_module("reazonspeech_manual_dataloader")
+    run(loader.main, "--data_dir", data_dir, "--output_dir", output, *flags)
     return output
 
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import importlib
 import io
 import itertools
 import json
@@ -24,7 +25,6 @@ import soundfile
 from datasets import Audio, Features, Value
 
 import create_student_model
-import reazonspeech_manual_dataloader
 import run_data_filtering
 import run_distillation
 import run_pseudo_labelling
@@ -90,7 +90,9 @@ def load(corpus: Path, output: str) -> int:
     for name, source in (("tiny.tiny.tsv", "tsv/tiny.tsv"), ("tiny.000.tar", "data/000.tar")):
         if not (download / "tiny" / name).exists():
             shutil.copyfile(corpus / source, download / "tiny" / name)
-    return reazonspeech_manual_dataloader.main(["-t", "tiny", "--data_dir", str(download), "--output_dir", output])
+    # Labelling loads this script anew, and its worker processes look functions up in the newest module of that name.
+    loader = importlib.import_module("reazonspeech_manual_dataloader")
+    return loader.main(["-t", "tiny", "--data_dir", str(download), "--output_dir", output])
 
 
 def label(teacher: Path, data: str, output: str, *more: str) -> int:

@@ -114,7 +114,7 @@ def test_predictions_may_bring_their_references_and_a_directory_of_ours_is_such_
     ("content", "flags", "message"),
     [
         (None, [], r"cannot read --predictions .*engine\.jsonl: "),
-        ("not json", [], r"cannot read --predictions .*engine\.jsonl: Expecting value"),
+        ("not json", [], r"cannot read --predictions .*engine\.jsonl: JSON was expected, not 'not json'"),
         ("", [], r"needs rows of named values"),
         ("[1, 2]", [], r"needs rows of named values"),
         ('{"words": "はい"}', [], r"needs a column of texts \(hypothesis, prediction, .*\); it has words"),
