@@ -376,6 +376,21 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
+    for seconds in (1, 2, 4, 0):
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not seconds:
+                raise
+        time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: repositories to push to ---------------------------------------------------------------------------------
+
+
 def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
     """Create a repository if it is missing, and check the right to write to it.
 
@@ -408,18 +423,6 @@ def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: 
             "another, or pass --hub_private_repo False"
         )
     return repo_id, visibilities[is_private]
-
-
-def push_again(push: Callable[[], object]) -> None:
-    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
-    for seconds in (1, 2, 4, 0):
-        try:
-            push()
-            return
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (409, 412) or not seconds:
-                raise
-        time.sleep(seconds * random.uniform(0.5, 1))
 
 
 # ---- common: cards ---------------------------------------------------------------------------------------------------
@@ -455,29 +458,6 @@ def check_cards(
     for card in filter(None, cards):
         if update:
             update(card)
-
-
-def fill_metadata(card: RepoCard, **values: str | list | None) -> None:
-    """Add to a card's metadata what they do not have. A value that is there stays, a list gets what it lacks."""
-    for name, value in values.items():
-        present = card.data.get(name)
-        if not present:
-            card.data[name] = value
-        elif isinstance(value, list):
-            present = present if isinstance(present, list) else [present]
-            card.data[name] = [*present, *(item for item in value if item not in present)]
-
-
-def set_section(card: RepoCard, name: str, section: str) -> None:
-    """Put our part into a card, in the place of what an earlier run put there. All else in the card stays."""
-    begin = f"<!-- {name}: begin. What stands up to its end is replaced by the next run. -->"
-    end = f"<!-- {name}: end -->"
-    part = f"{begin}\n\n{section.replace('<!--', '&lt;!--').strip()}\n\n{end}"
-    earlier = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    if earlier.search(card.text):
-        card.text = earlier.sub(lambda _: part, card.text, count=1)
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{part}\n"
 
 
 def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:

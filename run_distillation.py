@@ -592,6 +592,21 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
+def push_again(push: Callable[[], object]) -> None:
+    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
+    for seconds in (1, 2, 4, 0):
+        try:
+            push()
+            return
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412) or not seconds:
+                raise
+        time.sleep(seconds * random.uniform(0.5, 1))
+
+
+# ---- common: repositories to push to ---------------------------------------------------------------------------------
+
+
 def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
     """Create a repository if it is missing, and check the right to write to it.
 
@@ -624,18 +639,6 @@ def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: 
             "another, or pass --hub_private_repo False"
         )
     return repo_id, visibilities[is_private]
-
-
-def push_again(push: Callable[[], object]) -> None:
-    """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
-    for seconds in (1, 2, 4, 0):
-        try:
-            push()
-            return
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (409, 412) or not seconds:
-                raise
-        time.sleep(seconds * random.uniform(0.5, 1))
 
 
 # ---- common: cards ---------------------------------------------------------------------------------------------------
@@ -673,6 +676,22 @@ def check_cards(
             update(card)
 
 
+def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:
+    """Update the card of a repository on the Hub; `update` gives the text for the card there, None if there is none."""
+    api = HfApi()
+
+    def push() -> None:
+        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
+        head = api.repo_info(repository, repo_type=repo_type).sha
+        text = update(download_card(repository, repo_type, head))
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+
+    push_again(push)
+
+
+# ---- common: card texts ----------------------------------------------------------------------------------------------
+
+
 def fill_metadata(card: RepoCard, **values: str | list | None) -> None:
     """Add to a card's metadata what they do not have. A value that is there stays, a list gets what it lacks."""
     for name, value in values.items():
@@ -694,19 +713,6 @@ def set_section(card: RepoCard, name: str, section: str) -> None:
         card.text = earlier.sub(lambda _: part, card.text, count=1)
     else:
         card.text = f"{card.text.rstrip()}\n\n{part}\n"
-
-
-def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None], str], message: str) -> None:
-    """Update the card of a repository on the Hub; `update` gives the text for the card there, None if there is none."""
-    api = HfApi()
-
-    def push() -> None:
-        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
-        head = api.repo_info(repository, repo_type=repo_type).sha
-        text = update(download_card(repository, repo_type, head))
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
-
-    push_again(push)
 
 
 # ---- common: shards --------------------------------------------------------------------------------------------------
@@ -812,18 +818,6 @@ def refuse_damaged_model(directory: Path) -> None:
             )
 
 
-@contextlib.contextmanager
-def saving_models() -> Iterator[None]:
-    """Raise an OSError where torch (RuntimeError) or tokenizers (Exception) cannot write, as on a full disk."""
-    try:
-        yield
-    except Exception as error:
-        is_full_disk = re.search(r"PytorchStreamWriter|inline_container|iostream|os error", str(error))
-        if isinstance(error, OSError) or not is_full_disk:
-            raise
-        raise OSError(errno.EIO, f"writing failed, perhaps on a full disk: {first_line(error)}") from None
-
-
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
     if directory := local_directory(reference):
@@ -871,6 +865,21 @@ def refuse_other_sizes(
 def is_multilingual(vocabulary: dict[str, int]) -> bool:
     """Whether a Whisper with this vocabulary takes a language and a task."""
     return "<|transcribe|>" in vocabulary and vocabulary["<|endoftext|>"] != ENGLISH_ONLY_END
+
+
+# ---- common: saving models -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def saving_models() -> Iterator[None]:
+    """Raise an OSError where torch (RuntimeError) or tokenizers (Exception) cannot write, as on a full disk."""
+    try:
+        yield
+    except Exception as error:
+        is_full_disk = re.search(r"PytorchStreamWriter|inline_container|iostream|os error", str(error))
+        if isinstance(error, OSError) or not is_full_disk:
+            raise
+        raise OSError(errno.EIO, f"writing failed, perhaps on a full disk: {first_line(error)}") from None
 
 
 # ---- common: weights and decoding ------------------------------------------------------------------------------------
@@ -1235,8 +1244,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
-SAMPLED_ROWS = 100_000  # about so many clips are looked into for a digest
-SAMPLED_BYTES = 4096  # of each
+SAMPLED_BYTES = 4096  # of a clip, for a digest
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
 LOADING_ERRORS = (
@@ -1578,31 +1586,6 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
             return size, file.read(SAMPLED_BYTES)
     except (Unreadable, OSError, ValueError, KeyError, httpx.HTTPError):
         return None
-
-
-def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, columns: list[str]) -> str:
-    """Digest that tells datasets apart, wherever they lie and whenever they were copied.
-
-    It is of the columns' names, of the given columns, of the sizes of all audio in the rows, and of pieces from the
-    middle of clips: of all, or of some 100,000 where there are more.
-    """
-    digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
-    step = math.ceil(len(dataset) / SAMPLED_ROWS) or 1
-    batch_size = 10_000
-    stored = dataset.select_columns([audio_column, *columns]).with_format("arrow")
-    for start in range(0, len(dataset), batch_size):
-        rows = stored[start : start + batch_size]
-        contents = pc.struct_field(rows[audio_column], "bytes")
-        paths = pc.struct_field(rows[audio_column], "path")
-        texts = rows.drop_columns(audio_column).to_pydict()
-        digest.update(json.dumps([pc.binary_length(contents).to_pylist(), texts], default=str).encode())
-        for row in range(-start % step, len(rows), step):
-            content = contents[row].as_buffer()
-            if content is not None:
-                digest.update(content[len(content) // 2 :][:SAMPLED_BYTES])
-            elif path := paths[row].as_py():
-                digest.update(repr(sample_file(path, place)).encode())
-    return digest.hexdigest()[:16]
 
 
 # ---- common: audio ---------------------------------------------------------------------------------------------------

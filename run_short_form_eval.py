@@ -485,40 +485,6 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: bool) -> tuple[str, str]:
-    """Create a repository if it is missing, and check the right to write to it.
-
-    A dry run creates nothing: it checks the repository, or else whether this token could create it. Audio goes into a
-    public repository only with --hub_private_repo False.
-
-    Returns:
-        its full id, and whether it is "private" or "public".
-    """
-    api = HfApi()
-    visibilities = {True: "private", False: "public"}
-    try:
-        if dry_run:
-            account = api.whoami()
-            repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
-            if not api.repo_exists(repo_id, repo_type=repo_type):
-                if repo_id.split("/")[0] not in owners:
-                    fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
-                return repo_id, visibilities[private]
-        else:
-            repo_id = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, repo_type=repo_type, write=True)
-        is_private = api.repo_info(repo_id, repo_type=repo_type).private
-    except HUB_ERRORS as error:
-        hub_fail(f"preparing the {repo_type} repository {repository}", error)
-    if repo_type == "dataset" and private and not is_private:
-        fail(
-            f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "
-            "another, or pass --hub_private_repo False"
-        )
-    return repo_id, visibilities[is_private]
-
-
 def push_again(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
     for seconds in (1, 2, 4, 0):
@@ -632,18 +598,6 @@ def refuse_damaged_model(directory: Path) -> None:
                 f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
                 "it is, delete student.json or distillation.json beside it"
             )
-
-
-@contextlib.contextmanager
-def saving_models() -> Iterator[None]:
-    """Raise an OSError where torch (RuntimeError) or tokenizers (Exception) cannot write, as on a full disk."""
-    try:
-        yield
-    except Exception as error:
-        is_full_disk = re.search(r"PytorchStreamWriter|inline_container|iostream|os error", str(error))
-        if isinstance(error, OSError) or not is_full_disk:
-            raise
-        raise OSError(errno.EIO, f"writing failed, perhaps on a full disk: {first_line(error)}") from None
 
 
 def load_config(reference: str, **options) -> WhisperConfig:
@@ -1057,8 +1011,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
-SAMPLED_ROWS = 100_000  # about so many clips are looked into for a digest
-SAMPLED_BYTES = 4096  # of each
+SAMPLED_BYTES = 4096  # of a clip, for a digest
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
 LOADING_ERRORS = (
@@ -1400,6 +1353,11 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
             return size, file.read(SAMPLED_BYTES)
     except (Unreadable, OSError, ValueError, KeyError, httpx.HTTPError):
         return None
+
+
+# ---- common: digest of speech ----------------------------------------------------------------------------------------
+
+SAMPLED_ROWS = 100_000  # about so many clips are looked into
 
 
 def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, columns: list[str]) -> str:
