@@ -6,7 +6,8 @@
 #   through local directories:                ./kotoba_whisper_training_v1.0.sh
 #
 # Run it again after any failure: every stage keeps what it has finished and does only the rest.
-# Every setting below can be overridden from the environment; the defaults are those of v1.0.
+# The environment overrides every setting below, as in `TARGET=tiny EPOCHS=2 ./kotoba_whisper_training_v1.0.sh`. The
+# defaults are those of v1.0: 5,000 hours of audio, 1.2 TB of disk, and eight GPUs for its global batch of 256.
 set -euo pipefail
 SCRIPTS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -22,23 +23,24 @@ TARGET="${TARGET:-large}"               # tiny (8.5 h), small (100 h), medium (1
 DOWNLOADS="${DOWNLOADS:-${TARGET}}"     # subsets to download; "large test" adds the held-out tar
 POOL="${POOL:-8}"                       # parallel downloads
 TEACHER="${TEACHER:-openai/whisper-large-v3}"
-LANGUAGE="${LANGUAGE_CODE:-ja}"
+LANGUAGE="${LANGUAGE_CODE:-ja}"         # set LANGUAGE_CODE: systems use LANGUAGE for their messages
 WORKERS="${WORKERS:-$(nproc)}"          # processes for what needs CPUs only
-DATALOADER_WORKERS="${DATALOADER_WORKERS:-4}"
+DATALOADER_WORKERS="${DATALOADER_WORKERS:-4}"  # loaders of audio or features per GPU
 ATTN_TYPE="${ATTN_TYPE:-sdpa}"          # flash_attn where it is installed
-DTYPE="${DTYPE:-bfloat16}"
-MAX_LABEL_LENGTH="${MAX_LABEL_LENGTH:-128}"
+DTYPE="${DTYPE:-bfloat16}"              # float16 for GPUs older than A100, RTX 30 and L4; float32 for the demo
+MAX_LABEL_LENGTH="${MAX_LABEL_LENGTH:-128}"  # tokens
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
 LABEL_BATCH="${LABEL_BATCH:-32}"        # per device; changes the speed, not the labels
-SHARD_SIZE="${SHARD_SIZE:-1000}"        # clips on the disk at a time; a crash costs the shards under way
-NUM_BEAMS="${NUM_BEAMS:-1}"
+SHARD_SIZE="${SHARD_SIZE:-1000}"        # clips per file; a crash costs only the files that are not complete
+NUM_BEAMS="${NUM_BEAMS:-1}"             # 1 = greedy
 
 # ---- filter ----------------------------------------------------------------------------------------------------------
-WER_THRESHOLD="${WER_THRESHOLD:-10}"    # v1.0; in Japanese nearly an exact-match filter
-CER_THRESHOLD="${CER_THRESHOLD:-}"      # takes its place when set; 10 keeps more clips, and longer ones
-TIMESTAMP_PROBABILITY="${TIMESTAMP_PROBABILITY:-0.2}"
-CONDITION_ON_PREV_PROBABILITY="${CONDITION_ON_PREV_PROBABILITY:-0.2}"
+WER_THRESHOLD="${WER_THRESHOLD:-10}"    # per cent; in Japanese this keeps hardly more than exact matches
+CER_THRESHOLD="${CER_THRESHOLD:-}"      # per cent; when set, in place of WER; 10 keeps more clips, and longer ones
+TIMESTAMP_PROBABILITY="${TIMESTAMP_PROBABILITY:-0.2}"  # share of the labels that keep their timestamps
+CONDITION_ON_PREV_PROBABILITY="${CONDITION_ON_PREV_PROBABILITY:-0.2}"  # share that gets the previous clip's text as a
+                                        # prompt; 0 is better here, as neighbouring clips are unrelated
 CONCATENATE_AUDIO="${CONCATENATE_AUDIO:-False}"  # True trains on windows of up to 30 s, packed with several clips
 CONCATENATE_PROBABILITY="${CONCATENATE_PROBABILITY:-0.8}"  # share of the clips that are packed; the others stay alone, so
                                         # that the student also learns to stop on a short clip
@@ -46,22 +48,22 @@ CONCATENATE_PROBABILITY="${CONCATENATE_PROBABILITY:-0.8}"  # share of the clips 
 # ---- student and training: 8 GPUs x 16 x 2 is v1.0's global batch of 256 ---------------------------------------------------
 DECODER_LAYERS="${DECODER_LAYERS:-2}"
 EPOCHS="${EPOCHS:-8}"
-TRAIN_BATCH="${TRAIN_BATCH:-16}"
-GRADIENT_ACCUMULATION="${GRADIENT_ACCUMULATION:-2}"
+TRAIN_BATCH="${TRAIN_BATCH:-16}"        # clips per GPU at a time
+GRADIENT_ACCUMULATION="${GRADIENT_ACCUMULATION:-2}"  # such batches per step; 16 on one GPU gives v1.0's global batch
 LEARNING_RATE="${LEARNING_RATE:-0.0001}"
 LR_SCHEDULER="${LR_SCHEDULER:-constant_with_warmup}"
 WARMUP_STEPS="${WARMUP_STEPS:-100}"
-SAVE_STEPS="${SAVE_STEPS:-2500}"
+SAVE_STEPS="${SAVE_STEPS:-2500}"        # steps between checkpoints
 LOGGING_STEPS="${LOGGING_STEPS:-50}"
-REPORT_TO="${REPORT_TO:-wandb}"
+REPORT_TO="${REPORT_TO:-wandb}"         # or none; without a login wandb only writes files
 TRAIN_ARGS="${TRAIN_ARGS:-}"            # more flags for run_distillation.py, such as "--cache_encoder_outputs DIR"
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 EVAL_DATASETS="${EVAL_DATASETS:-japanese-asr/ja_asr.jsut_basic5000 japanese-asr/ja_asr.reazonspeech_test}"
-EVAL_CONFIG="${EVAL_CONFIG:-}"
+EVAL_CONFIG="${EVAL_CONFIG:-}"          # configuration of these datasets; empty = the default one
 EVAL_SPLIT="${EVAL_SPLIT:-test}"
-EVAL_BATCH="${EVAL_BATCH:-32}"
-EVAL_MODELS="${EVAL_MODELS:-teacher init student}"
+EVAL_BATCH="${EVAL_BATCH:-32}"          # clips per GPU at a time
+EVAL_MODELS="${EVAL_MODELS:-teacher init student}"  # these, or directories and Hub ids
 EVAL_ARGS="${EVAL_ARGS:-}"              # more flags for run_short_form_eval.py
 
 # ---- names that follow from these ------------------------------------------------------------------------------------
