@@ -24,14 +24,14 @@ DOWNLOADS="${DOWNLOADS:-${TARGET}}"     # subsets to download; "large test" adds
 POOL="${POOL:-8}"                       # parallel downloads
 TEACHER="${TEACHER:-openai/whisper-large-v3}"
 LANGUAGE="${LANGUAGE_CODE:-ja}"         # set LANGUAGE_CODE: systems use LANGUAGE for their messages
-WORKERS="${WORKERS:-$(nproc)}"          # processes for what needs CPUs only
+WORKERS="${WORKERS:-$(env -u OMP_NUM_THREADS nproc)}"  # processes for what needs CPUs only
 DATALOADER_WORKERS="${DATALOADER_WORKERS:-4}"  # loaders of audio or features per GPU
 ATTN_TYPE="${ATTN_TYPE:-sdpa}"          # flash_attn where it is installed
 DTYPE="${DTYPE:-bfloat16}"              # float16 for GPUs older than A100, RTX 30 and L4; float32 for the demo
 MAX_LABEL_LENGTH="${MAX_LABEL_LENGTH:-128}"  # tokens
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
-LABEL_BATCH="${LABEL_BATCH:-32}"        # per device; changes the speed, not the labels
+LABEL_BATCH="${LABEL_BATCH:-}"          # clips per device; empty = as many as the memory holds, at most 128
 SHARD_SIZE="${SHARD_SIZE:-1000}"        # clips per file; a crash costs only the files that are not complete
 NUM_BEAMS="${NUM_BEAMS:-1}"             # 1 = greedy
 
@@ -62,7 +62,7 @@ TRAIN_ARGS="${TRAIN_ARGS:-}"            # more flags for run_distillation.py, su
 EVAL_DATASETS="${EVAL_DATASETS:-japanese-asr/ja_asr.jsut_basic5000 japanese-asr/ja_asr.reazonspeech_test}"
 EVAL_CONFIG="${EVAL_CONFIG:-}"          # configuration of these datasets; empty = the default one
 EVAL_SPLIT="${EVAL_SPLIT:-test}"
-EVAL_BATCH="${EVAL_BATCH:-32}"          # clips per GPU at a time
+EVAL_BATCH="${EVAL_BATCH:-}"            # as LABEL_BATCH
 EVAL_MODELS="${EVAL_MODELS:-teacher init student}"  # these, or directories and Hub ids
 EVAL_ARGS="${EVAL_ARGS:-}"              # more flags for run_short_form_eval.py
 
@@ -116,7 +116,7 @@ launch run_pseudo_labelling.py \
   --dataset_split_name "train" \
   --text_column_name "transcription" \
   --id_column_name "name" \
-  --per_device_eval_batch_size "${LABEL_BATCH}" \
+  ${LABEL_BATCH:+--per_device_eval_batch_size "${LABEL_BATCH}"} \
   --shard_size "${SHARD_SIZE}" \
   --dataloader_num_workers "${DATALOADER_WORKERS}" \
   --preprocessing_num_workers "${WORKERS}" \
@@ -206,7 +206,7 @@ for model in ${EVAL_MODELS}; do
       --text_column_name "transcription" \
       --output_dir "${evaluation}" \
       --overwrite_output_dir \
-      --per_device_eval_batch_size "${EVAL_BATCH}" \
+      ${EVAL_BATCH:+--per_device_eval_batch_size "${EVAL_BATCH}"} \
       --dataloader_num_workers "${DATALOADER_WORKERS}" \
       --preprocessing_num_workers "${WORKERS}" \
       --generation_max_length 256 \

@@ -169,6 +169,11 @@ class MakeTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # in which operations come whole that are made of others, such as `to`
+            with self:
+                result = operation.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if is_ours(kwargs.get("device")) or any(isinstance(value, DeviceTensor) for value in tree_leaves(args)):
             return compute(operation, args, kwargs)
         return operation(*args, **kwargs)

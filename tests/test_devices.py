@@ -142,6 +142,38 @@ def test_a_gpu_whose_encoder_is_trained_and_the_cache_work_as_on_a_cpu(student, 
         assert stages.read_figures(on_gpu, "loss") == pytest.approx(stages.read_figures(on_cpu, "loss"), rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def spoken(clips, tmp_path_factory) -> Path:
+    """Three clips as they are, without labels."""
+    return stages.write_dataset(tmp_path_factory.mktemp("data") / "spoken", clips[:3])
+
+
+def test_labels_made_on_a_gpu_are_those_made_on_a_cpu(tiny_teacher, spoken, tmp_path):
+    flags = ("--language", "ja", "--dtype", "float32", "--max_label_length", 12, "--per_device_eval_batch_size", 2)
+    for name, more in (("greedy", ()), ("scores", ("--scores",))):
+        on_cpu = stages.label(tiny_teacher, spoken, tmp_path / f"{name}-cpu", *flags, *more)
+        with fake_gpu():
+            on_gpu = stages.label(tiny_teacher, spoken, tmp_path / f"{name}-gpu", *flags, *more)
+        assert stages.read_labels(on_gpu) == stages.read_labels(on_cpu)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--generation_num_beams", 2), ("--long_form",)],
+    ids=["clips", "beams", "long audio"],
+)
+def test_an_evaluation_on_a_gpu_hears_what_it_hears_on_a_cpu(tiny_teacher, spoken, tmp_path, flags):
+    if "--long_form" in flags:
+        row = {"audio": stages.tone(31), "name": "tone", "transcription": "あ"}
+        spoken = stages.write_dataset(tmp_path / "long", [row])
+    flags = (*flags, "--generation_max_length", 6, "--per_device_eval_batch_size", 2)
+    on_cpu = stages.evaluate(tiny_teacher, spoken, tmp_path / "cpu", *flags)
+    with fake_gpu():
+        on_gpu = stages.evaluate(tiny_teacher, spoken, tmp_path / "gpu", *flags)
+    (predictions,) = on_cpu.glob("all_predictions.*.csv")
+    assert (on_gpu / predictions.name).read_bytes() == predictions.read_bytes()
+
+
 @pytest.mark.parametrize("script", [run_data_filtering, *DECODING])
 def test_a_log_mel_is_the_extractors_to_the_bit_and_stays_on_the_device_that_made_it(script, tiny_teacher, clips):
     extractor = WhisperFeatureExtractor.from_pretrained(tiny_teacher)
