@@ -152,7 +152,12 @@ def without_password(text: str) -> str:
 
 
 def fail(message: str) -> NoReturn:
-    """End the script with one line for the user: what was wrong, with which value, what to do."""
+    """End the script with one line for the user: what was wrong, with which value, what to do.
+
+    With KOTOBA_TRACEBACK=1 in the environment, the traceback comes before it.
+    """
+    if os.environ.get("KOTOBA_TRACEBACK"):
+        logger.warning("traceback of the error below", exc_info=sys.exc_info()[0] is not None, stack_info=True)
     raise SystemExit(f"{Path(__file__).name}: error: {without_password(message)}")
 
 

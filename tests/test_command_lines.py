@@ -267,6 +267,15 @@ def test_a_path_that_is_neither_a_directory_nor_a_hub_id_is_named(script, flag, 
     assert "Hub id" in line
 
 
+@pytest.mark.parametrize("script", FLAGS)
+def test_an_environment_variable_shows_where_the_script_stopped(script, monkeypatch, caplog):
+    monkeypatch.setenv("KOTOBA_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).fail("what went wrong")
+    (record,) = caplog.records
+    assert "test_an_environment_variable_shows_where_the_script_stopped" in record.stack_info
+
+
 @pytest.mark.parametrize(("script", "flag"), REFERENCES)
 def test_a_repository_that_is_not_on_the_hub_is_named(script, flag, command, hub, capsys):
     assert "acme/no-such-repository" in complaint(script, command(script, **{flag: "acme/no-such-repository"}), capsys)

@@ -54,3 +54,20 @@ def test_the_acceptance_of_a_gpu_runs_on_a_cpu_and_finds_equal_labels():
     assert "sections that failed: none" in printed
     assert re.search(r"^\| labelling, batches of 2 \| \d", printed, re.MULTILINE), printed
     assert printed.count("| 4 of 4 |") == 2
+
+
+def test_the_study_of_recipes_runs_to_its_table_and_measures_nothing_twice(tiny_teacher, tmp_path):
+    command = [sys.executable, "-m", "tests.benchmarks.study", "--directory", tmp_path, "--teacher", tiny_teacher]
+    command += ["--clips", 16, "--held_out", 3, "--noises", 3, "--steps", 2, "--batch_size", 2, "--dtype", "float32"]
+    command += ["--recipes", "unfiltered"]  # what a random teacher says passes no filter
+    logs = []
+    for _ in range(2):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        logs.append((tmp_path / "log.txt").read_text(encoding="utf-8"))
+    assert logs[1] == logs[0]  # of all stages that were run
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    for row in ("teacher", "unfiltered"):
+        assert re.search(rf"^\| {row} .*\d\.\d", table, re.MULTILINE), table
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
