@@ -9,6 +9,8 @@ kotoba_whisper_training_v1.0.sh in that world. What is there from an earlier run
 """
 
 import argparse
+import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -99,6 +101,15 @@ def start_hub(directory: Path) -> HubServer:
     return hub.start()
 
 
+def print_transcripts(evaluation: Path, number: int = 10) -> None:
+    """What the student heard in the first clips, beside what was said; nothing where it was not evaluated."""
+    for predictions in evaluation.glob("all_predictions.*.csv"):
+        say(f"what {evaluation.parent.name} hears in the first {number} clips")
+        with open(predictions, encoding="utf-8", newline="") as file:
+            for row in itertools.islice(csv.DictReader(file), number):
+                print(f"said:  {row['reference']}\nheard: {row['hypothesis']}\n")
+
+
 def say(text: str) -> None:
     print(f"\n==== {text}", flush=True)
 
@@ -136,6 +147,7 @@ def main(argv=None) -> int:
             print(f"\nThe run stopped with exit status {status}; the same command continues it.", file=sys.stderr)
             return status
 
+    print_transcripts(directory / "eval" / settings["MODEL_NAME"] / Path(settings["EVAL_DATASETS"]).stem)
     say(f"done in {time.monotonic() - began:.0f} s")
     print(f"datasets, student and evaluations: {directory}")
     if hub:
