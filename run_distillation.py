@@ -3584,7 +3584,7 @@ def start_training(
         "status": "running",
         "settings": settings,
         "rows": sum(data.plan.sizes),
-        "rows_left_out": {shown_name(rows.name): rows.left_out for rows in data.train},
+        "rows_left_out": rows_left_out(data.train),
         "hours": round(sum(rows.hours for rows in data.train), 2),
         "steps": start.state.step,
         "steps_per_epoch": data.plan.steps_per_epoch,
@@ -3606,6 +3606,15 @@ def start_training(
         load_checkpoint(training, start.checkpoint)
         logger.info("going on from step %d of %d (%s)", start.state.step, data.total_steps, start.checkpoint.name)
     return training
+
+
+def rows_left_out(train: list[Rows]) -> dict[str, dict[str, int]]:
+    """The number of unusable rows by dataset and reason. Datasets of the same name are numbered."""
+    counts = {}
+    for number, rows in enumerate(train, start=1):
+        name = shown_name(rows.name)
+        counts[f"{name} ({number})" if name in counts else name] = rows.left_out
+    return counts
 
 
 def clean_output(start: Start, output_dir: Path) -> None:

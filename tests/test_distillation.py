@@ -373,6 +373,15 @@ def test_two_datasets_train_together_and_unusable_rows_are_left_out_and_listed(
     assert len(metrics(output)) == 3
 
 
+def test_datasets_with_the_same_last_name_are_counted_apart(run, examples, tmp_path):
+    good = write_dataset(tmp_path / "clean" / "speech", "tiny", "train", examples[:2], VECTORIZED)
+    rows = [examples[2], {**examples[3], "labels": None}]
+    bad = write_dataset(tmp_path / "noisy" / "speech", "tiny", "train", rows, VECTORIZED)
+    output = run("out", "--train_dataset_name", f"{bad}+{good}+{bad}", "--max_steps", 1)
+    left_out = json.loads((output / "distillation.json").read_text())["rows_left_out"]
+    assert left_out == {"speech": {"no label": 1}, "speech (2)": {}, "speech (3)": {"no label": 1}}
+
+
 def test_full_windows_train_stored_or_as_audio_and_too_long_labels_are_counted(
     run, command, windows, examples, processor, tmp_path, caplog
 ):
