@@ -82,11 +82,9 @@ import transformers
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
-    DistributedType,
     InitProcessGroupKwargs,
     LoggerType,
     broadcast_object_list,
-    extract_model_from_parallel,
     gather_object,
     send_to_device,
 )
@@ -137,12 +135,12 @@ RECORD = "distillation.json"
 MANIFEST = "manifest.json"  # of a checkpoint: training state, settings and file hashes; written last
 SCHEDULER = "scheduler.json"  # of a checkpoint: the state of the learning-rate schedule
 OLD_SCHEDULER = "custom_checkpoint_0.pkl"  # where checkpoints of earlier versions have it
-EVALUATION = "evaluation.json"  # of a run without --do_train
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)-epoch-(\d+)")
 SCRIPTS = ["create_student_model.py", "run_distillation.py"]  # published with the model
+METRICS = "metrics.jsonl"
 PREDICTIONS = "held_out_predictions.jsonl"  # stays on this machine: it has texts of the held-out rows
 LOGGED_PREDICTIONS = 8  # held-out rows whose predictions are written down at every evaluation
-TRAINING_FILES = ["model.safetensors", "metrics.jsonl", "training_curves.png", RECORD]
+TRAINING_FILES = ["model.safetensors", METRICS, "training_curves.png", RECORD]
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -154,7 +152,6 @@ TOKENIZER_FILES = [
     "preprocessor_config.json",
     "processor_config.json",
 ]
-MODEL_FILES = ["config.json", "generation_config.json"]
 # What the trained weights depend on, beside the data and the models. A run is resumed only with the same settings.
 SETTINGS = [
     "train_dataset_samples",
@@ -338,21 +335,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.language:
         args.language = "+".join(map(language_code, args.language.split("+")))
-    share_kl_weight(args)
+    weights = args.kl_weight
+    args.kl_weight = max(weights)
+    is_shared = len(set(weights)) > 1
+    args.kl_shares = [weight / args.kl_weight for weight in weights] if is_shared else None  # one for each dataset
     if not args.kl_weight:
         args.teacher_model_name_or_path = None
     elif not args.teacher_model_name_or_path:
         parser.error("--teacher_model_name_or_path is needed, unless --kl_weight is 0")
     return args
-
-
-def share_kl_weight(args: argparse.Namespace) -> None:
-    """Turn several --kl_weight into the largest, and into shares of it for each training dataset."""
-    weights = args.kl_weight
-    args.kl_weight = max(weights)
-    args.kl_shares = None  # the same for all
-    if len(set(weights)) > 1:
-        args.kl_shares = [weight / args.kl_weight for weight in weights]
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
@@ -1826,23 +1817,21 @@ def chunk_loss(
     labels = targets[:, None]
     log_probs = logits.log_softmax(-1)  # (tokens, vocabulary)
     ce_loss = -log_probs.gather(1, labels).sum()
-    if teacher_logits is None:
-        gradient = log_probs.exp_().mul_(ce_weight)
-        gradient.scatter_add_(1, labels, torch.full_like(labels, -ce_weight, dtype=gradient.dtype))
-        return torch.stack([ce_loss, torch.zeros_like(ce_loss)]), gradient
-    soft_log_probs = (logits / temperature).log_softmax(-1)
-    teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
-    teacher_probs = teacher_log_probs.exp()
-    divergence = teacher_probs * (teacher_log_probs - soft_log_probs)
-
-    # In place, because each of these is as large as the logits.
-    gradient = soft_log_probs.exp_().sub_(teacher_probs).mul_(kl_weight * temperature)
-    if kl_shares is not None:
-        divergence.mul_(kl_shares[:, None])
-        gradient.mul_(kl_shares[:, None])
-    kl_loss = temperature**2 * divergence.sum()
+    kl_loss = torch.zeros_like(ce_loss)
+    gradient = torch.zeros_like(logits)
+    if teacher_logits is not None:
+        soft_log_probs = (logits / temperature).log_softmax(-1)
+        teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
+        teacher_probs = teacher_log_probs.exp()
+        divergence = teacher_probs * (teacher_log_probs - soft_log_probs)
+        # In place, because each of these is as large as the logits.
+        gradient = soft_log_probs.exp_().sub_(teacher_probs).mul_(kl_weight * temperature)
+        if kl_shares is not None:
+            divergence.mul_(kl_shares[:, None])
+            gradient.mul_(kl_shares[:, None])
+        kl_loss = temperature**2 * divergence.sum()
     gradient.add_(log_probs.exp_(), alpha=ce_weight)
-    gradient.scatter_add_(1, labels, torch.full_like(labels, -ce_weight, dtype=gradient.dtype))
+    gradient.scatter_(1, labels, -ce_weight, reduce="add")
     return torch.stack([ce_loss, kl_loss]), gradient
 
 
@@ -1894,7 +1883,8 @@ class DistillationLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_gradient, _):
         hidden_gradient, head_gradient = ctx.saved_tensors
-        return hidden_gradient * loss_gradient, head_gradient.mul_(loss_gradient), None, None, None, None, None, None
+        of_other_inputs = [None] * 6
+        return hidden_gradient * loss_gradient, head_gradient.mul_(loss_gradient), *of_other_inputs
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -1908,6 +1898,7 @@ class Source(NamedTuple):
     split: str
     language: str | None  # of labels that are made from texts
     task: str
+    is_held_out: bool = False
 
 
 def training_sources(args: argparse.Namespace) -> list[Source]:
@@ -1916,31 +1907,31 @@ def training_sources(args: argparse.Namespace) -> list[Source]:
     columns = [references]
     for flag in ("train_dataset_config_name", "train_split_name", "language", "task"):
         value = getattr(args, flag) or ""
-        is_expression = len(references) == 1 and flag == "train_split_name"  # such as train+validation[:10%]
-        values = [value] if is_expression else value.split("+")
+        values = [part or None for part in value.split("+")]
+        if len(references) == 1 and flag == "train_split_name":
+            values = [value]  # an expression such as train+validation[:10%]
         if len(values) == 1:
             values *= len(references)
         if len(values) != len(references):
-            fail(f"--{flag} {getattr(args, flag)} names {len(values)} for {len(references)} datasets")
+            fail(f"--{flag} {value} names {len(values)} for {len(references)} datasets")
         columns.append(values)
     weights = args.train_dataset_samples
     if weights and (len(weights) != len(references) or min(weights) <= 0):
         fail(f"--train_dataset_samples {weights} must be one positive number for each dataset")
     if args.kl_shares and len(args.kl_shares) != len(references):
         fail(f"--kl_weight names {len(args.kl_shares)} for {len(references)} datasets")
-    sources = []
-    for reference, config, split, language, task in zip(*columns, strict=True):
-        sources.append(Source(reference, config or None, split, language or None, task))
-    return sources
+    return [Source(*values) for values in zip(*columns, strict=True)]
 
 
-def first_of_joined(value: str | None) -> str | None:
-    """The first of values joined by `+`: that for what is held out."""
-    return value.split("+")[0] if value else None
+def held_out_source(args: argparse.Namespace) -> Source:
+    """The held-out dataset, in the first of the given languages and tasks."""
+    language = (args.language or "").split("+")[0] or None
+    task = args.task.split("+")[0]
+    return Source(args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name, language, task, True)
 
 
-def open_split(source: Source, held_out: bool, args: argparse.Namespace) -> tuple[datasets.Dataset, Place, list[dict]]:
-    """All rows of a split, where their files lie, and the first rows, which stand for its inputs.
+def open_split(source: Source, args: argparse.Namespace) -> tuple[datasets.Dataset, Place, pa.Table]:
+    """All rows of a split, where their files lie, and its first rows as a sample of the inputs.
 
     A dry run converts nothing: from parquet files it reads every column except the large inputs.
     """
@@ -1949,100 +1940,32 @@ def open_split(source: Source, held_out: bool, args: argparse.Namespace) -> tupl
         if isinstance(builder, Parquet) and list(files_by_split) == [source.split]:
             files = files_by_split[source.split]
             filesystem, _ = fsspec.url_to_fs(files[0])
-            paths = [filesystem._strip_protocol(file) for file in files]
-            parquet = pyarrow.dataset.dataset(paths, filesystem=filesystem)
+            parquet = pyarrow.dataset.dataset(files, filesystem=filesystem)
             small = set(parquet.schema.names) - {"input_features", args.audio_column_name}
             table = parquet.to_table(columns=list(small))
             place = Place(os.path.realpath(builder.base_path), is_confined=True)
-            return datasets.Dataset(table), place, parquet.head(SAMPLE_ROWS).to_pylist()
-    workers = args.preprocessing_num_workers
-    dataset, place = open_dataset(*source[:3], args.audio_column_name, num_proc=workers)
-    if held_out or not {"labels", "whisper_transcript"}.intersection(dataset.column_names):
-        require_columns(source.reference, dataset, {"text_column_name": args.text_column_name})
-        text_column = first_of((args.text_column_name, "text", "transcription"), dataset.column_names)
-        dataset = find_texts(source.reference, dataset, "text_column_name", text_column)
-    sample_size = min(SAMPLE_ROWS, len(dataset))
-    return dataset, place, list(dataset.select(range(sample_size)))
+            return datasets.Dataset(table), place, parquet.head(SAMPLE_ROWS)
+    dataset, place = open_dataset(*source[:3], args.audio_column_name, num_proc=args.preprocessing_num_workers)
+    return dataset, place, dataset.with_format("arrow")[:SAMPLE_ROWS]
 
 
-def first_of(candidates: Iterable[str | None], names: Iterable[str]) -> str | None:
+def first_of(candidates: Iterable[str | None], columns: Iterable[str]) -> str | None:
     """The first candidate that is a column."""
-    return next((name for name in candidates if name in names), None)
-
-
-def labels_from_text(
-    texts: Iterable[str | None], tokenizer: WhisperTokenizerFast, prompt: dict[str, str]
-) -> list[list[int]]:
-    """Labels in the teacher's form, without timestamps; an empty one where there is no text."""
-    prefix = ["<|startoftranscript|>"]
-    if "language" in prompt:
-        prefix += [f"<|{prompt['language']}|>", f"<|{prompt['task']}|>"]
-    prefix_ids = tokenizer.convert_tokens_to_ids([*prefix, "<|notimestamps|>"])
-    labels = []
-    for text in texts:
-        text_ids = tokenizer.encode(text or "", add_special_tokens=False)
-        labels.append([] if text is None else [*prefix_ids, *text_ids, tokenizer.eos_token_id])
-    return labels
+    return next((name for name in candidates if name in columns), None)
 
 
 def scan_labels(column: pa.ChunkedArray, start_id: int) -> tuple[np.ndarray, np.ndarray]:
     """The length of each label, and the position of its first `start_id` (its length if there is none)."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     lengths = lengths.to_numpy().astype(np.int64)
-    ends = np.cumsum(lengths)
     is_start = pc.equal(pc.list_flatten(column), start_id)  # in all labels joined
     hits = pc.indices_nonzero(is_start).to_numpy().astype(np.int64)
+    ends = np.cumsum(lengths)
     rows = np.searchsorted(ends, hits, side="right")
-    rows, first = np.unique(rows, return_index=True)
+    positions = hits - (ends - lengths)[rows]
     starts = lengths.copy()
-    starts[rows] = hits[first] - (ends - lengths)[rows]
+    np.minimum.at(starts, rows, positions)
     return lengths, starts
-
-
-def leave_out(
-    source: Source,
-    lengths: np.ndarray,
-    starts: np.ndarray,
-    samples: np.ndarray,
-    max_label_length: int,
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The usable rows, and the number of unusable ones by reason. Fails if none is usable."""
-    longest = f"the longest of {lengths.max(initial=0)} (--max_label_length)"
-    unusable = {
-        "no label": starts >= lengths - 1,
-        f"a label of more than {max_label_length} tokens, {longest}": lengths > max_label_length,
-        "more than 30 s of audio": samples > WINDOW_SECONDS * SAMPLING_RATE,
-    }
-    is_left_out = np.zeros(len(lengths), bool)
-    counts = {}
-    for reason, rows in unusable.items():
-        if rows.any():
-            is_left_out |= rows
-            counts[reason] = int(rows.sum())
-    reasons = ", ".join(f"{count} with {reason}" for reason, count in counts.items())
-    if is_left_out.all():
-        split = f"{source.reference} ({source.split})"
-        fail(f"none of the {len(lengths)} rows of {split} can be used: {reasons or 'there are no rows'}")
-    if counts:
-        left_out = np.flatnonzero(is_left_out)
-        first = ", ".join(map(str, left_out[:10]))
-        logger.warning("%s: %d rows left out (%s), the first: %s", source.reference, len(left_out), reasons, first)
-    return np.flatnonzero(~is_left_out), counts
-
-
-def data_digest(
-    labels: pa.ChunkedArray, lengths: np.ndarray, usable: np.ndarray, first_inputs: list, place: Place
-) -> str:
-    """Fingerprint of the training data: a hash of all labels and of the first inputs."""
-    digest = hashlib.sha256(lengths.tobytes() + usable.tobytes())
-    for chunk in labels.chunks:
-        tokens = pc.list_flatten(chunk).to_numpy(zero_copy_only=False)
-        digest.update(tokens.astype(np.int32).tobytes())
-    for value in first_inputs:
-        if isinstance(value, dict):  # audio
-            value = value["bytes"] or repr(sample_file(value["path"], place)).encode()
-        digest.update(value or b"")
-    return digest.hexdigest()[:16]
 
 
 def read_log_mel(value: bytes | dict, place: Place, extractor: WhisperFeatureExtractor) -> Tensor:
@@ -2065,58 +1988,97 @@ def read_log_mel(value: bytes | dict, place: Place, extractor: WhisperFeatureExt
     return pad_window(log_mel([clip.waveform], extractor)[0]).half()
 
 
-def source_prompt(source: Source, tokenizer: WhisperTokenizerFast, args: argparse.Namespace) -> dict[str, str]:
-    """Language and task of labels that are made from a dataset's texts."""
-    return prompt_arguments(args.model_name_or_path, tokenizer.get_vocab(), source.language, source.task)
-
-
 class Rows(Dataset):
     """The usable rows of a split, numbered from 0; of held-out ones a sample, evenly spaced."""
 
-    def __init__(self, source: Source, models: "Models", args: argparse.Namespace, held_out: bool = False):
+    def __init__(self, source: Source, models: "Models", args: argparse.Namespace):
         self.name = source.reference
+        self.source = source
         self.extractor = models.extractor
         self.cache: Path | None = None  # directory of encoder outputs
         self.kl_share: float | None = None  # how much of --kl_weight counts; None = all of it, as everywhere
-        dataset, self.place, first_rows = open_split(source, held_out, args)
-        columns = [*first_rows[0]] if first_rows else dataset.column_names
+        self.dataset, self.place, first_rows = open_split(source, args)
+        columns = first_rows.column_names
         self.input_column = first_of(("input_features", args.audio_column_name), columns)
         self.text_column = first_of((args.text_column_name, "text", "transcription"), columns)
-        if "labels" not in columns and "whisper_transcript" in columns:
-            dataset = dataset.rename_column("whisper_transcript", "labels")
-        elif "labels" not in columns and self.text_column:
-            logger.info("%s: labels are made from its column %s", self.name, self.text_column)
-            prompt = source_prompt(source, models.tokenizer, args)
-            texts = dataset[self.text_column]
-            if not held_out:  # what is empty there may be missing, rather than silence
-                texts = [text if text and text.strip() else None for text in texts]
-            labels = labels_from_text(texts, models.tokenizer, prompt)
-            dataset = dataset.add_column("labels", labels)
-        if "labels" not in dataset.column_names or not self.input_column:
+        label_column = first_of(("labels", "whisper_transcript"), columns)
+        if source.is_held_out or not label_column:
+            require_columns(self.name, self.dataset, {"text_column_name": args.text_column_name})
+            self.dataset = find_texts(self.name, self.dataset, "text_column_name", self.text_column)
+        if not self.input_column or not (label_column or self.text_column):
             needs = f"labels or a column of texts (--text_column_name), and input_features or {args.audio_column_name}"
             fail(f"{self.name} needs {needs}: it has {', '.join(columns)}")
-        labels = dataset.data.column("labels")
-        if not pa.types.is_list(labels.type) and not pa.types.is_large_list(labels.type):
-            fail(f"{self.name}: labels are {labels.type}, not token ids: label the data without --decode_token_ids")
-        self.dataset = dataset
-        self.labels = dataset.select_columns("labels")  # without the inputs, which are large
-        self.first_inputs = [row[self.input_column] for row in first_rows]
+        self.first_inputs = first_rows[self.input_column].to_pylist()
+        if label_column:
+            labels = self.dataset.select_columns(label_column)  # without the inputs, which are large
+        else:
+            labels = datasets.Dataset.from_dict({"labels": self.make_labels(models.tokenizer, args)})
+        self.labels = labels[label_column or "labels"]
+        self.select_rows(labels.data.column(0), models.tokenizer, args)
 
-        start_id = models.tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
-        lengths, starts = scan_labels(labels, start_id)
-        samples = np.zeros(len(lengths), np.int64)  # 0 where the dataset does not tell
-        if "input_length" in columns:
-            samples = pc.fill_null(dataset.data.column("input_length"), 0).to_numpy()
-        usable, self.left_out = leave_out(source, lengths, starts, samples, args.max_label_length)
+    def make_labels(self, tokenizer: WhisperTokenizerFast, args: argparse.Namespace) -> list[list[int]]:
+        """Labels from the texts, in the teacher's form without timestamps; an empty one where text is missing."""
+        logger.info("%s: labels are made from its column %s", self.name, self.text_column)
+        vocabulary = tokenizer.get_vocab()
+        prompt = prompt_arguments(args.model_name_or_path, vocabulary, self.source.language, self.source.task)
+        prefix = ["<|startoftranscript|>"]
+        if "language" in prompt:
+            prefix += [f"<|{prompt['language']}|>", f"<|{prompt['task']}|>"]
+        prefix_ids = tokenizer.convert_tokens_to_ids([*prefix, "<|notimestamps|>"])
+        labels = []
+        for text in self.dataset[self.text_column]:
+            label = []
+            # An empty text is silence where it is held out; in training it may be missing.
+            if text is not None and (self.source.is_held_out or text.strip()):
+                text_ids = tokenizer.encode(text, add_special_tokens=False)
+                label = [*prefix_ids, *text_ids, tokenizer.eos_token_id]
+            labels.append(label)
+        return labels
+
+    def select_rows(
+        self,
+        labels: pa.ChunkedArray,
+        tokenizer: WhisperTokenizerFast,
+        args: argparse.Namespace,
+    ) -> None:
+        """Find the usable rows, and which tokens of their labels count in the loss."""
+        if pa.types.is_string(labels.type):
+            fail(f"{self.name}: labels are {labels.type}, not token ids: label the data without --decode_token_ids")
+        lengths, starts = scan_labels(labels, tokenizer.convert_tokens_to_ids("<|startoftranscript|>"))
+        samples = np.zeros(len(lengths), np.int64)  # 0 = unknown
+        if "input_length" in self.dataset.column_names:
+            stored = self.dataset.data.column("input_length")
+            samples = pc.fill_null(stored, 0).to_numpy()
+        longest = f"the longest of {lengths.max(initial=0)} (--max_label_length)"
+        reasons = {
+            "no label": starts >= lengths - 1,
+            f"a label of more than {args.max_label_length} tokens, {longest}": lengths > args.max_label_length,
+            "more than 30 s of audio": samples > WINDOW_SECONDS * SAMPLING_RATE,
+        }
+        usable = self.leave_out(reasons)
         self.require_mels(int(samples[0]))
-        self.digest = data_digest(labels, lengths, usable, self.first_inputs, self.place)
-        if held_out and 0 < args.eval_max_samples < len(usable):
+        self.digest = self.data_digest(labels, lengths, usable)
+        if self.source.is_held_out and 0 < args.eval_max_samples < len(usable):
             sample = np.linspace(0, len(usable) - 1, args.eval_max_samples)
             usable = usable[sample.astype(int)]
         self.usable = usable  # their numbers in the dataset
         self.starts = starts[usable]  # position of <|startoftranscript|> in each label
-        self.token_counts = lengths[usable] - 1 - self.starts  # behind it: what the loss counts
+        self.token_counts = lengths[usable] - 1 - self.starts  # behind it, which count in the loss
         self.hours = samples[usable].sum() / SAMPLING_RATE / 3600
+
+    def leave_out(self, reasons: dict[str, np.ndarray]) -> np.ndarray:
+        """The numbers of the usable rows. Counts the others by reason, and fails if none is usable."""
+        self.left_out = {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
+        counts = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.items())
+        is_left_out = np.any([*reasons.values()], axis=0)
+        if is_left_out.all():
+            split = f"{self.name} ({self.source.split})"
+            fail(f"none of the {len(is_left_out)} rows of {split} can be used: {counts or 'there are no rows'}")
+        if counts:
+            left_out = np.flatnonzero(is_left_out)
+            first = ", ".join(map(str, left_out[:10]))
+            logger.warning("%s: %d rows left out (%s), the first: %s", self.name, len(left_out), counts, first)
+        return np.flatnonzero(~is_left_out)
 
     def require_mels(self, samples: int) -> None:
         """Fail where stored log-mels have another number of bins than the student: it would train on noise.
@@ -2130,20 +2092,32 @@ class Rows(Dataset):
                 problem = f"has log-mels of {stored:g} bins, the student needs {needed}"
                 fail(f"{self.name} {problem}: filter it for this model")
 
+    def data_digest(self, labels: pa.ChunkedArray, lengths: np.ndarray, usable: np.ndarray) -> str:
+        """Fingerprint of the training data: a hash of all labels and of the first inputs."""
+        digest = hashlib.sha256(lengths.tobytes() + usable.tobytes())
+        for chunk in labels.chunks:
+            tokens = pc.list_flatten(chunk).to_numpy(zero_copy_only=False)
+            digest.update(tokens.astype(np.int32).tobytes())
+        for value in self.first_inputs:
+            if isinstance(value, dict):  # audio
+                value = value["bytes"] or repr(sample_file(value["path"], self.place)).encode()
+            digest.update(value or b"")
+        return digest.hexdigest()[:16]
+
     def reference_text(self, index: int, tokenizer: WhisperTokenizerFast) -> str:
         """The reference text of a row, from the text column or else decoded from its label."""
         row = int(self.usable[index])
         if self.text_column:
             return self.dataset[row][self.text_column] or ""
-        label = self.labels[row]["labels"]
-        return tokenizer.decode(label[self.starts[index] :], skip_special_tokens=True)
+        label = self.labels[row][self.starts[index] :]
+        return tokenizer.decode(label, skip_special_tokens=True)
 
     def __len__(self) -> int:
         return len(self.usable)
 
     def __getitem__(self, index: int) -> dict:
         row = int(self.usable[index])
-        tokens = torch.tensor(self.labels[row]["labels"])
+        tokens = torch.tensor(self.labels[row])
         example = {"tokens": tokens, "start": int(self.starts[index])}
         if self.kl_share is not None:
             example["kl_share"] = self.kl_share
@@ -2166,7 +2140,12 @@ class Rows(Dataset):
 
 
 @functools.lru_cache(maxsize=2)  # the loader runs ahead into the next epoch
-def epoch_order(sizes: tuple[int, ...], weights: tuple[float, ...] | None, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(
+    sizes: tuple[int, ...],
+    weights: tuple[float, ...] | None,
+    seed: int,
+    epoch: int,
+) -> np.ndarray:
     """The rows of an epoch in the order of training; datasets of these sizes are counted one after the other.
 
     Without weights every row comes once. With weights an epoch has as many rows, of each dataset its weight's share:
@@ -2176,7 +2155,8 @@ def epoch_order(sizes: tuple[int, ...], weights: tuple[float, ...] | None, seed:
     if weights is None:
         return rng.permutation(sum(sizes))
     shares = np.cumsum([0.0, *weights]) / sum(weights)
-    counts = np.diff(np.rint(shares * sum(sizes)).astype(int))
+    limits = np.rint(shares * sum(sizes)).astype(int)
+    counts = np.diff(limits)
     drawn = []
     first_row = 0
     for size, count in zip(sizes, counts, strict=True):
@@ -2189,7 +2169,7 @@ def epoch_order(sizes: tuple[int, ...], weights: tuple[float, ...] | None, seed:
 
 @dataclass
 class Plan:
-    """Which rows make which batch: a function of the seed and of the number of the step, and of nothing else."""
+    """Which rows are in which batch. It depends on the seed and the number of the step alone."""
 
     sizes: tuple[int, ...]  # of the datasets
     weights: tuple[float, ...] | None
@@ -2208,7 +2188,7 @@ class Plan:
         return math.ceil(sum(self.sizes) / self.batch_size)
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows of the global batch of a step, counted from 0. The last of an epoch may be short."""
+        """The rows of the global batch of a step, counted from 0. An epoch's last batch may be short."""
         epoch, number = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.sizes, self.weights, self.seed, epoch)
         return order[number * self.batch_size :][: self.batch_size]
@@ -2218,7 +2198,7 @@ class Plan:
         return range(process * self.micro_batch_size, self.batch_size, self.processes * self.micro_batch_size)
 
     def micro_batches(self, first_step: int, last_step: int, process: int) -> Iterator[list[int]]:
-        """The micro-batches of one process. If a short batch has none for it, it gets a row that does not count."""
+        """The micro-batches of one process. If a short batch has none for it, it gets a row that is not counted."""
         for step in range(first_step, last_step):
             rows = self.rows(step)
             for start in self.starts(process):
@@ -2266,7 +2246,7 @@ def choose_workers(args: argparse.Namespace, device: torch.device, processes: in
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Processes that are started here leave SIGTERM and Ctrl-C to the training process, which saves."""
+    """Block SIGTERM and Ctrl-C in processes that are started here: the training process handles them, and saves."""
     resource_tracker.ensure_running()  # otherwise they start it, which would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
@@ -2276,7 +2256,7 @@ def blocked_signals() -> Iterator[None]:
 
 
 def start_fork_server() -> None:
-    """Start the process that imports the libraries once, and of which all workers are forks.
+    """Start the process that imports the libraries once, and from which all workers are forked.
 
     A fork of the training process may hang, because threads have run in it. A process that is spawned imports all for
     itself, and if it is killed before it has read its task the training process hangs writing to it.
@@ -2287,7 +2267,7 @@ def start_fork_server() -> None:
 
 
 def end_with_training(_worker: int) -> None:
-    """Let a worker end when the training process has been killed. It is no child of that process, but of the server."""
+    """Let a worker end when the training process has been killed: its parent is the fork server, which lives on."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -2296,24 +2276,19 @@ def end_with_training(_worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class LostWorker(Exception):
-    """A process that loads batches was killed."""
-
-
 @contextlib.contextmanager
-def lost_workers() -> Iterator[None]:
-    """Raise LostWorker for what torch and Python raise when a worker that they speak to has been killed."""
+def one_line_for_lost_workers() -> Iterator[None]:
+    """End with one line where a worker has been killed, which torch and Python report by these errors."""
     try:
         yield
-    except (ConnectionError, EOFError) as error:
-        raise LostWorker from error
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
-            raise LostWorker from error
-        raise
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        remedy = "If memory ran out, lower --dataloader_num_workers"
+        fail(f"a process that loads batches was killed. {remedy}. {CONTINUE}")
 
 
-def read_batches(rows: Dataset, indices: Iterable, workers: int, pin_memory: bool = False) -> Iterator[dict]:
+def read_batches(rows: Dataset, indices: Iterable, workers: int) -> Iterator[dict]:
     """Batches, loaded by worker processes ahead of their use."""
     loader = DataLoader(
         rows,
@@ -2322,16 +2297,12 @@ def read_batches(rows: Dataset, indices: Iterable, workers: int, pin_memory: boo
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=end_with_training,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
     )
-    with blocked_signals(), lost_workers():
-        batches = iter(loader)  # starts the workers
-
-    def read() -> Iterator[dict]:
-        with lost_workers():
-            yield from batches
-
-    return read()
+    with one_line_for_lost_workers():
+        with blocked_signals():
+            batches = iter(loader)  # starts the workers
+        yield from batches
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -2339,7 +2310,8 @@ def read_batches(rows: Dataset, indices: Iterable, workers: int, pin_memory: boo
 
 def encode_features(encoder: nn.Module, batch: dict) -> Tensor:
     """Encoder outputs, (rows, 1500, width)."""
-    return encoder(batch["features"].to(encoder.conv1.weight.dtype)).last_hidden_state
+    features = batch["features"].to(encoder.conv1.weight.dtype)
+    return encoder(features).last_hidden_state
 
 
 def decode_labels(decoder: nn.Module, states: Tensor, batch: dict) -> Tensor:
@@ -2360,14 +2332,20 @@ class TrainedPart(nn.Module):
         self.temperature = args.temperature
         self.weights = (args.ce_weight, args.kl_weight)
 
-    def forward(self, inputs: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None, batch: dict):
-        """`DistillationLoss` of a batch. The inputs are encoder outputs, or features where the encoder is trained."""
-        states = inputs if self.encoder is None else self.encoder(inputs).last_hidden_state
+    def forward(
+        self,
+        states: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+        batch: dict,
+    ) -> tuple[Tensor, Tensor]:
+        """`DistillationLoss` of a batch; `states` are the encoder outputs where the encoder is frozen."""
+        if self.encoder is not None:
+            states = encode_features(self.encoder, batch)
         hidden = decode_labels(self.decoder, states, batch)
         head = (self.proj_out or self.decoder.embed_tokens).weight
-        teacher = (teacher_hidden, teacher_head)
-        settings = (self.temperature, self.weights, batch.get("kl_shares"))
-        return DistillationLoss.apply(hidden, head, *teacher, batch["targets"], *settings)
+        inputs = (hidden, head, teacher_hidden, teacher_head, batch["targets"])
+        return DistillationLoss.apply(*inputs, self.temperature, self.weights, batch.get("kl_shares"))
 
 
 @dataclass
@@ -2380,48 +2358,81 @@ class Models:
     tokenizer: WhisperTokenizerFast
     extractor: WhisperFeatureExtractor
     tokenizer_directory: Path
-    prompt: dict[str, str]  # language and task, as `generate` takes them
+    prompt: dict[str, str]  # the first language and task, as `generate` takes them
     digests: dict[str, str] = field(default_factory=dict)  # of the weights before training
     frozen_weights: dict[str, Tensor] = field(default_factory=dict)  # of the student's encoder, where it is frozen
 
+    @property
+    def teacher_head(self) -> Tensor | None:
+        return self.teacher.proj_out.weight if self.teacher else None
+
+
+def hear_teacher(
+    models: Models,
+    encoder: nn.Module,
+    states: Tensor | None,
+    batch: dict,
+) -> Tensor | None:
+    """The teacher's hidden states, (tokens, width). If `encoder` is its own, the `states` serve it too."""
+    if models.teacher is None:
+        return None
+    if encoder is not models.teacher.model.encoder:
+        states = encode_features(models.teacher.model.encoder, batch)
+    return decode_labels(models.teacher.model.decoder, states, batch)
+
 
 @torch.no_grad()
-def run_frozen(models: Models, batch: dict) -> tuple[Tensor, Tensor | None]:
-    """Run what is frozen; returns the inputs of the trained part, and the teacher's hidden states (tokens, width).
+def run_frozen(models: Models, batch: dict) -> tuple[Tensor | None, Tensor | None]:
+    """Run what is frozen; returns the student's encoder outputs, if they are frozen, and the teacher's hidden states.
 
     Call it outside of autocast, which would compute the LayerNorms of a model in half precision in float32.
     """
     if "states" in batch:  # from the cache
         return batch["states"], batch["teacher_hidden"]
-    if models.teacher is None:
-        if models.trained.encoder is not None:
-            return batch["features"].to(models.student.dtype), None
-        return encode_features(models.student.model.encoder, batch), None
-    encoder = models.teacher.model.encoder
-    states = encode_features(encoder, batch)
-    teacher_hidden = decode_labels(models.teacher.model.decoder, states, batch)
-    if models.trained.encoder is not None:
-        return batch["features"].to(models.teacher.dtype), teacher_hidden
-    if models.student.model.encoder is not encoder:
-        states = encode_features(models.student.model.encoder, batch)
-    return states, teacher_hidden
+    encoder = models.student.model.encoder
+    states = encode_features(encoder, batch) if models.trained.encoder is None else None
+    return states, hear_teacher(models, encoder, states, batch)
 
 
 def load_model(
-    reference: str, dtype: str, vocabulary: dict[str, int], attention: str, dry_run: bool
+    reference: str,
+    dtype: str,
+    vocabulary: dict[str, int],
+    device: torch.device,
+    args: argparse.Namespace,
 ) -> WhisperForConditionalGeneration:
-    """A model on the CPU; in a dry run only its shape."""
+    """A model on the CPU; in a dry run with random weights, which take as long."""
     config = load_config(reference)
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    if dry_run:
-        with torch.device("meta"):
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": args.attn_type}
+    if args.dry_run:
+        with device:
             return AutoModelForSpeechSeq2Seq.from_config(config, **options)
-    generation_config = load_generation_config(reference, config, vocabulary)
-    return load_whisper(reference, generation_config, **options)
+    return load_whisper(reference, load_generation_config(reference, config, vocabulary), **options)
+
+
+def load_teacher_model(
+    student: WhisperForConditionalGeneration,
+    vocabulary: dict[str, int],
+    device: torch.device,
+    args: argparse.Namespace,
+) -> WhisperForConditionalGeneration | None:
+    """The teacher on the CPU; None in fine-tuning. Fails where the student is not of its kind."""
+    if not args.teacher_model_name_or_path:
+        return None
+    teacher = load_model(args.teacher_model_name_or_path, args.dtype, vocabulary, device, args)
+    for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
+        ours = getattr(student.config, key)
+        theirs = getattr(teacher.config, key)
+        if ours != theirs:
+            fail(f"{key} is {ours} in the student, {theirs} in the teacher: distil from the teacher it came from")
+    if args.dry_run:
+        with contextlib.suppress(RuntimeError):  # as a rule, the student's encoder is the teacher's
+            student.model.encoder.load_state_dict(teacher.model.encoder.state_dict())
+    return teacher.eval().requires_grad_(False)
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> Models:
-    """Teacher and student on their device, ready for training; in a dry run only their shapes."""
+    """Teacher and student on their device, ready for training; in a dry run with random weights."""
     name = args.model_name_or_path
     try:
         directory = local_directory(name) or Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
@@ -2431,73 +2442,55 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
     vocabulary = tokenizer.get_vocab()
     extractor = load_pretrained(WhisperFeatureExtractor, str(directory))
     refuse_other_sizes(name, load_config(name), vocabulary, extractor)
-    for language in (args.language or "").split("+"):
-        for task in args.task.split("+"):
-            prompt_arguments(name, vocabulary, language or None, task)
-    prompt = prompt_arguments(name, vocabulary, first_of_joined(args.language), first_of_joined(args.task))
-    attention = choose_attention(args.attn_type, args.dtype, device)
-    student = load_model(name, "float32", vocabulary, attention, args.dry_run)
-    teacher = None
-    if args.teacher_model_name_or_path:
-        teacher = load_model(args.teacher_model_name_or_path, args.dtype, vocabulary, attention, args.dry_run)
-        teacher.eval().requires_grad_(False)
-        for key in ("vocab_size", "num_mel_bins", "max_source_positions"):
-            ours = getattr(student.config, key)
-            theirs = getattr(teacher.config, key)
-            if ours != theirs:
-                fail(f"{key} is {ours} in the student, {theirs} in the teacher: distil from the teacher it came from")
+    prompts = []
+    languages = (args.language or "").split("+")
+    for language, task in itertools.product(languages, args.task.split("+")):
+        prompts.append(prompt_arguments(name, vocabulary, language or None, task))
+
+    student = load_model(name, "float32", vocabulary, device, args)
     args.max_label_length = min(args.max_label_length, student.config.max_target_positions)
-    models = Models(
-        student=student,
-        teacher=teacher,
-        trained=TrainedPart(student, args),
-        tokenizer=tokenizer,
-        extractor=extractor,
-        tokenizer_directory=directory,
-        prompt=prompt,
-    )
+    teacher = load_teacher_model(student, vocabulary, device, args)
+    models = Models(student, teacher, TrainedPart(student, args), tokenizer, extractor, directory, prompts[0])
     if not args.dry_run:
-        models.digests = {"student": weights_digest(student)}
+        models.digests["student"] = weights_digest(student)
         if teacher is not None:
             models.digests["teacher"] = weights_digest(teacher)
-        place_models(models, args, device)
+    place_models(models, args, device)
     transformers.logging.set_verbosity_error()  # its later warnings are about deliberate choices
     return models
 
 
 def place_models(models: Models, args: argparse.Namespace, device: torch.device) -> None:
-    """Freeze, share and compile what the flags say, and move all to the device."""
+    """Freeze, share and compile modules as the flags ask, and move them to the device."""
     encoder = models.student.model.encoder
-    frozen = []
+    compiled = [*models.trained.children()]
     if args.freeze_encoder:
         encoder.requires_grad_(False).eval()
         models.frozen_weights = encoder.state_dict()
     if models.teacher is not None:
-        teacher_encoder = models.teacher.model.encoder
-        frozen = [teacher_encoder, models.teacher.model.decoder]
-        if args.freeze_encoder and equal_weights(encoder, teacher_encoder):
-            models.student.model.encoder = teacher_encoder  # it runs once for both
+        teacher = models.teacher.to(device).model
+        compiled += [teacher.encoder, teacher.decoder]
+        if args.freeze_encoder and equal_weights(encoder, teacher.encoder):
+            models.student.model.encoder = teacher.encoder  # it runs once for both
         elif args.freeze_encoder:
             logger.warning("the student's frozen encoder is not the teacher's: both run")
-        models.teacher.to(device)
     if args.freeze_encoder:
         encoder.to(getattr(torch, args.dtype))
     models.student.to(device)
     if args.gradient_checkpointing:
         models.student.gradient_checkpointing_enable({"use_reentrant": False})
     if args.torch_compile:
-        for module in (*frozen, *models.trained.children()):
+        for module in compiled:
             module.compile()
 
 
 def equal_weights(module: nn.Module, other: nn.Module) -> bool:
     """Whether two modules have the same weights, in the precision of the second."""
-    weights = list(module.parameters())
-    expected = list(other.parameters())
-    if len(weights) != len(expected):
+    weights = module.state_dict()
+    expected = other.state_dict()
+    if weights.keys() != expected.keys():
         return False
-    pairs = zip(weights, expected, strict=True)
-    return all(torch.equal(weight.to(tensor), tensor) for weight, tensor in pairs)
+    return all(torch.equal(weights[name].to(tensor), tensor) for name, tensor in expected.items())
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -2511,7 +2504,11 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def greedy_config(model: WhisperForConditionalGeneration, models: Models, max_length: int) -> GenerationConfig:
+def greedy_config(
+    model: WhisperForConditionalGeneration,
+    models: Models,
+    max_length: int,
+) -> GenerationConfig:
     """How a model decodes, here and where it is published: greedily, in the language and task of the labels."""
     values = {"forced_decoder_ids": None, "return_timestamps": False, "num_beams": 1, "do_sample": False}
     values |= models.prompt | {"max_length": max_length}
@@ -2544,27 +2541,26 @@ def block_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def is_whole_block(path: Path) -> bool:
-    """Whether a block of the cache has the tensors that were written."""
+    """Whether a block of the cache is there, and has the tensors that were written."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return (file.metadata() or {}).get("sha256") == block_digest(tensors)
-    except SafetensorError:
+            if (file.metadata() or {}).get("sha256") == block_digest(tensors):
+                return True
+    except FileNotFoundError:
         return False
+    except SafetensorError:
+        pass
+    logger.warning("%s is damaged and is made again", path)
+    return False
 
 
 def find_missing_blocks(rows: Rows, cache: Path, accelerator: Accelerator) -> list[int]:
     """The blocks that no earlier run has written, or that are damaged. Each process looks for its share of them."""
     num_blocks = math.ceil(len(rows) / CACHE_BLOCK)
     own = list(range(accelerator.process_index, num_blocks, accelerator.num_processes))
-    missing = []
-    for block in show_progress("checking the cache", accelerator, own, leave=False):
-        path = block_path(cache, block)
-        if not path.exists():
-            missing.append(block)
-        elif not is_whole_block(path):
-            logger.warning("%s is damaged and is made again", path)
-            missing.append(block)
+    checked = show_progress("checking the cache", accelerator, own, leave=False)
+    missing = [block for block in checked if not is_whole_block(block_path(cache, block))]
     return sorted(gather_object(missing))
 
 
@@ -2582,7 +2578,7 @@ def refuse_small_disk(rows: Rows, num_blocks: int, cache: Path, models: Models) 
 
 
 def encode_block(batch: dict, models: Models, device: torch.device) -> dict[str, Tensor]:
-    """What a file of the cache holds: encoder outputs, the teacher's hidden states, and which of these are a row's."""
+    """What a file of the cache holds: encoder outputs, the teacher's hidden states, and where each row's begin."""
     num_rows, width = batch["decoder_input_ids"].shape
     token_counts = torch.bincount(batch["positions"] // width, minlength=num_rows)
     states, teacher_hidden = run_frozen(models, send_to_device(batch, device, non_blocking=True))
@@ -2599,50 +2595,45 @@ def write_block(path: Path, tensors: dict[str, Tensor]) -> None:
     write_atomically(path, safetensors.torch.save(tensors, {"sha256": block_digest(tensors)}))
 
 
-def write_blocks(
-    blocks: list[int], cache: Path, rows: Rows, models: Models, accelerator: Accelerator, args: argparse.Namespace
-) -> None:
+def write_blocks(blocks: list[int], cache: Path, rows: Rows, training: "Training") -> None:
     """Encode blocks, and write each while the next is encoded."""
     all_rows = range(len(rows))
     indices = [all_rows[block * CACHE_BLOCK :][:CACHE_BLOCK] for block in blocks]
-    has_gpu = accelerator.device.type == "cuda"
-    batches = read_batches(rows, indices, args.dataloader_num_workers, pin_memory=has_gpu)
+    batches = read_batches(rows, indices, training.args.dataloader_num_workers)
+    writing = None
     with ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(cache.is_dir)
-        for block in show_progress("encoding", accelerator, blocks):
-            tensors = encode_block(next(batches), models, accelerator.device)
-            writing.result()  # it may have found the disk full; and no more than two blocks are in memory
+        for block in show_progress("encoding", training.accelerator, blocks):
+            tensors = encode_block(next(batches), training.models, training.accelerator.device)
+            if writing:
+                writing.result()  # it may have found the disk full; and no more than two blocks are in memory
             writing = writer.submit(write_block, block_path(cache, block), tensors)
+    if writing:
         writing.result()
 
 
-def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argparse.Namespace) -> Path:
+def fill_cache(rows: Rows, training: "Training") -> Path:
     """Encode the rows that no earlier run has encoded; gives their directory.
 
     Each process takes blocks of its own. They are the same whoever encodes them: a cache that another run finishes has
     the same bytes.
     """
-    directory = Path(args.cache_encoder_outputs).expanduser()
+    accelerator = training.accelerator
+    models = training.models
+    directory = Path(training.args.cache_encoder_outputs).expanduser()
     encoder_digest = weights_digest(models.student.model.encoder)
-    key = json.dumps([encoder_digest, models.digests["teacher"], rows.digest, args.dtype, CACHE_BLOCK])
-    name = hashlib.sha256(key.encode()).hexdigest()
-    cache = directory / name[:16]
-    if accelerator.is_main_process:
-        cache.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    if not cache.is_dir():
-        fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
+    key = json.dumps([encoder_digest, models.digests["teacher"], rows.digest, training.args.dtype, CACHE_BLOCK])
+    cache = directory / hashlib.sha256(key.encode()).hexdigest()[:16]
     lock = contextlib.nullcontext()
     if accelerator.is_main_process:
         lock = hold_lock(cache / ".lock", str(cache), "*/.*.partial", wait=True)
     with lock:
         accelerator.wait_for_everyone()  # until the main process has the lock
+        if not cache.is_dir():
+            fail(f"--cache_encoder_outputs {directory} must be on a file system that all machines see")
         missing = find_missing_blocks(rows, cache, accelerator)
         if accelerator.is_main_process:
             refuse_small_disk(rows, len(missing), cache, models)
-        blocks = missing[accelerator.process_index :: accelerator.num_processes]
-        if blocks:
-            write_blocks(blocks, cache, rows, models, accelerator, args)
+        write_blocks(missing[accelerator.process_index :: accelerator.num_processes], cache, rows, training)
         accelerator.wait_for_everyone()
     return cache
 
@@ -2651,72 +2642,70 @@ def fill_cache(rows: Rows, models: Models, accelerator: Accelerator, args: argpa
 
 
 def show_progress(title: str, accelerator: Accelerator, items: Sequence | None = None, **options) -> tqdm:
-    """A progress bar of the main process, over items or to be moved by hand."""
+    """A progress bar of the main process, over items, or to be updated by the caller."""
     is_silent = items == [] or not accelerator.is_main_process
     return tqdm(items, title, disable=is_silent, mininterval=PROGRESS_SECONDS, **options)
 
 
-def hear_teacher(models: Models, model: WhisperForConditionalGeneration, states: Tensor, batch: dict) -> Tensor | None:
-    """The teacher's hidden states for a batch; `states` are what `model` encodes, whose encoder it may share."""
-    if models.teacher is None:
-        return None
-    encoder = models.teacher.model.encoder
-    if model.model.encoder is not encoder:
-        states = encode_features(encoder, batch)
-    return decode_labels(models.teacher.model.decoder, states, batch)
-
-
 def in_precision(module: nn.Module, accelerator: Accelerator) -> contextlib.AbstractContextManager:
-    """Autocast for what is trained; what is frozen has the precision to compute in."""
+    """Autocast for a module that is trained; a frozen one is stored in the precision to compute in."""
     is_trained = any(parameter.requires_grad for parameter in module.parameters())
     return accelerator.autocast() if is_trained else contextlib.nullcontext()
 
 
-@torch.no_grad()
-def evaluate(
+def evaluate_batch(
     model: WhisperForConditionalGeneration,
-    models: Models,
-    rows: Rows,
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-) -> tuple[dict[str, float], list[dict]]:
-    """Loss per token, and WER and CER of greedy decoding in per cent, of the teacher or the student.
+    batch: dict,
+    training: "Training",
+) -> tuple[Tensor, list[str]]:
+    """Sums of cross-entropy and KL over the tokens of a batch, and what the model says of each row."""
+    args = training.args
+    models = training.models
+    encoder = model.model.encoder
+    with in_precision(encoder, training.accelerator):
+        states = encode_features(encoder, batch)
+    teacher_hidden = hear_teacher(models, encoder, states, batch)
+    with in_precision(model, training.accelerator):
+        hidden = decode_labels(model.model.decoder, states, batch)
+        inputs = (hidden, model.proj_out.weight, teacher_hidden, models.teacher_head, batch["targets"])
+        _, losses = DistillationLoss.apply(*inputs, args.temperature, (1.0, 1.0))
+        token_ids = model.generate(
+            encoder_outputs=BaseModelOutput(states),
+            generation_config=greedy_config(model, models, args.max_label_length),
+            force_unique_generate_call=True,
+        )
+    return losses, models.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
-    Beside them it returns what the model says of the first rows.
+
+@torch.no_grad()
+def evaluate(model: WhisperForConditionalGeneration, training: "Training") -> tuple[dict[str, float], list[dict]]:
+    """Evaluate the teacher or the student on the held-out rows.
+
+    Returns:
+        loss per token, and WER and CER of greedy decoding in per cent; what the model says of the first rows.
     """
-    teacher_head = models.teacher.proj_out.weight if models.teacher else None
-    language = first_of_joined(args.language)
-    normalise = text_normaliser(language, models.tokenizer.english_spelling_normalizer)
-    generation_config = greedy_config(model, models, args.max_label_length)
+    args = training.args
+    accelerator = training.accelerator
+    rows = training.data.held_out
+    tokenizer = training.models.tokenizer
+    normalise = text_normaliser(rows.source.language, tokenizer.english_spelling_normalizer)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, tokens
     pairs = []
     predictions = []
     size = args.per_device_train_batch_size
-    batches = [range(len(rows))[start : start + size] for start in range(0, len(rows), size)]
-    batches = batches[accelerator.process_index :: accelerator.num_processes]
-    for indices in show_progress("evaluating", accelerator, batches, leave=False):
+    starts = list(range(0, len(rows), size))
+    starts = starts[accelerator.process_index :: accelerator.num_processes]
+    for start in show_progress("evaluating", accelerator, starts, leave=False):
+        indices = range(len(rows))[start : start + size]
         examples = [rows[index] for index in indices]
         batch = send_to_device(collate(examples), accelerator.device)
-        targets = batch["targets"]
-        with in_precision(model.model.encoder, accelerator):
-            states = encode_features(model.model.encoder, batch)
-        teacher_hidden = hear_teacher(models, model, states, batch)
-        with in_precision(model, accelerator):
-            hidden = decode_labels(model.model.decoder, states, batch)
-            inputs = (hidden, model.proj_out.weight, teacher_hidden, teacher_head)
-            _, losses = DistillationLoss.apply(*inputs, targets, args.temperature, (1.0, 1.0))
-            token_ids = model.generate(
-                encoder_outputs=BaseModelOutput(states),
-                generation_config=generation_config,
-                force_unique_generate_call=True,
-            )
+        losses, hypotheses = evaluate_batch(model, batch, training)
         sums[:2] += losses
-        sums[2] += len(targets)
-        hypotheses = models.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        sums[2] += len(batch["targets"])
         for index, example, hypothesis in zip(indices, examples, hypotheses, strict=True):
             if example["start"] == len(example["tokens"]) - 1:  # its audio could not be read
                 continue
-            reference = rows.reference_text(index, models.tokenizer)
+            reference = rows.reference_text(index, tokenizer)
             pairs.append((normalise(reference), normalise(hypothesis)))
             if index < LOGGED_PREDICTIONS:
                 predictions.append({"row": index, "reference": reference, "hypothesis": hypothesis.strip()})
@@ -2734,7 +2723,7 @@ def evaluate(
 
 
 def error_rates(pairs: list[tuple[str, str]]) -> dict[str, float]:
-    """WER and CER in per cent of pairs of reference and hypothesis; those with an empty reference do not count."""
+    """WER and CER in per cent of pairs of reference and hypothesis, without those whose reference is empty."""
     pairs = [pair for pair in pairs if pair[0]] or [("-", "")]
     references, hypotheses = map(list, zip(*pairs, strict=True))
     return {
@@ -2748,12 +2737,12 @@ def error_rates(pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 @dataclass
 class TrainingState:
-    """Where training stands. Every checkpoint holds it."""
+    """How far the training has come. Every checkpoint holds it."""
 
     step: int = 0  # optimiser steps done
     window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0])  # sums of CE, KL and tokens since the last entry
     trend: float | None = None  # running mean of the loss
-    lowest: float | None = None  # the lowest that it was
+    lowest: float | None = None  # its lowest value so far
     best: dict | None = None  # step and figure of the best checkpoint
     teacher: dict | None = None  # the teacher's held-out evaluation
 
@@ -2777,44 +2766,54 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def read_checkpoint(directory: Path) -> dict | None:
-    """The manifest of a checkpoint; None, with a warning, where anything of the checkpoint is missing or damaged.
+def damaged_files(directory: Path, hashes: dict[str, str]) -> list[str]:
+    """The files that are missing, or not as they were written.
 
     What cannot be read just now, because of a permission or the disk, may be whole: that ends the run by an OSError.
     """
-    try:
-        manifest = read_record(directory / MANIFEST)
-        if manifest is None:
-            raise ValueError(f"{MANIFEST} is missing or damaged")
-        for name, expected in manifest["files"].items():
-            if file_hash(directory / name) != expected:
-                raise ValueError(f"{name} is damaged")
-        return manifest
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
-        logger.warning("%s is not complete and is skipped: %s", directory.name, error)
+    damaged = []
+    for name, expected in hashes.items():
+        with contextlib.suppress(FileNotFoundError):
+            if file_hash(directory / name) == expected:
+                continue
+        damaged.append(name)
+    return damaged
+
+
+def read_checkpoint(directory: Path) -> dict | None:
+    """The manifest of a checkpoint; None, with a warning, where anything of the checkpoint is missing or damaged."""
+    manifest = read_record(directory / MANIFEST)
+    damaged = [MANIFEST] if manifest is None else damaged_files(directory, manifest["files"])
+    if damaged:
+        names = ", ".join(damaged)
+        logger.warning("%s is not complete and is skipped: %s missing or damaged", directory.name, names)
         return None
+    return manifest
 
 
 def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> Start:
-    """Decide whether a run resumes: from which checkpoint, or from the student, and what is to be removed for it."""
+    """Decide whether a run resumes from a checkpoint or starts from the student, and what must be removed for it."""
     output_dir = args.output_dir
-    wish = args.resume_from_checkpoint
-    if wish.lower() not in ("auto", "true", "false", "none"):
-        return start_from_named(Path(wish), settings, args)
+    choice = args.resume_from_checkpoint
+    if choice.lower() not in ("auto", "true", "false", "none"):
+        return start_from_named(Path(choice), settings, args)
     record = read_record(output_dir / RECORD)
-    if record is None and (output_dir / RECORD).exists():
-        record = record_of_checkpoints(output_dir)
-    if record is None or wish.lower() in ("false", "none"):
+    if record is None and (output_dir / RECORD).exists():  # damaged: the newest whole checkpoint has the same settings
+        manifests = [read_checkpoint(directory) for _, directory in list_checkpoints(output_dir)]
+        record = next(filter(None, reversed(manifests)), None)
+    if record is None or choice.lower() in ("false", "none"):
         return Start(to_remove=results_to_remove(args))
     if not args.overwrite_output_dir:
         refuse_other_settings(output_dir, record["settings"], settings)
     elif changed_setting(record["settings"], settings):
         return Start(to_remove=results_to_remove(args))
 
-    is_complete = record["status"] == "complete" and (output_dir / "model.safetensors").exists()
-    damaged = damaged_results(output_dir, record) if is_complete else []
+    is_complete = record.get("status") == "complete" and (output_dir / "model.safetensors").exists()
+    damaged = damaged_files(output_dir, record.get("files", {})) if is_complete else []
     if is_complete and not damaged and record["steps"] >= total_steps:
         return Start(finished=True)
+    for name in damaged:
+        logger.warning("%s is damaged, and is made again from the last checkpoint", output_dir / name)
     for _, directory in reversed(list_checkpoints(output_dir)):
         manifest = read_checkpoint(directory)
         if manifest is None:
@@ -2827,25 +2826,6 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
     if is_complete:  # with fewer steps, and no checkpoint to go on from
         return Start(to_remove=results_to_remove(args))
     return Start()
-
-
-def record_of_checkpoints(output_dir: Path) -> dict | None:
-    """What takes the place of a damaged record: the settings of the newest whole checkpoint; None where none is."""
-    for _, directory in reversed(list_checkpoints(output_dir)):
-        if manifest := read_checkpoint(directory):
-            return {"status": "running", "settings": manifest["settings"]}
-    return None
-
-
-def damaged_results(output_dir: Path, record: dict) -> list[str]:
-    """The files of a finished training that are not as they were written. They can be made from its last checkpoint."""
-    damaged = []
-    for name, expected in record.get("files", {}).items():
-        path = output_dir / name
-        if not path.exists() or file_hash(path) != expected:
-            logger.warning("%s is damaged, and is made again from the last checkpoint", path)
-            damaged.append(name)
-    return damaged
 
 
 def start_from_named(checkpoint: Path, settings: dict, args: argparse.Namespace) -> Start:
@@ -2862,11 +2842,12 @@ def start_from_named(checkpoint: Path, settings: dict, args: argparse.Namespace)
 
 
 def results_to_remove(args: argparse.Namespace, after_step: int | None = None) -> list[Path]:
-    """The results of earlier runs, or the checkpoints after a step; fails unless --overwrite_output_dir is given."""
+    """The results of earlier runs, or only checkpoints after a step. Fails without --overwrite_output_dir."""
     output_dir = args.output_dir
     results = [path for step, path in list_checkpoints(output_dir) if after_step is None or step > after_step]
     if after_step is None:
-        results += [output_dir / name for name in [*TRAINING_FILES, PREDICTIONS] if (output_dir / name).exists()]
+        files = [output_dir / name for name in (*TRAINING_FILES, PREDICTIONS)]
+        results += filter(Path.exists, files)
     if results and not args.overwrite_output_dir:
         names = ", ".join(path.name for path in results)
         remedy = "pass --overwrite_output_dir to replace them, or choose another --output_dir"
@@ -2879,7 +2860,7 @@ def results_to_remove(args: argparse.Namespace, after_step: int | None = None) -
 
 @dataclass
 class Data:
-    """The rows to train on and to evaluate on, and in which order."""
+    """The rows to train on, in which order, and those to evaluate on."""
 
     train: list[Rows]
     held_out: Rows | None
@@ -2894,15 +2875,18 @@ class Data:
 
 @dataclass
 class Training:
-    """What a training consists of, beside models and data."""
+    """What a training, or an evaluation without one, works with."""
 
+    args: argparse.Namespace
     accelerator: Accelerator
-    model: nn.Module  # the trained part, as accelerate wraps it
-    optimizer: Optimizer
-    scheduler: Any  # of the learning rate
-    state: TrainingState
-    record: dict
-    repo_id: str | None  # where the main process pushes to
+    models: Models
+    data: Data
+    wrapped: nn.Module | None = None  # the trained part of the models, as accelerate wraps it
+    optimizer: Optimizer | None = None
+    scheduler: Any = None  # of the learning rate
+    state: TrainingState = field(default_factory=TrainingState)
+    record: dict = field(default_factory=dict)
+    repo_id: str | None = None  # where the main process pushes to
     push: Future | None = None  # the one that is running in the background
     stop_status: int = 0  # exit status, once a signal has come
 
@@ -2936,56 +2920,54 @@ def read_state(path: Path) -> dict:
         fail(f"{path} holds something else than a training's state: delete {path.parent}. {CONTINUE}")
 
 
-def load_checkpoint(training: "Training", directory: Path) -> None:
+def load_checkpoint(training: Training, directory: Path) -> None:
     """Set weights, optimiser and schedule to a checkpoint's state.
 
     `Accelerator.load_state` would unpickle the schedule, and fail if the number of processes has changed. Random
     states are not needed: all is drawn by the position in the data.
     """
-    accelerator = training.accelerator
-    if accelerator.distributed_type == DistributedType.FSDP:  # only accelerate can join its shards
-        accelerator.load_state(str(directory))
-        accelerator.step = 0  # of accumulation, which begins anew and may have changed
-    else:
-        weights = read_state(directory / "model.safetensors")
-        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-        extract_model_from_parallel(training.model).load_state_dict(weights)
-        training.optimizer.load_state_dict(read_state(directory / "optimizer.bin"))
-        if accelerator.scaler:
-            accelerator.scaler.load_state_dict(read_state(directory / "scaler.pt"))
+    weights = read_state(directory / "model.safetensors")
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    training.models.trained.load_state_dict(weights)
+    training.optimizer.load_state_dict(read_state(directory / "optimizer.bin"))
+    if scaler := training.accelerator.scaler:
+        scaler.load_state_dict(read_state(directory / "scaler.pt"))
     scheduler = directory / SCHEDULER
     training.scheduler.load_state_dict(read_state(scheduler if scheduler.exists() else directory / OLD_SCHEDULER))
 
 
-def make_optimizer(models: Models, device: torch.device, args: argparse.Namespace) -> Optimizer:
-    """AdamW for what is trained, with weight decay for matrices."""
-    trained = [parameter for parameter in models.trained.parameters() if parameter.requires_grad]
+def prepare_training(training: Training) -> None:
+    """Make AdamW, with weight decay for matrices, and the schedule; let accelerate wrap what is trained."""
+    args = training.args
+    accelerator = training.accelerator
+    trained = [parameter for parameter in training.models.trained.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return AdamW(
+    optimizer = AdamW(
         groups,
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
-        fused=device.type in ("cpu", "cuda"),
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
+    training.scheduler = make_scheduler(args, optimizer, training.data.total_steps)
+    training.wrapped, training.optimizer = accelerator.prepare(training.models.trained, optimizer)
 
 
-def optimiser_step(
-    training: Training, models: Models, data: Data, batches: Iterator[dict], args: argparse.Namespace
-) -> tuple[list[float], float, bool]:
+def optimiser_step(training: Training, batches: Iterator[dict]) -> tuple[list[float], float, bool]:
     """One step over a global batch, of which each process has its micro-batches.
 
     Returns:
         the sums of cross-entropy, KL and tokens; the gradient's norm; whether a process was told to stop.
     """
+    args = training.args
     accelerator = training.accelerator
-    model = training.model
-    teacher_head = models.teacher.proj_out.weight if models.teacher else None
+    data = training.data
+    models = training.models
     step = training.state.step
     rows = data.plan.rows(step)
     num_tokens = int(data.token_counts[rows].sum())
@@ -2999,31 +2981,35 @@ def optimiser_step(
         # Dropout is seeded by the position in the data, so no random state has to be saved.
         place = np.random.SeedSequence([args.seed, step, start])
         torch.manual_seed(int(place.generate_state(1)[0]))
-        with accelerator.accumulate(model):
-            inputs, teacher_hidden = run_frozen(models, batch)
+        with accelerator.accumulate(training.wrapped):
+            frozen = run_frozen(models, batch)
             with accelerator.autocast():
-                loss, losses = model(inputs, teacher_hidden, teacher_head, batch)
+                loss, losses = training.wrapped(*frozen, models.teacher_head, batch)
             accelerator.backward(loss * (is_counted * scale))
         sums[:2] += is_counted * losses
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    grad_norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), args.max_grad_norm or math.inf)
     training.optimizer.step()
     training.optimizer.zero_grad()
     if args.lr_scheduler_type not in LED_BY_LOSS:
         training.scheduler.step()
     sums[2] = bool(training.stop_status)
-    grad_norm = sums.new_zeros(()) if grad_norm is None else grad_norm.to(sums)
     # The host waits for a GPU here and nowhere else in a step: once, and when all of the step's work is queued.
-    ce_sum, kl_sum, num_stopped, grad_norm = torch.stack([*accelerator.reduce(sums), grad_norm]).tolist()
-    mean_loss = (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens
-    check_loss(training, mean_loss, grad_norm, args)
+    figures = torch.stack([*accelerator.reduce(sums), grad_norm.to(sums)])
+    ce_sum, kl_sum, num_stopped, grad_norm = figures.tolist()
+    loss = (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens
+    check_loss(training, loss, grad_norm)
     return [ce_sum, kl_sum, num_tokens], grad_norm, num_stopped > 0
 
 
-def check_loss(training: Training, loss: float, grad_norm: float, args: argparse.Namespace) -> None:
+def check_loss(training: Training, loss: float, grad_norm: float) -> None:
     """End the run before weights get into a checkpoint whose loss is not a number or has exploded."""
+    args = training.args
     state = training.state
-    state.trend = loss if state.trend is None else 0.95 * state.trend + 0.05 * loss
-    state.lowest = min(state.lowest or math.inf, state.trend)
+    if state.trend is None:
+        state.trend = state.lowest = loss
+    else:
+        state.trend = 0.95 * state.trend + 0.05 * loss
+        state.lowest = min(state.lowest, state.trend)
     has_scaler = training.accelerator.scaler is not None  # it leaves out steps whose gradient is not finite
     if not math.isfinite(loss) or not (has_scaler or math.isfinite(grad_norm)):
         problem = f"the loss is {loss} and the gradient's norm {grad_norm}"
@@ -3031,27 +3017,30 @@ def check_loss(training: Training, loss: float, grad_norm: float, args: argparse
         problem = f"the loss has exploded from {state.lowest:.3f} to {state.trend:.3f}"
     else:
         return
-    kept = [path.name for _, path in list_checkpoints(args.output_dir)] or ["none yet"]
+    kept = ["none yet", *(path.name for _, path in list_checkpoints(args.output_dir))]
     fail(
         f"step {state.step + 1}: {problem}; the last checkpoint from before: {kept[-1]}. "
         f"Lower --learning_rate ({args.learning_rate}) or raise --warmup_steps ({args.warmup_steps})"
     )
 
 
-def evaluate_training(training: Training, models: Models, data: Data, args: argparse.Namespace) -> bool:
+def evaluate_training(training: Training) -> bool:
     """Evaluate the student on the held-out rows, and the teacher once; returns whether the student is the best yet."""
+    args = training.args
     state = training.state
-    if data.held_out is None:
+    models = training.models
+    if training.data.held_out is None:
         return False
     models.trained.eval()
     if models.teacher is not None and state.teacher is None:
-        state.teacher, _ = evaluate(models.teacher, models, data.held_out, training.accelerator, args)
+        state.teacher, _ = evaluate(models.teacher, training)
         log_evaluation("teacher", state.teacher)
-    figures, predictions = evaluate(models.student, models, data.held_out, training.accelerator, args)
+    figures, predictions = evaluate(models.student, training)
     models.trained.train()
     log_evaluation(f"step {state.step}", figures)
-    log_figures(training, figures, data.plan, args)
-    log_predictions(training, predictions, args)
+    if training.accelerator.is_main_process:
+        log_figures(training, figures)
+        log_predictions(training, predictions)
     if args.lr_scheduler_type in LED_BY_LOSS:
         training.scheduler.step(figures["eval_loss"])
     figure = figures[f"eval_{args.metric_for_best_model}"]
@@ -3066,51 +3055,64 @@ def log_evaluation(name: str, figures: dict[str, float]) -> None:
     logger.info(text, name, figures["eval_cer"], figures["eval_wer"], figures["eval_loss"])
 
 
-def log_figures(training: Training, figures: dict, plan: Plan, args: argparse.Namespace) -> None:
+def append_entry(path: Path, entry: dict) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def log_figures(training: Training, figures: dict) -> None:
     """Add an entry to metrics.jsonl, and report it to the tracker."""
     step = training.state.step
-    if training.accelerator.is_main_process:
-        entry = {"step": step, "epoch": round(step / plan.steps_per_epoch, 4), **figures}
-        with open(args.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        track(training.accelerator, figures, step)
+    epoch = round(step / training.data.plan.steps_per_epoch, 4)
+    append_entry(training.args.output_dir / METRICS, {"step": step, "epoch": epoch, **figures})
+    track(training.accelerator, figures, step)
 
 
-def log_predictions(training: Training, predictions: list[dict], args: argparse.Namespace) -> None:
+def log_predictions(training: Training, predictions: list[dict]) -> None:
     """Write down what the student says of a few held-out rows, and show it in a tracker that has tables."""
-    accelerator = training.accelerator
-    if not accelerator.is_main_process:
-        return
     step = training.state.step
-    with open(args.output_dir / PREDICTIONS, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "predictions": predictions}, ensure_ascii=False) + "\n")
+    append_entry(training.args.output_dir / PREDICTIONS, {"step": step, "predictions": predictions})
     rows = [list(prediction.values()) for prediction in predictions]
     try:
-        for tracker in accelerator.trackers:
+        for tracker in training.accelerator.trackers:
             if hasattr(tracker, "log_table"):
                 tracker.log_table("held_out_predictions", ["row", "reference", "hypothesis"], rows, step=step)
     except Exception as error:  # a tracker may raise anything
         logger.warning("the tracker takes no table: %s", first_line(error))
 
 
-def train(training: Training, models: Models, data: Data, args: argparse.Namespace) -> int:
-    """Train from where the state stands to the end; 0, or the exit status where a signal ended it early."""
+def window_figures(training: Training, grad_norm: float) -> dict:
+    """The mean figures of the steps since the last entry of the log, and begin the next entry."""
+    args = training.args
+    ce_sum, kl_sum, num_tokens = training.state.window
+    training.state.window = [0.0, 0.0, 0]
+    return {
+        "loss": (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens,
+        "ce_loss": ce_sum / num_tokens,
+        "kl_loss": kl_sum / num_tokens,
+        "learning_rate": training.optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+    }
+
+
+def train(training: Training) -> int:
+    """Train from the step of the state to the last one; returns 0, or the exit status if a signal ended it early."""
+    args = training.args
     accelerator = training.accelerator
+    data = training.data
     state = training.state
-    plan = data.plan
-    indices = plan.micro_batches(state.step, data.total_steps, accelerator.process_index)
-    has_gpu = accelerator.device.type == "cuda"
-    batches = read_batches(ConcatDataset(data.train), indices, args.dataloader_num_workers, pin_memory=has_gpu)
+    indices = data.plan.micro_batches(state.step, data.total_steps, accelerator.process_index)
+    batches = read_batches(ConcatDataset(data.train), indices, args.dataloader_num_workers)
     bar = show_progress("training", accelerator, total=data.total_steps, initial=state.step)
-    training.model.train()
+    training.wrapped.train()
     if state.step == 0:
-        evaluate_training(training, models, data, args)
+        evaluate_training(training)
     started = time.monotonic()
     num_clips = 0
     is_stopped = False
     while state.step < data.total_steps and not is_stopped:
-        sums, grad_norm, is_stopped = optimiser_step(training, models, data, batches, args)
-        num_clips += len(plan.rows(state.step))
+        sums, grad_norm, is_stopped = optimiser_step(training, batches)
+        num_clips += len(data.plan.rows(state.step))
         for place, value in enumerate(sums):
             state.window[place] += value
         state.step += 1
@@ -3118,29 +3120,20 @@ def train(training: Training, models: Models, data: Data, args: argparse.Namespa
         bar.update()
 
         if state.step % args.logging_steps == 0 or is_last:
-            ce_sum, kl_sum, num_tokens = state.window
-            figures = {
-                "loss": (args.ce_weight * ce_sum + args.kl_weight * kl_sum) / num_tokens,
-                "ce_loss": ce_sum / num_tokens,
-                "kl_loss": kl_sum / num_tokens,
-                "learning_rate": training.optimizer.param_groups[0]["lr"],
-                "grad_norm": grad_norm,
-                "samples_per_second": round(num_clips / (time.monotonic() - started), 3),
-            }
-            bar.set_postfix({name: figures[name] for name in ("loss", "learning_rate", "samples_per_second")})
-            log_figures(training, figures, plan, args)
-            state.window = [0.0, 0.0, 0]
+            figures = window_figures(training, grad_norm)
+            figures["samples_per_second"] = round(num_clips / (time.monotonic() - started), 3)
+            bar.set_postfix(figures)
+            if accelerator.is_main_process:
+                log_figures(training, figures)
             started = time.monotonic()
             num_clips = 0
 
         paused = time.monotonic()
-        is_best = False
-        if state.step % args.eval_steps == 0 or is_last:
-            is_best = evaluate_training(training, models, data, args)
+        is_best = (state.step % args.eval_steps == 0 or is_last) and evaluate_training(training)
         if is_best or is_stopped or is_last or state.step % args.save_steps == 0:
-            save_checkpoint(training, plan, args)
-            if not is_last:
-                push_progress(training, models, args)
+            save_checkpoint(training)
+            if accelerator.is_main_process and not is_last:
+                push_progress(training)
         started += time.monotonic() - paused
     bar.close()
     if state.step == data.total_steps:
@@ -3152,58 +3145,62 @@ def train(training: Training, models: Models, data: Data, args: argparse.Namespa
 # ---- files, record, card, push ---------------------------------------------------------------------------------------
 
 
-def finish_file(path: Path) -> None:
-    """Return when a file is on the disk, readable for all who may read its directory; safetensors makes it private."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def finish_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file, once it is on the disk, and readable by all who may read the directory.
+
+    safetensors makes its files private.
+    """
+    hashes = {}
+    for path in sorted(directory.iterdir()):
+        path.chmod(directory.stat().st_mode & 0o666)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        hashes[path.name] = file_hash(path)
+    return hashes
 
 
-def save_checkpoint(training: Training, plan: Plan, args: argparse.Namespace) -> None:
+def save_checkpoint(training: Training) -> None:
     """Save a checkpoint, which appears under its name when all of it is on the disk."""
     accelerator = training.accelerator
     state = training.state
-    output_dir = args.output_dir
-    directory = output_dir / f"checkpoint-{state.step}-epoch-{(state.step - 1) // plan.steps_per_epoch}"
-    partial = output_dir / f".{directory.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    epoch = (state.step - 1) // training.data.plan.steps_per_epoch
+    directory = training.args.output_dir / f"checkpoint-{state.step}-epoch-{epoch}"
+    partial = directory.with_name(f".{directory.name}.partial")
     with saving_models():
         accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_atomically(partial / SCHEDULER, json.dumps(training.scheduler.state_dict()))
-        hashes = {}
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                finish_file(path)
-                hashes[str(path.relative_to(partial))] = file_hash(path)
-        manifest = {"state": asdict(state), "settings": training.record["settings"], "files": hashes}
-        write_record(partial / MANIFEST, manifest)
-        shutil.rmtree(directory, ignore_errors=True)
+        hashes = finish_files(partial)
+        settings = training.record["settings"]
+        write_record(partial / MANIFEST, {"state": asdict(state), "settings": settings, "files": hashes})
+        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         os.replace(partial, directory)
-        best_step = state.best["step"] if state.best else None
-        rotate_checkpoints(output_dir, state.step, args.save_total_limit, best_step)
+        rotate_checkpoints(training)
 
 
-def rotate_checkpoints(directory: Path, step: int, limit: int | None, best_step: int | None) -> None:
-    """Keep the newest `limit` checkpoints up to a step, and the best. Those after the step were found damaged."""
-    found = list_checkpoints(directory)
-    newest = [number for number, _ in found if number <= step]
+def rotate_checkpoints(training: Training) -> None:
+    """Keep the newest checkpoints up to this step, and the best. Those of later steps were found damaged."""
+    state = training.state
+    limit = training.args.save_total_limit
+    found = list_checkpoints(training.args.output_dir)
+    kept = [step for step, _ in found if step <= state.step]
     if limit is not None:
-        newest = newest[-max(1, limit) :]
-    for number, path in found:
-        if number not in newest and number != best_step:
+        kept = kept[-max(1, limit) :]
+    if state.best:
+        kept.append(state.best["step"])
+    for step, path in found:
+        if step not in kept:
             shutil.rmtree(path)
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
-    """The entries up to a step. Damaged lines, and a last one that a kill has cut, are left out."""
+    """The entries of a log up to a step, without damaged lines and a last line that is not complete."""
     if not path.exists():
         return []
     entries = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
             if entry["step"] <= last_step:
@@ -3213,41 +3210,40 @@ def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
     return entries
 
 
-def write_model(training: Training, models: Models, record: dict, args: argparse.Namespace) -> None:
-    """Write the model repository into the output directory, each file complete or not at all."""
-    weights = training.accelerator.get_state_dict(training.model)
-    if training.accelerator.is_main_process:
-        output_dir = args.output_dir
-        partial = output_dir / ".model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        with saving_models():
-            save_student(partial, models, weights)
-        entries = read_metrics(output_dir / "metrics.jsonl")
-        draw_curves(entries, partial / "training_curves.png")
-        card = distillation_card(record, entries, args, read_card(output_dir / "README.md"))
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        for script in SCRIPTS:
-            path = Path(__file__).resolve().with_name(script)
-            if path.exists() and not (output_dir / script).exists():
-                shutil.copy(path, partial)
-        hashes = {"metrics.jsonl": file_hash(output_dir / "metrics.jsonl")}
-        for path in partial.iterdir():
-            finish_file(path)
-            if path.suffix not in (".md", ".py"):
-                hashes[path.name] = file_hash(path)
-            os.replace(path, output_dir / path.name)
-        partial.rmdir()
-        # Last: its "complete" means that all is there.
-        write_record(output_dir / RECORD, record | {"files": hashes})
-    training.accelerator.wait_for_everyone()
+def write_model(training: Training, changes: dict) -> None:
+    """Write the model repository into the output directory, each file complete or not at all.
+
+    `changes` update the record that was made at the start.
+    """
+    output_dir = training.args.output_dir
+    record = training.record | changes
+    partial = output_dir / ".model.partial"
+    partial.mkdir()
+    with saving_models():
+        save_student(partial, training.models)
+    entries = read_metrics(output_dir / METRICS)
+    draw_curves(entries, partial / "training_curves.png")
+    card = distillation_card(record, entries, training.args, read_card(output_dir / "README.md"))
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    for script in SCRIPTS:
+        path = Path(__file__).resolve().with_name(script)
+        if path.exists() and not (output_dir / script).exists():
+            shutil.copy(path, partial)
+    hashes = {METRICS: file_hash(output_dir / METRICS)}
+    for name, hashed in finish_files(partial).items():
+        if not name.endswith((".md", ".py")):
+            hashes[name] = hashed
+        os.replace(partial / name, output_dir / name)
+    partial.rmdir()
+    # Last: its "complete" means that all is there.
+    write_record(output_dir / RECORD, record | {"files": hashes})
 
 
-def save_student(directory: Path, models: Models, trained_weights: dict[str, Tensor]) -> None:
+def save_student(directory: Path, models: Models) -> None:
     """Write weights in float32, configurations, tokenizer and feature extractor."""
     student = models.student
     weights = {f"model.encoder.{name}": tensor for name, tensor in models.frozen_weights.items()}
-    for name, tensor in trained_weights.items():
+    for name, tensor in models.trained.state_dict().items():
         full_name = name if name.startswith("proj_out") else f"model.{name}"
         weights[full_name] = tensor.float().cpu()
     safetensors.torch.save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -3287,7 +3283,27 @@ def card_table(columns: list[str], rows: Iterable[Sequence]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def distillation_card(record: dict, entries: list[dict], args: argparse.Namespace, card: RepoCard | None) -> str:
+def evaluation_section(record: dict, entries: list[dict], args: argparse.Namespace) -> str:
+    """The part of the card about the held-out rows; empty where there are none."""
+    lines = []
+    teacher = {"step": "teacher", **(record.get("teacher_evaluation") or {})}
+    for entry in [teacher, *entries]:
+        if "eval_loss" in entry:
+            figures = [f"{entry[name]:.3f}" for name in ("eval_loss", "eval_cer", "eval_wer")]
+            lines.append([entry["step"], *figures])
+    if not lines:
+        return ""
+    held_out = f"{shown_name(args.eval_dataset_name)} ({args.eval_split_name})"
+    table = card_table(["step", "loss", "CER %", "WER %"], lines)
+    return f"Held out, on {held_out}, greedy, normalised:\n\n{table}\n"
+
+
+def distillation_card(
+    record: dict,
+    entries: list[dict],
+    args: argparse.Namespace,
+    card: RepoCard | None,
+) -> str:
     """README.md: what the model was made from and how it went, beside what others wrote into `card`."""
     origin = args.teacher_model_name_or_path or args.model_name_or_path
     kind = "distilled" if args.teacher_model_name_or_path else "fine-tuned"
@@ -3302,17 +3318,6 @@ def distillation_card(record: dict, entries: list[dict], args: argparse.Namespac
         base_model=None if local_directory(origin) else origin,
         datasets=[reference for reference in trained_on if not local_directory(reference)],
     )
-    evaluations = []
-    teacher_entry = {"step": "teacher", **(record.get("teacher_evaluation") or {})}
-    for entry in [teacher_entry, *entries]:
-        if "eval_loss" in entry:
-            figures = [f"{entry[name]:.3f}" for name in ("eval_loss", "eval_cer", "eval_wer")]
-            evaluations.append([entry["step"], *figures])
-    evaluation = ""
-    if evaluations:
-        held_out = f"{shown_name(args.eval_dataset_name)} ({args.eval_split_name})"
-        columns = ["step", "loss", "CER %", "WER %"]
-        evaluation = f"Held out, on {held_out}, greedy, normalised:\n\n{card_table(columns, evaluations)}\n"
     epochs = record["steps"] / record["steps_per_epoch"]
     layers = record["layers"]
     section = f"""A Whisper with {layers["encoder"]} encoder and {layers["decoder"]} decoder layers, {kind} from \
@@ -3323,10 +3328,10 @@ Weights are float32.
 
 ![training curves](training_curves.png)
 
-{evaluation}
+{evaluation_section(record, entries, args)}
 {card_table(["setting", "value"], record["settings"].items())}
 
-Made by `run_distillation.py`: `{RECORD}` has all arguments and library versions, `metrics.jsonl` every figure.
+Made by `run_distillation.py`: `{RECORD}` has all arguments and library versions, `{METRICS}` every figure.
 """
     set_section(card, "model", section)
     return str(card)
@@ -3355,11 +3360,19 @@ def home_repository(directory: Path) -> str:
     return directory.resolve().name
 
 
+def prepare_push(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """Repository that the trained model is pushed to, and whether it is private or public; None where none is."""
+    if not (args.push_to_hub and args.do_train):
+        return None, None
+    repository = args.hub_model_id or home_repository(args.output_dir)
+    return prepare_repository(repository, "model", args.hub_private_repo, args.dry_run)
+
+
 def published_files(args: argparse.Namespace) -> list[str]:
     """Patterns of what is pushed: what this script writes, and the student where it lies in the output directory."""
     output_dir = args.output_dir.resolve()
     student = Path(args.model_name_or_path).resolve()
-    patterns = [*TRAINING_FILES, *TOKENIZER_FILES, *SCRIPTS, *MODEL_FILES]
+    patterns = [*TRAINING_FILES, *TOKENIZER_FILES, *SCRIPTS, "config.json", "generation_config.json"]
     if student.is_relative_to(output_dir):
         patterns.append(f"{student.relative_to(output_dir)}/*")
     return patterns
@@ -3378,13 +3391,14 @@ def push_model(repo_id: str, message: str, args: argparse.Namespace) -> None:
     )
     push_again(upload)
     record = read_record(output_dir / RECORD)
-    update = functools.partial(distillation_card, record, read_metrics(output_dir / "metrics.jsonl"), args)
+    entries = read_metrics(output_dir / METRICS)
     local_card = read_card(output_dir / "README.md")
+    update = functools.partial(distillation_card, record, entries, args)
     push_card(repo_id, "model", lambda card: update(card or local_card), message)
 
 
-def is_pushing(training: "Training") -> bool:
-    """Whether a push is running. One that failed is reported, and made up for by the next."""
+def is_pushing(training: Training) -> bool:
+    """Whether a push is running. A failed one is only reported: the next push uploads the same files."""
     if training.push and training.push.done():
         if error := training.push.exception():
             logger.warning("a push to %s failed, training goes on: %s", training.repo_id, first_line(error))
@@ -3392,19 +3406,17 @@ def is_pushing(training: "Training") -> bool:
     return training.push is not None
 
 
-def push_progress(training: "Training", models: Models, args: argparse.Namespace) -> None:
+def push_progress(training: Training) -> None:
     """Push the model as it is now in the background, unless the push before is still running."""
-    is_ready = training.repo_id is not None and not is_pushing(training)
-    if broadcast_object_list([is_ready])[0]:
+    if training.repo_id and not is_pushing(training):
         step = training.state.step
-        write_model(training, models, training.record | {"steps": step}, args)
-        if training.repo_id:
-            message = f"Training in progress, step {step}"
-            training.push = HfApi().run_as_future(push_model, training.repo_id, message, args)
+        write_model(training, {"steps": step})
+        message = f"Training in progress, step {step}"
+        training.push = HfApi().run_as_future(push_model, training.repo_id, message, training.args)
 
 
 def push_result(repo_id: str, args: argparse.Namespace) -> None:
-    """Push what is not on the Hub yet."""
+    """Push the trained model, or what an earlier push has not uploaded."""
     try:
         push_model(repo_id, "Distilled model", args)
     except HUB_ERRORS as error:
@@ -3412,108 +3424,88 @@ def push_result(repo_id: str, args: argparse.Namespace) -> None:
     logger.info("pushed to %s/%s", without_password(constants.ENDPOINT), repo_id)
 
 
-def finish_training(training: Training, models: Models, data: Data, began: float, args: argparse.Namespace) -> None:
+def finish_training(training: Training, began: float) -> None:
     """Write the trained model, its card and the record that it is complete."""
     while is_pushing(training):
         time.sleep(0.1)
     result = {
         "status": "complete",
-        "steps": data.total_steps,
+        "steps": training.data.total_steps,
         "best": training.state.best,
         "teacher_evaluation": training.state.teacher,
         "seconds": round(time.monotonic() - began, 1),
     }
-    write_model(training, models, training.record | result, args)
-    logger.info("the trained model is in %s", args.output_dir.resolve())
+    write_model(training, result)
+    logger.info("the trained model is in %s", training.args.output_dir.resolve())
 
 
 def print_inputs(data: Data) -> None:
     """Print the dry run's lines about the rows."""
-    for rows in [*data.train, data.held_out]:
-        if rows is not None:
-            hours = f"{rows.hours:.2f} h, " if rows.hours else ""
-            counts = f"{len(rows)} rows, {hours}{rows.token_counts.mean():.1f} tokens a label"
-            print(f"input: {rows.name}, {counts}, {sum(rows.left_out.values())} rows left out")
+    for rows in filter(None, [*data.train, data.held_out]):
+        hours = f"{rows.hours:.2f} h, " if rows.hours else ""
+        counts = f"{len(rows)} rows, {hours}{rows.token_counts.mean():.1f} tokens a label"
+        print(f"input: {rows.name}, {counts}, {sum(rows.left_out.values())} rows left out")
 
 
-@dataclass
-class Cost:
-    """What a dry run measures."""
-
-    device: str
-    step_seconds: float
-    rows_trained: float  # a second, by each process
-    rows_read: float  # a second, by a process that loads batches
-
-
-def measure_steps(models: Models, data: Data, accelerator: Accelerator, args: argparse.Namespace) -> Cost:
-    """Time the steps of a training on its first rows. A dry run has no weights; random ones take as long."""
-    for model in filter(None, (models.teacher, models.student)):
-        model.to_empty(device=accelerator.device)
-        model.tie_weights()
-        for weight in model.parameters():
-            weight.detach().normal_(std=0.02)
-    if models.teacher:
-        encoders = (models.student.model.encoder, models.teacher.model.encoder)
-        pairs = list(zip(*(encoder.parameters() for encoder in encoders), strict=False))
-        if all(weight.shape == source.shape for weight, source in pairs):
-            for weight, source in pairs:  # as a rule, the student's encoder is the teacher's
-                weight.detach().copy_(source)
-    place_models(models, args, accelerator.device)
-    optimizer = make_optimizer(models, accelerator.device, args)
-    model, optimizer = accelerator.prepare(models.trained.train(), optimizer)
-    scheduler = make_scheduler(args, optimizer, data.total_steps)
-    training = Training(accelerator, model, optimizer, scheduler, TrainingState(), {}, None)
-
-    rows = data.train[0]
-    size = args.per_device_train_batch_size
-    sample = range(min(size, len(rows)))
-    values = itertools.cycle(rows.first_inputs)
-    rows.dataset = {int(row): {rows.input_column: next(values)} for row in rows.usable[: len(sample)]}
+def measure_steps(training: Training) -> tuple[float, float]:
+    """Seconds to load a micro-batch, and seconds of a step, by a training on its first rows."""
+    rows = training.data.train[0]
+    size = training.args.per_device_train_batch_size
+    sample = np.resize(np.arange(len(rows)), size)  # repeated where there are fewer
+    inputs = itertools.cycle({rows.input_column: value} for value in rows.first_inputs)
+    rows.dataset = dict(zip(rows.usable[sample].tolist(), inputs, strict=False))
     started = time.perf_counter()
-    batch = collate([rows[index] for index in np.resize(sample, size)])
-    rows_read = size / (time.perf_counter() - started)
+    batch = collate([rows[index] for index in sample])
+    loading = time.perf_counter() - started
+    prepare_training(training)
+    training.wrapped.train()
     for number in range(1 + SAMPLE_STEPS):
         if number == 1:  # the first step compiles, allocates and fills caches
             started = time.perf_counter()
-        optimiser_step(training, models, data, itertools.repeat(batch), args)
-    step_seconds = (time.perf_counter() - started) / SAMPLE_STEPS
-    rows_trained = data.plan.batch_size / data.plan.processes / step_seconds
-    return Cost(accelerator.device.type, step_seconds, rows_trained, rows_read)
+        optimiser_step(training, itertools.repeat(batch))
+    return loading, (time.perf_counter() - started) / SAMPLE_STEPS
 
 
-def print_training_plan(
-    start: Start, models: Models, data: Data, cost: Cost, pushes: str, args: argparse.Namespace
+def print_plan(
+    training: Training,
+    start: Start,
+    loading: float,
+    step_seconds: float,
+    pushes: str,
 ) -> None:
-    """Print what a run would read, do, write and push."""
+    """Print what a run would read, do, write and push, and how long it would take."""
+    args = training.args
+    data = training.data
+    models = training.models
+    total = data.total_steps
     print_inputs(data)
-    print(f"work: {data.total_steps} steps of {data.plan.batch_size} rows, {data.plan.steps_per_epoch} an epoch")
-    step = data.total_steps if start.finished else start.state.step
-    print(f"done: {step} of {data.total_steps} steps{f' ({start.checkpoint.name})' if start.checkpoint else ''}")
+    print(f"work: {total} steps of {data.plan.batch_size} rows, {data.plan.steps_per_epoch} an epoch")
+    step = total if start.finished else start.state.step
+    print(f"done: {step} of {total} steps{f' ({start.checkpoint.name})' if start.checkpoint else ''}")
     if start.to_remove:
         print(f"removes: {', '.join(path.name for path in start.to_remove)} in {args.output_dir}")
     size = sum(4 * weight.numel() for weight in models.student.parameters()) / 1e9  # float32
     trained_size = sum(weight.nbytes for weight in models.trained.parameters()) / 1e9
-    saved = math.ceil(data.total_steps / args.save_steps)
+    saved = math.ceil(total / args.save_steps)
     kept = min(saved, args.save_total_limit or saved)
     checkpoints = f"{kept} checkpoints of {3 * trained_size:.2f} GB each"  # weights, and AdamW's two averages
     print(f"writes: {args.output_dir}, the model of {size:.2f} GB, {checkpoints}")
     print(f"pushes: {f'{pushes}, {size:.2f} GB at every save' if pushes else 'nothing'}")
-    left = data.total_steps - step
-    hours = left * cost.step_seconds / 3600
-    print(f"left: {left} steps, {hours:.2f} h at {cost.step_seconds:.3f} s a step (measured on this {cost.device})")
-    speeds = f"a training process takes {cost.rows_trained:.1f} rows/s, a process that loads gives {cost.rows_read:.1f}"
-    print(f"rates: {speeds}")
+    hours = (total - step) * step_seconds / 3600
+    device = training.accelerator.device.type
+    print(f"left: {total - step} steps, {hours:.2f} h at {step_seconds:.3f} s a step (measured on this {device})")
+    trained = data.plan.batch_size / data.plan.processes / step_seconds
+    read = args.per_device_train_batch_size / loading
+    print(f"rates: a training process takes {trained:.1f} rows/s, a process that loads gives {read:.1f}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
-    """Fail where flags do not go together."""
-    if args.do_train and not args.train_dataset_name:
-        fail("nothing to do: --do_train needs --train_dataset_name")
-    if not args.do_train and not args.eval_dataset_name:
+    """Fail where flags contradict each other."""
+    needed = args.train_dataset_name if args.do_train else args.eval_dataset_name
+    if not needed:
         fail("nothing to do: pass --do_train and --train_dataset_name, or --eval_dataset_name for an evaluation")
     if args.cache_encoder_outputs and not args.freeze_encoder:
         fail("--cache_encoder_outputs needs --freeze_encoder: the outputs of an encoder in training change")
@@ -3523,23 +3515,22 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         fail(f"--lr_scheduler_type {args.lr_scheduler_type} follows the held-out loss: it needs --eval_dataset_name")
     if args.dtype == "float16" and not torch.cuda.is_available():
         fail("--dtype float16 needs a GPU: use bfloat16 or float32")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        fail("DeepSpeed resumes from pickles, which may hold code: train by DDP or FSDP (`accelerate config`)")
+    for engine in ("DeepSpeed", "FSDP"):  # their checkpoints are in other forms; DeepSpeed's may hold code
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}") == "true":
+            fail(f"{engine} is not supported: train by DDP (`accelerate config`)")
     if args.output_dir.resolve() == Path(args.model_name_or_path).resolve():
         fail(f"--output_dir {args.output_dir} is the student to start from: choose another")
 
 
 def load_data(models: Models, accelerator: Accelerator, args: argparse.Namespace) -> Data:
-    """The rows, and in which order they are trained on."""
+    """Read the rows, and plan the order of training."""
     train = []
     held_out = None
     with accelerator.local_main_process_first():  # the others find the Arrow files in the cache
         if args.do_train:
             train = [Rows(source, models, args) for source in training_sources(args)]
         if args.eval_dataset_name:
-            prompt = (first_of_joined(args.language), first_of_joined(args.task))
-            source = Source(args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name, *prompt)
-            held_out = Rows(source, models, args, held_out=True)
+            held_out = Rows(held_out_source(args), models, args)
     for rows, share in zip(train, args.kl_shares or (), strict=False):
         rows.kl_share = share
     plan = Plan(
@@ -3556,31 +3547,25 @@ def load_data(models: Models, accelerator: Accelerator, args: argparse.Namespace
     return Data(train, held_out, plan, total_steps)
 
 
-def training_settings(models: Models, data: Data, args: argparse.Namespace) -> dict:
+def training_settings(training: Training) -> dict:
     """The settings that change the trained weights. A dry run does not know the models' weights."""
+    args = training.args
+    data = training.data
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["train_data"] = [rows.digest for rows in data.train]
     settings["global_batch_size"] = data.plan.batch_size
     if not args.lr_scheduler_type.startswith("constant"):  # only then the rate depends on where the run ends
         settings["steps"] = data.total_steps
-    return settings | models.digests
+    return settings | training.models.digests
 
 
-def start_training(
-    start: Start,
-    models: Models,
-    data: Data,
-    settings: dict,
-    accelerator: Accelerator,
-    repo_id: str | None,
-    args: argparse.Namespace,
-) -> Training:
-    """Optimiser, schedule and weights, and the output directory, as they were at the step to start from."""
-    optimizer = make_optimizer(models, accelerator.device, args)
-    scheduler = make_scheduler(args, optimizer, data.total_steps)
-    model, optimizer = accelerator.prepare(models.trained, optimizer)
-    config = models.student.config
-    record = {
+def start_training(training: Training, start: Start, settings: dict) -> None:
+    """Restore output directory and training to the step to start from, write the record, and fill the cache."""
+    args = training.args
+    data = training.data
+    config = training.models.student.config
+    training.state = start.state
+    training.record = {
         "status": "running",
         "settings": settings,
         "rows": sum(data.plan.sizes),
@@ -3589,23 +3574,25 @@ def start_training(
         "steps": start.state.step,
         "steps_per_epoch": data.plan.steps_per_epoch,
         "layers": {"encoder": config.encoder_layers, "decoder": config.decoder_layers},
-        "processes": accelerator.num_processes,
+        "processes": data.plan.processes,
         "arguments": shown_arguments(args),
         "versions": library_versions("torch", "transformers", "datasets", "accelerate"),
     }
-    if accelerator.is_main_process:
+    if training.accelerator.is_main_process:
         clean_output(start, args.output_dir)
-        write_record(args.output_dir / RECORD, record)
-    accelerator.wait_for_everyone()
+        write_record(args.output_dir / RECORD, training.record)
+    training.accelerator.wait_for_everyone()
     if not (args.output_dir / RECORD).exists():
         fail(f"--output_dir {args.output_dir} must be on a file system that all machines see")
     schedule = (data.total_steps, data.plan.steps_per_epoch, data.plan.batch_size)
-    logger.info("%d rows; %d steps, %d an epoch, of %d rows", record["rows"], *schedule)
-    training = Training(accelerator, model, optimizer, scheduler, start.state, record, repo_id)
+    logger.info("%d rows; %d steps, %d an epoch, of %d rows", sum(data.plan.sizes), *schedule)
+    prepare_training(training)
     if start.checkpoint:
         load_checkpoint(training, start.checkpoint)
         logger.info("going on from step %d of %d (%s)", start.state.step, data.total_steps, start.checkpoint.name)
-    return training
+    if args.cache_encoder_outputs:
+        for rows in data.train:
+            rows.cache = fill_cache(rows, training)
 
 
 def rows_left_out(train: list[Rows]) -> dict[str, dict[str, int]]:
@@ -3625,34 +3612,42 @@ def clean_output(start: Start, output_dir: Path) -> None:
     for path in start.to_remove:
         logger.warning("removing %s", path)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in (output_dir / "metrics.jsonl", output_dir / PREDICTIONS):
-        if path.name == PREDICTIONS and not path.exists():  # it is there only with held-out rows
-            continue
-        entries = read_metrics(path, start.state.step)
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-        write_atomically(path, "".join(lines))
+    (output_dir / METRICS).touch()
+    for path in (output_dir / METRICS, output_dir / PREDICTIONS):
+        if path.exists():
+            entries = read_metrics(path, start.state.step)
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+            write_atomically(path, "".join(lines))
 
 
-def evaluate_only(models: Models, data: Data, accelerator: Accelerator, args: argparse.Namespace) -> None:
+def evaluate_only(training: Training) -> None:
     """Evaluate teacher and student on the held-out rows, and write the figures."""
+    models = {"teacher": training.models.teacher, "student": training.models.student}
     figures = {}
-    for name, model in (("teacher", models.teacher), ("student", models.student)):
-        if model is None:
-            continue
-        figures[name], _ = evaluate(model.eval(), models, data.held_out, accelerator, args)
-        log_evaluation(name, figures[name])
-    if accelerator.is_main_process:
-        write_json(args.output_dir / EVALUATION, figures)
+    for name, model in models.items():
+        if model is not None:
+            figures[name], _ = evaluate(model.eval(), training)
+            log_evaluation(name, figures[name])
+    if training.accelerator.is_main_process:
+        write_json(training.args.output_dir / "evaluation.json", figures)
+
+
+@contextlib.contextmanager
+def stopped_by_signals(training: Training) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the training after a step, when it is saved."""
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, training.stop)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def one_line_for_faults() -> Iterator[None]:
-    """End with one line where what a user can mend is in the way, and leave no loader's process behind."""
+    """End with one line for faults that a user can mend, and leave no loading process behind."""
     try:
         yield
-    except LostWorker:
-        remedy = "If memory ran out, lower --dataloader_num_workers"
-        fail(f"a process that loads batches was killed. {remedy}. {CONTINUE}")
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
@@ -3680,15 +3675,16 @@ def main(argv: list[str] | None = None) -> int:
         transformers.logging.disable_progress_bar()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         args.dtype = choose_dtype(args.dtype, device)
+        args.attn_type = choose_attention(args.attn_type, args.dtype, device)
+
+        # 2. Refuse what can be refused.
+        refuse_contradictions(args)
         accelerator = start_accelerator(
             args,
             [DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             mixed_precision=MIXED_PRECISION[args.dtype],
             gradient_accumulation_steps=args.gradient_accumulation_steps,
         )
-
-        # 2. Refuse what can be refused.
-        refuse_contradictions(args)
         args.dataloader_num_workers = choose_workers(args, accelerator.device, accelerator.num_processes)
         if args.dataloader_num_workers and not args.dry_run:
             start_fork_server()
@@ -3697,51 +3693,43 @@ def main(argv: list[str] | None = None) -> int:
             locks.enter_context(hold_lock(args.output_dir / ".training.lock", str(args.output_dir), *leftovers))
         accelerator.wait_for_everyone()
         repo_id = visibility = None
-        if args.push_to_hub and args.do_train and accelerator.is_main_process:
-            repository = args.hub_model_id or home_repository(args.output_dir)
-            repo_id, visibility = prepare_repository(repository, "model", args.hub_private_repo, args.dry_run)
         if accelerator.is_main_process:
+            repo_id, visibility = prepare_push(args)
             check_cards(args.output_dir, repo_id, "model")
 
         # 3. Load.
         models = load_models(args, accelerator.device)
         data = load_data(models, accelerator, args)
+        training = Training(args, accelerator, models, data, repo_id=repo_id)
 
         # 4. Find what is left to do.
         if not args.do_train:
             if args.dry_run:
                 print_inputs(data)
             else:
-                evaluate_only(models, data, accelerator, args)
+                evaluate_only(training)
             return 0
-        settings = training_settings(models, data, args)
+        settings = training_settings(training)
         start = find_start(settings, data.total_steps, args) if accelerator.is_main_process else None
-        if args.dry_run:
-            cost = measure_steps(models, data, accelerator, args)
-            if start:
-                print_training_plan(start, models, data, cost, f"{repo_id} ({visibility})" if repo_id else "", args)
-            return 0
         start = broadcast_object_list([start])[0]
-
+        if args.dry_run:
+            seconds = measure_steps(training)
+            if accelerator.is_main_process:
+                print_plan(training, start, *seconds, f"{repo_id} ({visibility})" if repo_id else "")
+            return 0
         if start.finished:
             logger.info("%s holds the finished result of this command: nothing is trained", args.output_dir)
         else:
             # 5. Work.
-            training = start_training(start, models, data, settings, accelerator, repo_id, args)
-            if args.cache_encoder_outputs:
-                for rows in data.train:
-                    rows.cache = fill_cache(rows, models, accelerator, args)
+            start_training(training, start, settings)
             start_tracker(accelerator, args, args.wandb_name)
-            handlers = {}
-            for number in (signal.SIGTERM, signal.SIGINT):
-                handlers[number] = signal.signal(number, training.stop)
-            status = train(training, models, data, args)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            with stopped_by_signals(training):
+                status = train(training)
 
             # 6. Write record and card.
-            if status == 0:
-                finish_training(training, models, data, began, args)
+            if status == 0 and accelerator.is_main_process:
+                finish_training(training, began)
+            accelerator.wait_for_everyone()
             accelerator.end_training()
             if status:
                 return status

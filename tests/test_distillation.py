@@ -1619,6 +1619,13 @@ def test_a_mistake_is_one_line_that_says_what_to_do(command, flags, message):
     assert "\n" not in str(error.value) and str(error.value).startswith("run_distillation.py: error: ")
 
 
+@pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
+def test_engines_whose_checkpoints_have_other_forms_are_refused(command, monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    with pytest.raises(SystemExit, match=f"{engine} is not supported: train by DDP"):
+        script.main(command())
+
+
 def test_models_and_data_that_do_not_fit_together_are_refused(command, examples, tiny_teacher_v2, tmp_path):
     with pytest.raises(SystemExit, match=r"vocab_size is .* in the student, .* in the teacher"):
         script.main(command("out", "--teacher_model_name_or_path", tiny_teacher_v2))

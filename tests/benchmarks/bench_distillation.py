@@ -178,15 +178,16 @@ def serve_script(root: Path, dtype: str, cached: bool, batch_size: int) -> None:
         finally:
             filling = time.perf_counter() - start
 
-    def serve_steps(training, models, data, args) -> int:
+    def serve_steps(training) -> int:
+        data = training.data
         indices = data.plan.micro_batches(0, data.total_steps, 0)
         batches = script.read_batches(data.train[0], indices, workers=0)
-        training.model.train()
+        training.wrapped.train()
         answer(ready=True, filling=filling)
         for _ in sys.stdin:
             synchronise()
             start = time.perf_counter()
-            (ce_sum, kl_sum, num_tokens), _, _ = script.optimiser_step(training, models, data, batches, args)
+            (ce_sum, kl_sum, num_tokens), _, _ = script.optimiser_step(training, batches)
             synchronise()
             training.state.step += 1
             loss = (WEIGHTS[0] * ce_sum + WEIGHTS[1] * kl_sum) / num_tokens
