@@ -2155,7 +2155,7 @@ def vectorize_shard(job: Job, shard: int) -> None:
     Features are stored in float16 as (frames, mels), with as many frames as the clip fills.
     """
     output = job.outputs["vectorized"]
-    source_path = job.outputs.get("packed", job.outputs["filtered"]).shard_path(shard)
+    source_path = whole_shard(job, "packed" if "packed" in job.outputs else "filtered", shard)
     notes = read_notes(source_path)
     clips = pq.read_table(source_path, columns=["audio", "labels", "input_length"])
     source = None  # windows differ from threshold to threshold
@@ -2364,7 +2364,7 @@ def read_filtered_clips(job: Job, shards: range) -> list[PackedClip]:
     filtered = job.outputs["filtered"]
     clips = []
     for shard in shards:
-        path = filtered.shard_path(shard)
+        path = whole_shard(job, "filtered", shard)
         first = shard * filtered.settings["shard_size"]
         stored = pq.read_table(path).to_pylist()
         for row, values in zip(read_notes(path)["kept"], stored, strict=True):
@@ -2426,12 +2426,19 @@ def pack_shard(job: Job, shard: int) -> None:
     write_parquet(packed.shard_path(shard), [table], schema, notes)
 
 
-SHARD_WRITERS = {"filtered": filter_shard, "packed": pack_shard, "vectorized": vectorize_shard}
-
-
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
+SHARD_WRITERS = {"filtered": filter_shard, "packed": pack_shard, "vectorized": vectorize_shard}
 WORKER_JOB: Job | None = None  # set in each worker
+
+
+def whole_shard(job: Job, kind: str, shard: int) -> Path:
+    """The file of a shard from which another is made. It is read to the end, and made again if it is damaged."""
+    path = job.outputs[kind].shard_path(shard)
+    if not is_whole(path):
+        logger.warning("%s is damaged and is made again", path)
+        SHARD_WRITERS[kind](job, shard)
+    return path
 
 
 def start_worker(jobs: multiprocessing.Queue) -> None:
@@ -2911,7 +2918,7 @@ def fetch_filtered(args: argparse.Namespace, filtered: Output) -> None:
             )
         except HUB_ERRORS as error:
             hub_fail(f"downloading {filtered.repository}", error)
-    if filtered.missing_shards() or find_damaged(filtered.present_shards(), args.preprocessing_num_workers):
+    if filtered.missing_shards():
         fail(
             f"--skip_filtering, but {filtered.directory} does not have all shards of {filtered.record.stem}: "
             "filter first"
@@ -2927,18 +2934,21 @@ def refuse_other_results(output: Output) -> None:
             refuse_other_settings(output.directory, notes.get("settings", {}), output.settings)
 
 
+def delete_results(output: Output) -> None:
+    """Delete what earlier runs made."""
+    output.record.unlink(missing_ok=True)
+    for path in output.present_shards():
+        path.unlink()
+
+
 def delete_damaged(output: Output, threads: int) -> None:
-    """Delete damaged shards, which are then made again."""
+    """Delete damaged shards, which are then made again. That takes as long as reading all shards."""
     for path in find_damaged(output.present_shards(), threads):
         path.unlink()
 
 
-def open_output(output: Output, overwrite: bool) -> None:
-    """Create the directory and the record of an output; `overwrite` first deletes what earlier runs made."""
-    if overwrite:
-        output.record.unlink(missing_ok=True)
-        for path in output.present_shards():
-            path.unlink()
+def open_output(output: Output) -> None:
+    """Create the directory and the record of an output."""
     output.shard_path(0).parent.mkdir(parents=True, exist_ok=True)
     if output.missing_shards() or read_record(output.record) is None:
         record = {"stage": "filtering", "status": "running", "settings": output.settings}
@@ -2978,9 +2988,13 @@ def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: co
             list_ours = functools.partial(list_split, config=output.settings["config"], split=output.settings["split"])
             check_cards(output.directory, output.repository if output in pushed else None, "dataset", list_ours)
     if is_main and not args.dry_run:
+        is_complete = not any(output.missing_shards() for output in job.outputs.values())
         for output in made:
-            delete_damaged(output, args.preprocessing_num_workers)
-            open_output(output, args.overwrite_output_dir)
+            if args.overwrite_output_dir:
+                delete_results(output)
+            elif is_complete:  # otherwise only those are read that others are made from
+                delete_damaged(output, args.preprocessing_num_workers)
+            open_output(output)
     return pushed
 
 

@@ -691,6 +691,37 @@ def test_a_damaged_shard_is_made_again(source, filtered, run, tmp_path, name):
     assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file, which its footer does not show."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_all_shards_are_read_to_the_end_only_when_nothing_else_is_left_to_do(source, filtered, run, tmp_path):
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    damaged, missing = (tmp_path / NAMES[1] / "tiny" / f"train-{shard:05d}-of-00008.parquet" for shard in (2, 5))
+    flip(damaged)
+    content = damaged.read_bytes()
+    missing.unlink()
+    assert run(source, *SAME, output=tmp_path) == 0
+    assert missing.exists()
+    assert damaged.read_bytes() == content
+    assert run(source, *SAME, output=tmp_path) == 0
+    assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
+@pytest.mark.parametrize("more", [[], ["--skip_filtering"]])
+def test_a_damaged_shard_is_made_again_before_others_are_made_from_it(source, filtered, run, tmp_path, more, caplog):
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    damaged, missing = (tmp_path / name / "tiny" / "train-00002-of-00008.parquet" for name in NAMES)
+    flip(damaged)
+    missing.unlink()
+    assert run(source, *SAME, "--preprocessing_num_workers", 1, *more, output=tmp_path) == 0
+    assert f"{damaged} is damaged and is made again" in caplog.text
+    assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
 def test_a_damaged_filtered_shard_is_not_vectorised(source, filtered, run, tmp_path):
     shutil.copytree(filtered / NAMES[0], tmp_path / NAMES[0])
     damaged = tmp_path / NAMES[0] / "tiny" / "train-00003-of-00008.parquet"
