@@ -61,7 +61,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from difflib import SequenceMatcher
 from itertools import pairwise
@@ -2189,7 +2189,7 @@ def vectorize_shard(job: Job, shard: int) -> None:
 
 @dataclass
 class PackedClip:
-    """A filtered clip that will be put into a window."""
+    """A filtered clip that will be put into a window. A window is a list of clips."""
 
     row: int  # of the labelled dataset
     samples: int
@@ -2203,21 +2203,12 @@ class PackedClip:
     place: float = 0.0  # the clips of a window are sorted by this
     alone: bool = False  # the clip has a window of its own
     gap: int = 0  # silence before the clip, steps
+    start: int = 0  # in its window, steps; `arrange` sets it
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         """The length of the clip in steps of 0.02 s, those of the timestamps."""
         return math.ceil(self.samples / TIMESTAMP_SAMPLES)
-
-
-@dataclass
-class Window:
-    """Whole clips that follow one another."""
-
-    clips: list[PackedClip] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)  # of the clips, steps
-    steps: int = 0  # of clips and silences together
-    tokens: int = 0  # of the clips together
 
 
 def draw_choices(clip: PackedClip, settings: dict) -> None:
@@ -2230,7 +2221,7 @@ def draw_choices(clip: PackedClip, settings: dict) -> None:
     clip.gap = draw.randint(0, int(longest_gap + 1e-6))
 
 
-def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> list[Window]:
+def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> list[list[PackedClip]]:
     """Put every clip into one window.
 
     In random order, each clip goes into the fullest window of its speaker that has room for it, which fills windows
@@ -2242,41 +2233,36 @@ def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> li
     windows = []
     shared = defaultdict(list)  # windows that may take more clips, by speaker
     for clip in sorted(clips, key=lambda clip: clip.order):
-        steps = clip.steps + clip.gap
-        window = None
-        if not clip.alone:
-            window = fullest_window(shared[clip.speaker], capacity - steps, max_tokens - clip.tokens)
-        if window is None:
-            window = Window()
+        candidates = [] if clip.alone else shared[clip.speaker]
+        fitting = []
+        for window in candidates:
+            tokens = clip.tokens + sum(other.tokens for other in window)
+            if tokens <= max_tokens and window_steps([clip, *window]) <= capacity:
+                fitting.append(window)
+        if fitting:
+            window = max(fitting, key=window_steps)
+        else:
+            window = []
             windows.append(window)
-            if not clip.alone:
-                shared[clip.speaker].append(window)
-        window.clips.append(clip)
-        window.steps += steps
-        window.tokens += clip.tokens
+            candidates.append(window)
+        window.append(clip)
     for window in windows:
         arrange(window)
     return windows
 
 
-def fullest_window(windows: list[Window], max_steps: float, max_tokens: int) -> Window | None:
-    """The fullest of the windows with at most this many steps and tokens; None if no window has so few."""
-    fullest = None
-    for window in windows:
-        has_room = window.steps <= max_steps and window.tokens <= max_tokens
-        if has_room and (fullest is None or window.steps > fullest.steps):
-            fullest = window
-    return fullest
+def window_steps(window: list[PackedClip]) -> int:
+    """The steps of clips and silences together."""
+    return sum(clip.gap + clip.steps for clip in window)
 
 
-def arrange(window: Window) -> None:
+def arrange(window: list[PackedClip]) -> None:
     """Sort the clips of a window and set their starts. No silence comes before the first."""
-    window.clips.sort(key=lambda clip: clip.place)
-    end = -window.clips[0].gap
-    for clip in window.clips:
-        start = end + clip.gap
-        window.starts.append(start)
-        end = start + clip.steps
+    window.sort(key=lambda clip: clip.place)
+    end = -window[0].gap
+    for clip in window:
+        clip.start = end + clip.gap
+        end = clip.start + clip.steps
 
 
 def place_body(body: TokenIds, start: int, samples: int, tokens: SpecialTokens) -> TokenIds:
@@ -2289,13 +2275,11 @@ def place_body(body: TokenIds, start: int, samples: int, tokens: SpecialTokens) 
     text = [number for number, token in enumerate(body) if tokens.is_text(token)]
     if not text:
         return []
-    first = text[0]
-    last = text[-1]
-    before = body[first - 1] if first else zero
-    after = body[last + 1] if last + 1 < len(body) else tokens.timestamps[-1]
+    bounded = [zero, *body, tokens.timestamps[-1]]
+    between = bounded[text[0] : text[-1] + 3]  # the text with the timestamps before and after it
     end = start + round(samples / TIMESTAMP_SAMPLES)
     placed = []
-    for token in [before, *body[first : last + 1], after]:
+    for token in between:
         if token in tokens.timestamps:
             token = zero + min(token - zero + start, end)
         placed.append(token)
@@ -2332,24 +2316,15 @@ def join_ids(
     return joined_ids
 
 
-def window_samples(window: Window) -> np.ndarray:
+def window_samples(window: list[PackedClip]) -> np.ndarray:
     """The audio of a window, with silence between the clips, as 16-bit samples, which most corpora have."""
-    waveforms = [decode_clip(clip.audio).waveform for clip in window.clips]
-    length = window.starts[-1] * TIMESTAMP_SAMPLES + len(waveforms[-1])
-    samples = np.zeros(length, np.int16)
-    for waveform, start in zip(waveforms, window.starts, strict=True):
-        first = start * TIMESTAMP_SAMPLES
-        last = first + len(waveform)
-        samples[first:last] = np.clip(np.rint(waveform * 32768), -32768, 32767)
+    samples = np.zeros(0, np.int16)
+    for clip in window:
+        waveform = decode_clip(clip.audio).waveform
+        silence = np.zeros(clip.start * TIMESTAMP_SAMPLES - len(samples), np.int16)
+        speech = np.clip(np.rint(waveform * 32768), -32768, 32767)
+        samples = np.concatenate([samples, silence, speech.astype(np.int16)])
     return samples
-
-
-def window_body(window: Window, tokens: SpecialTokens) -> TokenIds:
-    """Text and timestamps of the label of a window, without prefix and end."""
-    body = []
-    for clip, start in zip(window.clips, window.starts, strict=True):
-        body += place_body(clip.body, start, clip.samples, tokens)
-    return body
 
 
 def encode_flac(samples: np.ndarray) -> bytes:
@@ -2361,11 +2336,10 @@ def encode_flac(samples: np.ndarray) -> bytes:
 
 def read_filtered_clips(job: Job, shards: range) -> list[PackedClip]:
     """The clips of these filtered shards."""
-    filtered = job.outputs["filtered"]
     clips = []
     for shard in shards:
         path = whole_shard(job, "filtered", shard)
-        first = shard * filtered.settings["shard_size"]
+        first = shard * job.outputs["filtered"].settings["shard_size"]
         stored = pq.read_table(path).to_pylist()
         for row, values in zip(read_notes(path)["kept"], stored, strict=True):
             body = label_body(values["whisper_transcript"], job.tokenizer, job.tokens)
@@ -2382,6 +2356,25 @@ def read_filtered_clips(job: Job, shards: range) -> list[PackedClip]:
     return clips
 
 
+def window_row(
+    window: list[PackedClip], text: TokenIds, previous: TokenIds, tokens: SpecialTokens, settings: dict
+) -> dict:
+    """What is stored of a window. `text` and `previous` are the texts of its label and of that of the window before."""
+    body = []
+    for clip in window:
+        body += place_body(clip.body, clip.start, clip.samples, tokens)
+    samples = window_samples(window)
+    return {
+        "audio": {"bytes": encode_flac(samples), "path": None},
+        "text": join_texts([clip.text for clip in window], settings["language"]),
+        "whisper_transcript": [*tokens.prefix, *body, tokens.end],
+        "labels": build_label(body, text, previous, f"window {window[0].row}", tokens, settings),
+        "input_length": len(samples),
+        "clips": [clip.row for clip in window],
+        "clip_starts": [round(clip.start * STEP_SECONDS, 2) for clip in window],
+    }
+
+
 def pack_shard(job: Job, shard: int) -> None:
     """Write the windows of the filtered shards that are packed together in this shard."""
     filtered = job.outputs["filtered"]
@@ -2389,41 +2382,27 @@ def pack_shard(job: Job, shard: int) -> None:
     settings = packed.settings
     tokens = job.tokens
     together = settings["shard_size"] // filtered.settings["shard_size"]
-    first = shard * together
-    shards = range(first, min(first + together, filtered.shards))
+    shards = range(filtered.shards)[shard * together :][:together]
     max_tokens = settings["max_label_length"] - len(tokens.prefix) - 2  # <|notimestamps|>, <|endoftext|>
     rows = []
-    windows = []
+    statistics = []
     previous: TokenIds = []
     for window in fill_windows(read_filtered_clips(job, shards), settings, max_tokens):
-        clips = window.clips
-        body = window_body(window, tokens)
-        parts = [text_ids(clip.body, tokens) for clip in clips]
-        text = join_ids(parts, settings["language"], max_tokens, job.tokenizer, tokens)
-        label = build_label(body, text, previous, f"window {clips[0].row}", tokens, settings)
-        previous = text or previous
-        samples = window_samples(window)
-        row = {
-            "audio": {"bytes": encode_flac(samples), "path": None},
-            "text": join_texts([clip.text for clip in clips], settings["language"]),
-            "whisper_transcript": [*tokens.prefix, *body, tokens.end],
-            "labels": label,
-            "input_length": len(samples),
-            "clips": [clip.row for clip in clips],
-            "clip_starts": [round(start * STEP_SECONDS, 2) for start in window.starts],
-        }
+        texts = [text_ids(clip.body, tokens) for clip in window]
+        text = join_ids(texts, settings["language"], max_tokens, job.tokenizer, tokens)
+        row = window_row(window, text, previous, tokens, settings)
         rows.append(row)
-        statistics = {
-            "alone": clips[0].alone,
-            "clips": len(clips),
-            "samples": sum(clip.samples for clip in clips),
-            "tokens": len(label),
+        counts = {
+            "alone": window[0].alone,
+            "clips": len(window),
+            "samples": sum(clip.samples for clip in window),
+            "tokens": len(row["labels"]),
         }
-        windows.append(statistics)
-    notes = {"settings": settings, "kept": list(range(len(rows))), "windows": windows}
-    schema = Features(AUDIO_COLUMNS | WINDOW_COLUMNS).arrow_schema
-    table = pa.Table.from_pylist(rows, schema)
-    write_parquet(packed.shard_path(shard), [table], schema, notes)
+        statistics.append(counts)
+        previous = text or previous
+    notes = {"settings": settings, "kept": list(range(len(rows))), "windows": statistics}
+    table = pa.Table.from_pylist(rows, Features(AUDIO_COLUMNS | WINDOW_COLUMNS).arrow_schema)
+    write_parquet(packed.shard_path(shard), [table], table.schema, notes)
 
 
 # ---- workers ---------------------------------------------------------------------------------------------------------

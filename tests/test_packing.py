@@ -98,20 +98,19 @@ def test_every_clip_is_in_one_window_that_keeps_the_limits(clips, seed, seconds,
     choices |= {"concatenate_probability": probability}
     packed = [script.PackedClip(row, *clip) for row, clip in enumerate(clips)]
     windows = script.fill_windows(packed, choices, limit)
-    assert sorted(clip.row for window in windows for clip in window.clips) == list(range(len(clips)))
+    assert sorted(clip.row for window in windows for clip in window) == list(range(len(clips)))
     for window in windows:
-        assert window.starts[0] == 0
-        assert len(window.starts) == len(window.clips)
-        if len(window.clips) == 1:
+        assert window[0].start == 0
+        if len(window) == 1:
             continue
-        assert not any(clip.alone for clip in window.clips)
-        assert len({clip.speaker for clip in window.clips}) == 1
-        assert window.clips[0].speaker is not None
-        assert sum(clip.tokens for clip in window.clips) <= limit
-        ends = [start * 0.02 + clip.samples / 16_000 for clip, start in zip(window.clips, window.starts, strict=True)]
+        assert not any(clip.alone for clip in window)
+        assert len({clip.speaker for clip in window}) == 1
+        assert window[0].speaker is not None
+        assert sum(clip.tokens for clip in window) <= limit
+        ends = [clip.start * 0.02 + clip.samples / 16_000 for clip in window]
         assert ends[-1] <= seconds + 1e-9
-        for end, start in zip(ends[:-1], window.starts[1:], strict=True):
-            assert -1e-9 <= start * 0.02 - end < gap + 0.02
+        for end, clip in zip(ends[:-1], window[1:], strict=True):
+            assert -1e-9 <= clip.start * 0.02 - end < gap + 0.02
 
 
 @pytest.mark.parametrize("clips", [330, 1000])
@@ -124,11 +123,11 @@ def test_windows_are_filled_to_90_percent_without_gathering_clips_of_one_length(
         for row, length in enumerate(seconds):
             packed.append(script.PackedClip(row, round(16_000 * length), round(4.3 * length) + 2, "any"))
         windows = script.fill_windows(packed, TOGETHER | {"seed": seed}, 251)
-        fill = [sum(seconds[clip.row] for clip in window.clips) / 30 for window in windows]
+        fill = [sum(seconds[clip.row] for clip in window) / 30 for window in windows]
         assert np.mean(fill) >= 0.9
-        pairs = [(seconds[a.row], seconds[b.row]) for w in windows for a in w.clips for b in w.clips if a is not b]
+        pairs = [(seconds[a.row], seconds[b.row]) for w in windows for a in w for b in w if a is not b]
         assert np.corrcoef(np.array(pairs).T)[0, 1] < 0.05
-        first, last = ([seconds[window.clips[place].row] for window in windows] for place in (0, -1))
+        first, last = ([seconds[window[place].row] for window in windows] for place in (0, -1))
         assert abs(np.mean(first) - np.mean(last)) < 1.0
 
 
