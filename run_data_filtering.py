@@ -56,7 +56,6 @@ import tempfile
 import threading
 import time
 import unicodedata
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -1698,6 +1697,18 @@ class RowGroup(NamedTuple):
     number: int  # of the row group in its file
 
 
+class Labelled(NamedTuple):
+    """The labelled dataset."""
+
+    config: str
+    digest: str  # tells datasets apart
+    rows: int
+    columns: dict[str, str]  # names by role: audio, label; if they are there or needed, text, name, speaker and scores
+    row_groups: list[RowGroup]  # none where the rows are in `dataset`
+    dataset: datasets.Dataset | None  # what is not stored as parquet in the form of our labelling
+    place: Place  # where the files lie that rows name
+
+
 class SpecialTokens(NamedTuple):
     """Ids of Whisper's special tokens: those of text come before `end`, those of timestamps behind `no_timestamps`."""
 
@@ -1729,38 +1740,46 @@ class Output:
     visibility: str = ""  # of the repository: private or public
 
     @property
+    def title(self) -> str:
+        """Directory and beginning of the names of the shards."""
+        return f"{self.settings['config']}/{self.settings['split']}"
+
+    @property
     def record(self) -> Path:
         return self.directory / f"filtering.{self.settings['config']}.{self.settings['split']}.json"
 
     def shard_path(self, shard: int) -> Path:
-        name = f"{self.settings['split']}-{shard:05d}-of-{self.shards:05d}.parquet"
-        return self.directory / self.settings["config"] / name
+        return self.directory / f"{self.title}-{shard:05d}-of-{self.shards:05d}.parquet"
 
     def missing_shards(self) -> list[int]:
         """The shards that do not exist or whose footer is damaged."""
-        return [shard for shard in range(self.shards) if read_notes(self.shard_path(shard)) is None]
+        missing = []
+        for shard in range(self.shards):
+            if read_notes(self.shard_path(shard)) is None:
+                missing.append(shard)
+        return missing
 
     def present_shards(self) -> list[Path]:
         """The shards that exist, whatever they were made with."""
-        directory = self.directory / self.settings["config"]
-        return sorted(directory.glob(f"{self.settings['split']}-*-of-*.parquet"))
+        return sorted(self.directory.glob(f"{self.title}-*-of-*.parquet"))
 
 
 @dataclass
 class Job:
     """What a worker needs to know. Every worker receives it once."""
 
-    row_groups: list[RowGroup]  # none where the rows are in `dataset`
-    dataset: datasets.Dataset | None  # what is not stored as parquet in the form of our labelling
-    place: Place  # where the files lie that rows name
-    rows: int  # of the labelled dataset
-    columns: dict[str, str]  # names by role: audio, label; if they are there or needed, text, name, speaker and scores
+    labelled: Labelled
     tokenizer: WhisperTokenizerFast
     tokens: SpecialTokens
     extractor: WhisperFeatureExtractor
     batch_size: int
     outputs: dict[str, Output]  # by kind, in the order in which they are made
     results: Path  # directory and name of the outputs, without the suffix of each
+
+
+def digest(content: bytes) -> str:
+    """A short hash of the content."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -1790,28 +1809,23 @@ def find_row_groups(paths: list[str]) -> tuple[list[RowGroup], str]:
     return row_groups, digest(footers.getvalue())
 
 
-def read_rows(job: Job, start: int, stop: int, roles: list[str]) -> pa.Table:
+def read_rows(labelled: Labelled, start: int, stop: int, roles: list[str]) -> pa.Table:
     """Rows `start` to `stop` of the labelled dataset, or up to its end. Columns are chosen and named by role."""
-    columns = [job.columns[role] for role in roles]
-    if job.dataset is not None:
-        stored = job.dataset.select_columns(columns).with_format("arrow")
-        return stored[start : min(stop, job.rows)].select(columns).rename_columns(roles)
+    columns = [labelled.columns[role] for role in roles]
+    if labelled.dataset is not None:
+        stored = labelled.dataset.select_columns(columns).with_format("arrow")
+        table = stored[start : min(stop, labelled.rows)]
+        return table.select(columns).rename_columns(roles)
     tables = []
-    first = bisect_right(job.row_groups, start, key=lambda group: group.stop)
-    for group in job.row_groups[first:]:
-        if group.start >= stop:
-            break
+    for group in labelled.row_groups:
+        if group.stop <= start or group.start >= stop:
+            continue
         with naming_damage(group.path):
             file = pq.ParquetFile(group.path, page_checksum_verification=True)
             table = file.read_row_group(group.number, columns)
         skipped = max(start - group.start, 0)
         tables.append(table.slice(skipped, stop - group.start - skipped))
     return pa.concat_tables(tables).select(columns).rename_columns(roles)
-
-
-def digest(content: bytes) -> str:
-    """A short hash of the content."""
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -1832,12 +1846,13 @@ class Label(NamedTuple):
 
 def find_special_tokens(vocabulary: dict[str, int], prompt: dict[str, str]) -> SpecialTokens:
     """Look up the special tokens. `prompt` has language and task, and is empty for an English-only model."""
+    no_timestamps = vocabulary["<|notimestamps|>"]
     return SpecialTokens(
         prefix=[vocabulary[f"<|{name}|>"] for name in ("startoftranscript", *prompt.values())],
         end=vocabulary["<|endoftext|>"],
         previous=vocabulary["<|startofprev|>"],
-        no_timestamps=vocabulary["<|notimestamps|>"],
-        last=max(*vocabulary.values(), vocabulary["<|notimestamps|>"] + TIMESTAMPS),
+        no_timestamps=no_timestamps,
+        last=max(*vocabulary.values(), no_timestamps + TIMESTAMPS),
     )
 
 
@@ -1846,31 +1861,33 @@ def tokenize_label(label: str, tokenizer: WhisperTokenizerFast, tokens: SpecialT
     vocabulary = tokenizer.get_vocab()
     body = []
     for piece in re.split(r"(<\|[^<>|]*\|>)", label):
-        timestamp = re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece)
-        if timestamp:
+        if timestamp := re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece):
             step = round(float(timestamp[1]) / STEP_SECONDS)
-            body.append(tokens.no_timestamps + 1 + step)
+            body.append(tokens.timestamps.start + step)
         elif tokens.is_text(vocabulary.get(piece, 0)):
             body += tokenizer(piece, add_special_tokens=False).input_ids
     return [*tokens.prefix, *body, tokens.end]
 
 
-def label_body(stored: TokenIds | str | None, tokenizer: WhisperTokenizerFast, tokens: SpecialTokens) -> TokenIds:
+def label_body(label: TokenIds | str | None, tokenizer: WhisperTokenizerFast, tokens: SpecialTokens) -> TokenIds:
     """Text and timestamps of a stored label, without its prefix and its end. Raises UnusableLabel."""
-    label = tokenize_label(stored, tokenizer, tokens) if isinstance(stored, str) else stored
+    if isinstance(label, str):
+        label = tokenize_label(label, tokenizer, tokens)
     if not label:
         raise UnusableLabel("no label")
     if min(label) < 0 or max(label) > tokens.last:
         raise UnusableLabel("label ids outside the vocabulary")
     if label[0] != tokens.prefix[0]:
         raise UnusableLabel("malformed label")
-    if label[: len(tokens.prefix)] != tokens.prefix:
+    start = len(tokens.prefix)
+    if label[:start] != tokens.prefix:
         raise UnusableLabel("label for another language or task")
-    body = label[len(tokens.prefix) :]
-    if body[:1] == [tokens.no_timestamps]:
-        body = body[1:]
-    while body[-2:] == [tokens.end, tokens.end]:  # padding
-        body = body[:-1]
+    if tokens.no_timestamps in label[start : start + 1]:
+        start += 1
+    stop = len(label)
+    while label[stop - 2 : stop] == [tokens.end, tokens.end]:  # padding
+        stop -= 1
+    body = label[start:stop]
     special = [token for token in body if tokens.end <= token <= tokens.no_timestamps]
     if special != [tokens.end] or body[-1] != tokens.end:
         raise UnusableLabel("malformed label")
@@ -1883,7 +1900,12 @@ def text_ids(body: TokenIds, tokens: SpecialTokens) -> TokenIds:
 
 
 def build_label(
-    body: TokenIds, text: TokenIds, previous: TokenIds, row: int | str, tokens: SpecialTokens, settings: dict
+    body: TokenIds,
+    text: TokenIds,
+    previous: TokenIds,
+    row: int | str,
+    tokens: SpecialTokens,
+    settings: dict,
 ) -> TokenIds:
     """The decoder sequence to train on: `body` with its timestamps, or `text` without, optionally after a prompt.
 
@@ -1909,7 +1931,7 @@ def read_labels(job: Job, start: int, stop: int) -> list[Label]:
     """The labels of these rows. A prompt is the text of the previous row, if that has a usable label."""
     settings = job.outputs["filtered"].settings
     first = max(start - 1, 0)  # the row before is read for the first prompt
-    stored = read_rows(job, first, stop, ["label"])["label"].to_pylist()
+    stored = read_rows(job.labelled, first, stop, ["label"])["label"].to_pylist()
     labels = []
     previous: TokenIds = []
     for row, value in enumerate(stored, first):
@@ -1941,40 +1963,38 @@ def error_counts(reference: str, hypothesis: str) -> list[int]:
     return counts
 
 
-def repeats(text: str, limit: int | None) -> bool:
+def repeats(text: str, limit: int) -> bool:
     """Whether a piece of the text occurs more than `limit` times in succession, as when a teacher loops."""
-    if limit is None:
-        return False
     return re.search(rf"(.+?)\1{{{limit}}}", "".join(text.split())) is not None
 
 
-def hallucination_test(settings: dict) -> Callable[[str], bool]:
-    """Whether a normalised text is a phrase that Whisper is known to say where nothing is said, once or repeated.
+def is_near(phrase: Sequence, heard: Sequence, least_ratio: float) -> bool:
+    """Whether a phrase, once or repeated, is about what was heard."""
+    times = max(1, round(len(heard) / len(phrase)))
+    matcher = SequenceMatcher(None, phrase * times, heard, autojunk=False)
+    ratios = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # each lower and slower than the one before
+    return all(ratio() >= least_ratio for ratio in ratios)
+
+
+def find_hallucinations(texts: Iterable[str], settings: dict) -> list[bool]:
+    """Which normalised texts are a phrase that Whisper is known to say where nothing is said.
 
     A near match counts as well: a few more characters, or a word more.
     """
     language = "en" if settings["task"] == "translate" else settings["language"]
     is_unspaced = language in UNSPACED
+    split = list if is_unspaced else str.split
     normalise = text_normaliser(language, {})
-    units = list if is_unspaced else str.split
-    phrases = []
-    for phrase in (*HALLUCINATIONS.get(language, ()), *(settings["hallucinations"] or ())):
-        if normalise(phrase):
-            phrases.append(units(normalise(phrase)))
-
-    def is_hallucination(text: str) -> bool:
-        heard = units(text)
-        matcher = SequenceMatcher(autojunk=False)
-        matcher.set_seq2(heard)
-        for phrase in phrases:
-            times = max(1, round(len(heard) / len(phrase)))
-            matcher.set_seq1(phrase * times)
-            bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # each slower than the one before
-            if all(ratio() >= NEAR[is_unspaced] for ratio in bounds):
-                return True
-        return False
-
-    return functools.lru_cache(maxsize=10_000)(is_hallucination)
+    known = [*HALLUCINATIONS.get(language, ()), *(settings["hallucinations"] or ())]
+    phrases = [split(normalise(phrase)) for phrase in known]
+    phrases = list(filter(None, phrases))
+    least_ratio = NEAR[is_unspaced]
+    found = []
+    for text in texts:
+        heard = split(text)
+        is_known = any(is_near(phrase, heard, least_ratio) for phrase in phrases)
+        found.append(is_known)
+    return found
 
 
 def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) -> pd.DataFrame:
@@ -1982,30 +2002,30 @@ def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) ->
 
     Where there are no references, the teacher's text is taken for one.
     """
-    settings = job.outputs["filtered"].settings
-    normalise = text_normaliser(settings["language"], job.tokenizer.english_spelling_normalizer)
+    language = job.outputs["filtered"].settings["language"]
+    normalise = text_normaliser(language, job.tokenizer.english_spelling_normalizer)
     rows = pd.DataFrame(labels)
     hypotheses = job.tokenizer.batch_decode(rows.ids.to_list())
-    references = table["text"].to_pylist() if "text" in job.columns else [text.strip() for text in hypotheses]
-    rows["text"] = references
-    rows["hypothesis"] = [normalise(text) for text in hypotheses]
-    rows["reference"] = [normalise(text or "") for text in references]
-    rows.loc[rows.problem.notna(), "reference"] = ""  # without a label, nothing is compared
+    rows["text"] = [text.strip() for text in hypotheses]
     rows["name"] = [f"row {start + number}" for number in rows.index]
     for role in table.column_names:
-        if role not in ("text", "label"):
+        if role != "label":
             rows[role] = table[role].to_pylist()
+    rows["hypothesis"] = [normalise(text) for text in hypotheses]
+    rows["reference"] = [normalise(text) for text in rows.text.fillna("")]
+    rows.loc[rows.problem.notna(), "reference"] = ""  # without a label, nothing is compared
     return rows
 
 
 def measure_rows(rows: pd.DataFrame, clips: dict[int, dict]) -> pd.DataFrame:
     """The `MEASURES` of the rows. A clip that cannot be read or decoded has 0 samples."""
     measures = []
-    for row in rows.index:
-        clip = decode_clip(clips[row]["bytes"])
-        if problem := clips[row]["problem"] or clip.problem:
-            logger.warning("left out: %s (%s)", clips[row]["path"] or rows.name[row], problem)
-        counts = error_counts(rows.reference[row], rows.hypothesis[row])
+    for row in rows.itertuples():
+        stored = clips[row.Index]
+        clip = decode_clip(stored["bytes"])
+        if problem := stored["problem"] or clip.problem:
+            logger.warning("left out: %s (%s)", stored["path"] or row.name, problem)
+        counts = error_counts(row.reference, row.hypothesis)
         measures.append([clip.samples, *counts])
     return pd.DataFrame(measures, columns=MEASURES)
 
@@ -2024,33 +2044,36 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
     that results with different values are not mixed. A limit on a score that the labelling stores needs only an entry
     in `TEACHER_SCORES`.
     """
+    metric = settings["metric"]
     limit = settings["max_ngram_repeats"]
-    is_hallucination = hallucination_test(settings)
-    is_spoken = (rows.reference == rows.hypothesis) if settings["metric"] else False  # somebody really says it
     conditions = {
-        "empty reference" if settings["metric"] else "empty label": rows.reference == "",
+        "empty reference" if metric else "empty label": rows.reference == "",
         "undecodable audio": rows.samples == 0,
         "shorter than the minimum": rows.samples < settings["min_duration_in_seconds"] * SAMPLING_RATE,
         "longer than the maximum": rows.samples > settings["max_duration_in_seconds"] * SAMPLING_RATE,
         "label too long": rows.label_length > settings["max_label_length"],
-        "label repeats itself": [repeats(hypothesis, limit) for hypothesis in rows.hypothesis],
-        "known hallucination": rows.hypothesis.map(is_hallucination) & ~np.array(is_spoken),
     }
+    if limit is not None:
+        conditions["label repeats itself"] = [repeats(text, limit) for text in rows.hypothesis]
+    is_known = pd.Series(find_hallucinations(rows.hypothesis, settings))
+    if metric:  # where the reference is the same, somebody really says it
+        is_known &= rows.reference != rows.hypothesis
+    conditions["known hallucination"] = is_known
     for flag, (column, reason) in TEACHER_SCORES.items():
         if settings[flag] is not None:
             scores = rows[column].astype(float)
             too_low = scores < settings[flag]
             too_high = scores > settings[flag]
             conditions[reason] = too_low if flag.startswith("min_") else too_high
-    if settings["metric"]:
-        conditions[OVER_THRESHOLD] = rows[settings["metric"]] > settings["threshold"]
-    reasons = np.select(list(conditions.values()), list(conditions), default=KEPT)
+    if metric:
+        conditions[OVER_THRESHOLD] = rows[metric] > settings["threshold"]
+    reasons = np.select([*conditions.values()], [*conditions], KEPT)
     return np.where(rows.problem.isna(), reasons, rows.problem)
 
 
 def read_clips(job: Job, start: int, stop: int) -> dict[int, dict]:
     """The encoded audio of these rows as `{bytes, path, problem}`; the keys count from 0."""
-    column = read_rows(job, start, stop, ["audio"])["audio"]
+    column = read_rows(job.labelled, start, stop, ["audio"])["audio"]
     clips = {}
     for row, audio in enumerate(column.to_pylist()):
         path = audio["path"] if audio else None
@@ -2058,13 +2081,19 @@ def read_clips(job: Job, start: int, stop: int) -> dict[int, dict]:
             path = os.path.basename(path)  # others may read the result
         clips[row] = {"bytes": None, "path": path, "problem": None}
         try:
-            clips[row]["bytes"] = read_audio(audio, job.place)
+            clips[row]["bytes"] = read_audio(audio, job.labelled.place)
         except Unreadable as error:
             clips[row]["problem"] = str(error)
     return clips
 
 
-def copy_from_others(job: Job, output: Output, shard: int, source: str, column: str) -> tuple[dict, dict[int, Any]]:
+def copy_from_others(
+    job: Job,
+    output: Output,
+    shard: int,
+    source: str,
+    column: str,
+) -> tuple[dict, dict[int, Any]]:
     """Notes and a column, by row, of the same shard at other thresholds, as far as it was made from the same source."""
     notes = {}
     values = {}
@@ -2083,15 +2112,15 @@ def filter_shard(job: Job, shard: int) -> None:
     output = job.outputs["filtered"]
     start = shard * output.settings["shard_size"]
     stop = start + output.settings["shard_size"]
-    roles = [role for role in job.columns if role != "audio"]
-    table = read_rows(job, start, stop, roles)
+    roles = [role for role in job.labelled.columns if role != "audio"]
+    table = read_rows(job.labelled, start, stop, roles)
     labels = read_labels(job, start, stop)
     rows = compare_texts(job, table, labels, start)
 
     # Measures and audio of the same rows are taken from other thresholds, if there are any.
-    texts = table.select([role for role in ("text", "label") if role in roles]).to_pydict()
+    texts = table.select([role for role in ("text", "label") if role in roles])
     settings = [output.settings[name] for name in MEASURE_SETTINGS]
-    source = digest(json.dumps([texts, settings]).encode())
+    source = digest(json.dumps([texts.to_pydict(), settings]).encode())
     other_notes, clips = copy_from_others(job, output, shard, source, "audio")
     if other_notes:
         measures = pd.DataFrame(other_notes["rows"])[MEASURES]
@@ -2105,44 +2134,51 @@ def filter_shard(job: Job, shard: int) -> None:
     if not clips.keys() >= set(kept.index):
         clips = read_clips(job, start, stop)
     stored = table.take(pa.array(kept.index, pa.int64()))
+    kept_clips = [clips[row] for row in kept.index]
+    filtered = filtered_table(kept, stored, kept_clips)
+    notes = {"settings": output.settings, **shard_notes(rows, source)}
+    write_parquet(output.shard_path(shard), [filtered], filtered.schema, notes)
+
+
+def filtered_table(kept: pd.DataFrame, stored: pa.Table, clips: list[dict]) -> pa.Table:
+    """The rows that are kept, as they are stored: `stored` has their columns in the labelled dataset, by role."""
+    scores = SCORE_COLUMNS
+    if "text" not in stored.column_names:
+        scores = {column: Value("float32") for column, _ in TEACHER_SCORES.values()}
+    types = dict(AUDIO_COLUMNS)
     columns = {
-        "audio": [{"bytes": clips[row]["bytes"], "path": clips[row]["path"]} for row in kept.index],
+        "audio": clips,
         "text": kept.text.to_list(),
         "whisper_transcript": stored["label"],
         "labels": kept.labels.to_list(),
         "input_length": kept.samples.to_list(),
     }
-    types = dict(AUDIO_COLUMNS)
-    scores = SCORE_COLUMNS
-    if "text" not in job.columns:
-        scores = {column: Value("float32") for column, _ in TEACHER_SCORES.values() if column in job.columns}
-    for column in scores:
-        columns[column] = kept[column].to_list()
-    types |= scores
+    for column, value_type in scores.items():
+        if column in kept:
+            types[column] = value_type
+            columns[column] = kept[column].to_list()
     if pa.types.is_string(stored["label"].type):
         types["whisper_transcript"] = Value("string")
-    if "speaker" in job.columns:
+    if "speaker" in stored.column_names:
         types["speaker"] = Value("string")
         columns["speaker"] = stored["speaker"]
-    schema = Features(types).arrow_schema
-    notes = {"settings": output.settings, **shard_notes(rows, source)}
-    write_parquet(output.shard_path(shard), [pa.table(columns, schema)], schema, notes)
+    return pa.table(columns, Features(types).arrow_schema)
 
 
 def shard_notes(rows: pd.DataFrame, source: str) -> dict:
     """What a shard notes about all of its rows, for the report and for other thresholds."""
+    kept = rows[rows.reason == KEPT]
     unusable = rows[rows.reason.isin(UNUSABLE)]
-    dropped = rows[rows.reason == OVER_THRESHOLD]
-    worst = dropped.nlargest(5, "cer")[["name", "reference", "hypothesis", "wer", "cer"]]
+    worst = rows[rows.reason == OVER_THRESHOLD].nlargest(5, "cer")
     frequent = Counter(rows.hypothesis).most_common(FREQUENT_LABELS)
-    kept = Counter(rows.hypothesis[rows.reason == KEPT])
+    kept_counts = Counter(kept.hypothesis)
     return {
         "source": source,
-        "kept": rows.index[rows.reason == KEPT].to_list(),
+        "kept": kept.index.to_list(),
         "rows": rows[["reason", *MEASURES]].to_dict("list"),
         "unusable": unusable[["reason", "name"]].to_dict("records"),
-        "worst": worst.to_dict("records"),
-        "frequent": [[label, count, kept[label]] for label, count in frequent if label],
+        "worst": worst[["name", "reference", "hypothesis", "wer", "cer"]].to_dict("records"),
+        "frequent": [[label, count, kept_counts[label]] for label, count in frequent if label],
     }
 
 
@@ -2150,24 +2186,30 @@ def shard_notes(rows: pd.DataFrame, source: str) -> dict:
 
 
 def vectorize_shard(job: Job, shard: int) -> None:
-    """Write the features and labels of a shard of windows, or of filtered clips if there are no windows.
-
-    Features are stored in float16 as (frames, mels), with as many frames as the clip fills.
-    """
+    """Write the features and labels of a shard of windows, or of filtered clips if there are no windows."""
     output = job.outputs["vectorized"]
-    source_path = whole_shard(job, "packed" if "packed" in job.outputs else "filtered", shard)
-    notes = read_notes(source_path)
-    clips = pq.read_table(source_path, columns=["audio", "labels", "input_length"])
+    is_packed = "packed" in job.outputs
+    path = whole_shard(job, "packed" if is_packed else "filtered", shard)
+    notes = read_notes(path)
+    clips = pq.read_table(path, columns=["audio", "labels", "input_length"])
     source = None  # windows differ from threshold to threshold
     copied = {}
-    if "packed" not in job.outputs:
+    if not is_packed:
         source = f"{notes['source']}, features"
         _, copied = copy_from_others(job, output, shard, source, "input_features")
     features = [copied.get(row) for row in notes["kept"]]
+    fill_features(features, clips, job)
+    columns = {"input_features": features, "labels": clips["labels"], "input_length": clips["input_length"]}
+    table = pa.table(columns, Features(FEATURE_COLUMNS).arrow_schema)
+    features_notes = {"settings": output.settings, "source": source, "kept": notes["kept"]}
+    write_parquet(output.shard_path(shard), [table], table.schema, features_notes)
 
+
+def fill_features(features: list[bytes | None], clips: pa.Table, job: Job) -> None:
+    """Compute the features that are None: float16, (frames, mels), with as many frames as the clip fills."""
     lengths = clips["input_length"].to_pylist()
     missing = [number for number, stored in enumerate(features) if stored is None]
-    missing.sort(key=lambda number: lengths[number])  # clips of similar length need little padding
+    missing.sort(key=lengths.__getitem__)  # clips of similar length need little padding
     for first in range(0, len(missing), job.batch_size):
         batch = missing[first : first + job.batch_size]
         waveforms = []
@@ -2175,13 +2217,9 @@ def vectorize_shard(job: Job, shard: int) -> None:
             content = clips["audio"][number]["bytes"].as_py()
             waveforms.append(decode_clip(content).waveform)
         spectrograms = log_mel(waveforms, job.extractor).numpy()  # (clips, mels, frames)
-        for number, waveform, spectrogram in zip(batch, waveforms, spectrograms, strict=True):
-            filled = spectrogram[:, : filled_frames(len(waveform))]
+        for number, spectrogram in zip(batch, spectrograms, strict=True):
+            filled = spectrogram[:, : filled_frames(lengths[number])]
             features[number] = filled.T.astype("<f2").tobytes()
-    columns = {"input_features": features, "labels": clips["labels"], "input_length": clips["input_length"]}
-    schema = Features(FEATURE_COLUMNS).arrow_schema
-    features_notes = {"settings": output.settings, "source": source, "kept": notes["kept"]}
-    write_parquet(output.shard_path(shard), [pa.table(columns, schema)], schema, features_notes)
 
 
 # ---- windows of several clips ----------------------------------------------------------------------------------------
@@ -2293,7 +2331,11 @@ def join_texts(texts: list[str], language: str) -> str:
 
 
 def join_ids(
-    parts: list[TokenIds], language: str, limit: int, tokenizer: WhisperTokenizerFast, tokens: SpecialTokens
+    parts: list[TokenIds],
+    language: str,
+    limit: int,
+    tokenizer: WhisperTokenizerFast,
+    tokens: SpecialTokens,
 ) -> TokenIds:
     """The ids of the joined texts, as the tokenizer splits the joined text.
 
@@ -2327,13 +2369,6 @@ def window_samples(window: list[PackedClip]) -> np.ndarray:
     return samples
 
 
-def encode_flac(samples: np.ndarray) -> bytes:
-    """The samples as the bytes of a FLAC file."""
-    file = io.BytesIO()
-    soundfile.write(file, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    return file.getvalue()
-
-
 def read_filtered_clips(job: Job, shards: range) -> list[PackedClip]:
     """The clips of these filtered shards."""
     clips = []
@@ -2357,15 +2392,21 @@ def read_filtered_clips(job: Job, shards: range) -> list[PackedClip]:
 
 
 def window_row(
-    window: list[PackedClip], text: TokenIds, previous: TokenIds, tokens: SpecialTokens, settings: dict
+    window: list[PackedClip],
+    text: TokenIds,
+    previous: TokenIds,
+    tokens: SpecialTokens,
+    settings: dict,
 ) -> dict:
     """What is stored of a window. `text` and `previous` are the texts of its label and of that of the window before."""
     body = []
     for clip in window:
         body += place_body(clip.body, clip.start, clip.samples, tokens)
     samples = window_samples(window)
+    flac = io.BytesIO()
+    soundfile.write(flac, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     return {
-        "audio": {"bytes": encode_flac(samples), "path": None},
+        "audio": {"bytes": flac.getvalue(), "path": None},
         "text": join_texts([clip.text for clip in window], settings["language"]),
         "whisper_transcript": [*tokens.prefix, *body, tokens.end],
         "labels": build_label(body, text, previous, f"window {window[0].row}", tokens, settings),
@@ -2480,8 +2521,8 @@ def percent(part: float, whole: float) -> float:
     return 100 * part / whole if whole else 0.0
 
 
-def summarize_filter(filtered: Output) -> dict:
-    """Clips in and out by reason, by reference length and at other thresholds, and the worst labels."""
+def read_filtering(filtered: Output) -> tuple[pd.DataFrame, dict]:
+    """The reasons and measures of all rows, and the clips and labels that the report names, from the shards' notes."""
     tables = []
     worst = []
     unusable = defaultdict(list)
@@ -2493,31 +2534,37 @@ def summarize_filter(filtered: Output) -> dict:
         worst += notes["worst"]
         for row in notes["unusable"]:
             unusable[row["reason"]].append(row["name"])
-        for label, count, kept_count in notes.get("frequent", []):
+        for label, count, kept in notes["frequent"]:
             frequent[label] += count
-            frequent_kept[label] += kept_count
+            frequent_kept[label] += kept
     worst.sort(key=lambda row: row["cer"], reverse=True)
-    rows = add_scores(pd.concat(tables, ignore_index=True))
+    labels = [[label, count, frequent_kept[label]] for label, count in frequent.most_common(20)]
+    named = {"worst": worst[:10], "frequent_labels": labels, "unusable": unusable}
+    return pd.concat(tables, ignore_index=True), named
+
+
+def summarize_filter(filtered: Output) -> dict:
+    """Clips in and out by reason, by reference length and at other thresholds, and the worst labels."""
+    rows, named = read_filtering(filtered)
+    rows = add_scores(rows)
     kept = rows[rows.reason == KEPT]
     judged = rows[rows.reason.isin([KEPT, OVER_THRESHOLD])]  # dropped or kept by the threshold alone
     scores = judged[filtered.settings["metric"] or "cer"]
-    bins = np.minimum(scores // 5, 20).astype(int)  # of 5 per cent; the last has no upper end
+    bins = [*range(0, 105, 5), math.inf]
     total = rows[MEASURES].sum().to_dict()
     total_kept = kept[MEASURES].sum().to_dict()
-    samples = [total["samples"], total_kept["samples"]]
+    hours = [counts["samples"] / SAMPLING_RATE / 3600 for counts in (total, total_kept)]
     cer_of_kept = percent(total_kept["character_errors"], total_kept["characters"])
     return {
         "clips": [len(rows), len(kept)],
-        "hours": [round(count / SAMPLING_RATE / 3600, 3) for count in samples],
+        "hours": [round(value, 3) for value in hours],
         "characters": [total["characters"], total_kept["characters"]],
         "cer_of_kept": round(cer_of_kept, 3),
         "reasons": rows.reason.value_counts().to_dict(),
         "by_reference_length": count_by_length(rows),
-        "other_thresholds": {"wer": count_under(judged.wer), "cer": count_under(judged.cer)},
-        "score_histogram": np.bincount(bins, minlength=21).tolist(),
-        "worst": worst[:10],
-        "frequent_labels": [[label, count, frequent_kept[label]] for label, count in frequent.most_common(20)],
-        "unusable": unusable,
+        "other_thresholds": {metric: count_under(judged[metric]) for metric in SCORE_COLUMNS},
+        "score_histogram": np.histogram(scores, bins)[0].tolist(),
+        **named,
     }
 
 
@@ -2525,7 +2572,8 @@ def count_under(scores: pd.Series) -> dict[str, int]:
     """How many clips other thresholds would keep."""
     counts = {}
     for threshold in OTHER_THRESHOLDS:
-        counts[str(threshold)] = int((scores <= threshold).sum())
+        kept = (scores <= threshold).sum()
+        counts[str(threshold)] = int(kept)
     return counts
 
 
@@ -2605,20 +2653,22 @@ def keep_rates(counts: dict[str, list]) -> list[list]:
 def describe_filter(output: Output, report: dict) -> str:
     """What the card says of one configuration and split."""
     settings = output.settings
-    totals = keep_rates({name: report[name] for name in ("clips", "hours", "characters")})
+    totals = {name: report[name] for name in ("clips", "hours", "characters")}
     lengths = keep_rates(report["by_reference_length"])
     frequent = [[label[:80], *counts] for label, *counts in report["frequent_labels"]]
     parts = [
         describe_rule(report, settings),
-        markdown_table(["", "in", "out", "%"], totals),
+        markdown_table(["", "in", "out", "%"], keep_rates(totals)),
+    ]
+    if "windows" in report:
+        parts.append(describe_windows(report["windows"], settings))
+    parts += [
         f"![Scores, and keep rate by length]({output.record.with_suffix('.png').name})",
         markdown_table(["reason", "clips"], report["reasons"].items()),
         markdown_table(["characters of the reference, or else of the label", "clips", "kept", "%"], lengths),
         "The most frequent labels, normalised:",
         markdown_table(["label", "clips", "kept"], frequent),
     ]
-    if "windows" in report:
-        parts.insert(2, describe_windows(report["windows"], settings))
     if settings["metric"]:
         parts += describe_thresholds(report)
     return "\n\n".join(parts)
@@ -2645,9 +2695,8 @@ def describe_thresholds(report: dict) -> list[str]:
         thresholds.append([name.upper(), *counts.values()])
     worst = []
     for row in report["worst"]:
-        reference = row["reference"][:80]
-        hypothesis = row["hypothesis"][:80]
-        worst.append([row["name"], round(row["cer"]), reference, hypothesis])
+        texts = [row["reference"][:80], row["hypothesis"][:80]]
+        worst.append([row["name"], round(row["cer"]), *texts])
     return [
         markdown_table(["clips that another threshold (%) would keep", *OTHER_THRESHOLDS], thresholds),
         "The worst of the labels that were dropped, normalised:",
@@ -2658,20 +2707,19 @@ def describe_thresholds(report: dict) -> list[str]:
 def draw_report(report: dict, settings: dict) -> bytes:
     """A PNG of the distribution of the scores and of the share of clips that is kept by reference length."""
     figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = list(figure.subplots(1, 2 if settings["metric"] else 1, squeeze=False)[0])
-    lengths = panels.pop()
-    for scores in panels:
+    if settings["metric"]:
+        scores, lengths = figure.subplots(1, 2)
         scores.bar(range(0, 105, 5), report["score_histogram"], width=5, align="edge")
         scores.axvline(settings["threshold"], color="black", linestyle="--", label="threshold")
         scores.legend()
-        scores.set_xlabel(f"{settings['metric'].upper()}, % (last bar: 100 and more)")
-        scores.set_ylabel("clips")
+        scores.set(xlabel=f"{settings['metric'].upper()}, % (last bar: 100 and more)", ylabel="clips")
+    else:
+        lengths = figure.subplots()
     classes = report["by_reference_length"]
     shares = [percent(kept, total) for total, kept in classes.values()]
     lengths.bar(list(classes), shares)
-    lengths.set_xlabel(f"{'reference' if settings['metric'] else 'label'} length, characters")
-    lengths.set_ylabel("kept, %")
-    lengths.set_ylim(0, 100)
+    texts = "reference" if settings["metric"] else "label"
+    lengths.set(xlabel=f"{texts} length, characters", ylabel="kept, %", ylim=(0, 100))
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     return image.getvalue()
@@ -2697,52 +2745,42 @@ def find_parquet(args: argparse.Namespace) -> tuple[str, list[str]]:
             paths = datasets.DownloadManager().download(paths)
     except (ValueError, *HUB_ERRORS) as error:
         hub_fail(f"reading {args.dataset_name} ({args.dataset_config_name})", error)
-    return builder.config.name, paths if all(is_as_labelled(args, path) for path in paths) else []
+    if not all(is_as_labelled(args, path) for path in paths):
+        return builder.config.name, []
+    return builder.config.name, paths
 
 
 def is_as_labelled(args: argparse.Namespace, path: str) -> bool:
     """Whether a parquet file has the form in which our labelling writes texts and audio."""
     parquet = pq.ParquetFile(path, page_checksum_verification=True)
     schema = parquet.schema_arrow
-    text_column = args.text_column_name or "transcription"
-    has_text = text_column in schema.names
     if args.audio_column_name not in schema.names:
         return True  # which is refused later
     audio = schema.field(args.audio_column_name).type
-    is_text = not has_text or pa.types.is_string(schema.field(text_column).type)
-    if not is_text or not pa.types.is_struct(audio) or audio.get_field_index("bytes") < 0:
+    if not pa.types.is_struct(audio) or audio.get_field_index("bytes") < 0:
         return False
-    try:
-        if has_text and not path.startswith("hf://"):
-            with naming_damage(path):
-                texts = parquet.read([text_column])
-            texts.validate(full=True)
-    except pa.ArrowInvalid:  # texts in another encoding
-        return False
-    if parquet.metadata.num_row_groups:
-        group = parquet.metadata.row_group(0)
-        columns = {column["path_in_schema"]: column for column in group.to_dict()["columns"]}
-        statistics = columns[f"{args.audio_column_name}.bytes"]["statistics"] or {}
-        return statistics.get("null_count") != group.num_rows  # otherwise the audio is in files that the rows name
-    return True
+    text_column = args.text_column_name or "transcription"
+    if text_column in schema.names:
+        if not pa.types.is_string(schema.field(text_column).type):
+            return False
+        if not path.startswith("hf://") and not has_valid_texts(parquet, text_column, path):
+            return False
+    if not parquet.metadata.num_row_groups:
+        return True
+    group = parquet.metadata.row_group(0)
+    columns = {column["path_in_schema"]: column for column in group.to_dict()["columns"]}
+    statistics = columns[f"{args.audio_column_name}.bytes"]["statistics"] or {}
+    return statistics.get("null_count") != group.num_rows  # otherwise the audio is in files that the rows name
 
 
-def find_columns(args: argparse.Namespace, available: list[str]) -> dict[str, str]:
-    """The columns of the labelled dataset by role. Fails if one is missing."""
-    columns = {"audio": args.audio_column_name, "label": "whisper_transcript"}
-    if args.metric:
-        columns["text"] = args.text_column_name
-    if args.speaker_id_column_name:
-        columns["speaker"] = args.speaker_id_column_name
-    for flag, (column, _) in TEACHER_SCORES.items():
-        if getattr(args, flag) is not None:
-            columns[column] = column
-    for column in columns.values():
-        if column not in available:
-            fail(f"{args.dataset_name} has no column {column!r}; it has {', '.join(available)}")
-    if "name" in available:
-        columns["name"] = "name"
-    return columns
+def has_valid_texts(parquet: pq.ParquetFile, text_column: str, path: str) -> bool:
+    """Whether the texts of a parquet file are UTF-8."""
+    with naming_damage(path):
+        texts = parquet.read([text_column])
+    with contextlib.suppress(pa.ArrowInvalid):
+        texts.validate(full=True)
+        return True
+    return False
 
 
 def find_references(args: argparse.Namespace, available: list[str]) -> None:
@@ -2769,36 +2807,36 @@ def find_references(args: argparse.Namespace, available: list[str]) -> None:
     logger.info("%s has no reference texts: the labels are judged alone", args.dataset_name)
 
 
-def read_phrases(path: str | None) -> list[str] | None:
-    """The phrases of --hallucinations."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if path else []
-    except (OSError, UnicodeError) as error:
-        fail(f"cannot read --hallucinations {path}: {first_line(error)}")
-    return [line.strip() for line in lines if line.strip()] or None
+def find_columns(args: argparse.Namespace, available: list[str]) -> dict[str, str]:
+    """The columns of the labelled dataset by role. Fails if one is missing."""
+    columns = {"audio": args.audio_column_name, "label": "whisper_transcript"}
+    if args.metric:
+        columns["text"] = args.text_column_name
+    if args.speaker_id_column_name:
+        columns["speaker"] = args.speaker_id_column_name
+    for flag, (column, _) in TEACHER_SCORES.items():
+        if getattr(args, flag) is not None:
+            columns[column] = column
+    for column in columns.values():
+        if column not in available:
+            fail(f"{args.dataset_name} has no column {column!r}; it has {', '.join(available)}")
+    if "name" in available:
+        columns["name"] = "name"
+    return columns
 
 
-def load_job(args: argparse.Namespace) -> Job:
-    """Load what the work depends on, but not the teacher's weights, and refuse arguments that contradict it."""
-    model = load_config(args.model)
-    tokenizer = load_tokenizer(args.model)
-    extractor = load_pretrained(WhisperFeatureExtractor, args.model)
-    language = language_code(args.language)
-    vocabulary = tokenizer.get_vocab()
-    refuse_other_sizes(args.model, model, vocabulary, extractor)
-    prompt = prompt_arguments(args.model, vocabulary, language, args.task)
-    if language == "en" and tokenizer.english_spelling_normalizer is None:
-        logger.warning("%s has no normalizer.json: British and American spellings count as different", args.model)
-    if (args.max_label_length or 0) > model.max_target_positions:
-        fail(f"--max_label_length {args.max_label_length} is over the decoder's {model.max_target_positions} positions")
+def open_labelled(args: argparse.Namespace) -> Labelled:
+    """Find the rows and columns of the labelled dataset. Fails if there are no rows."""
     config, paths = find_parquet(args)
-    dataset = None
-    place = Place(os.path.realpath(local_directory(args.dataset_name) or "/nowhere"), is_confined=True)
     if paths:
         row_groups, dataset_digest = find_row_groups(paths)
         rows = row_groups[-1].stop if row_groups else 0
-        find_references(args, pq.ParquetFile(paths[0]).schema_arrow.names)
-        columns = find_columns(args, pq.ParquetFile(paths[0]).schema_arrow.names)
+        dataset = None
+        directory = local_directory(args.dataset_name) or "/nowhere"
+        place = Place(os.path.realpath(directory), is_confined=True)
+        available = pq.ParquetFile(paths[0]).schema_arrow.names
+        find_references(args, available)
+        columns = find_columns(args, available)
     else:
         dataset, place = open_dataset(args.dataset_name, args.dataset_config_name, args.split, args.audio_column_name)
         row_groups = []
@@ -2810,9 +2848,26 @@ def load_job(args: argparse.Namespace) -> Job:
         dataset_digest = speech_digest(dataset, place, args.audio_column_name, others)
     if not rows:
         fail(f"{args.dataset_name} ({config}, {args.split}) has no rows")
+    return Labelled(config, dataset_digest, rows, columns, row_groups, dataset, place)
+
+
+def load_job(args: argparse.Namespace) -> Job:
+    """Load what the work depends on, but not the teacher's weights, and refuse arguments that contradict it."""
+    model = load_config(args.model)
+    tokenizer = load_tokenizer(args.model)
+    extractor = load_pretrained(WhisperFeatureExtractor, args.model)
+    vocabulary = tokenizer.get_vocab()
+    refuse_other_sizes(args.model, model, vocabulary, extractor)
+    language = language_code(args.language)
+    prompt = prompt_arguments(args.model, vocabulary, language, args.task)
+    if language == "en" and tokenizer.english_spelling_normalizer is None:
+        logger.warning("%s has no normalizer.json: British and American spellings count as different", args.model)
+    if (args.max_label_length or 0) > model.max_target_positions:
+        fail(f"--max_label_length {args.max_label_length} is over the decoder's {model.max_target_positions} positions")
+    labelled = open_labelled(args)
     settings = {
-        "dataset": dataset_digest,
-        "config": config,
+        "dataset": labelled.digest,
+        "config": labelled.config,
         "language": language,
         "normaliser": NORMALISER,
         "tokenizer": digest(tokenizer.backend_tokenizer.to_str().encode()),
@@ -2826,108 +2881,93 @@ def load_job(args: argparse.Namespace) -> Job:
     settings["split"] = split_title(args.split)
     results = results_path(args)
     return Job(
-        row_groups=row_groups,
-        dataset=dataset,
-        place=place,
-        rows=rows,
-        columns=columns,
+        labelled=labelled,
         tokenizer=tokenizer,
         tokens=find_special_tokens(vocabulary, prompt),
         extractor=extractor,
         batch_size=args.preprocessing_batch_size,
-        outputs=name_outputs(args, results, settings, rows),
+        outputs=name_outputs(args, results, settings, labelled.rows),
         results=results,
     )
 
 
 def results_path(args: argparse.Namespace) -> Path:
     """Directory and name of the outputs, without the suffix of each."""
-    dataset = Path(os.path.abspath(local_directory(args.dataset_name) or Path(args.dataset_name).name))
-    return Path(os.path.abspath(args.output_dir or dataset.parent), dataset.name)
+    dataset = local_directory(args.dataset_name) or Path(args.dataset_name).name
+    dataset = Path(os.path.abspath(dataset))
+    directory = os.path.abspath(args.output_dir or dataset.parent)
+    return Path(directory, dataset.name)
+
+
+def read_phrases(path: str | None) -> list[str] | None:
+    """The phrases of --hallucinations."""
+    if path is None:
+        return None
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        fail(f"cannot read --hallucinations {path}: {first_line(error)}")
+    return [line.strip() for line in lines if line.strip()] or None
 
 
 def name_outputs(args: argparse.Namespace, results: Path, settings: dict, rows: int) -> dict[str, Output]:
-    """The datasets to write, by kind."""
+    """The datasets to write, by kind. Each is made from the one before, and its kind is added to that one's name."""
+    hub_id = args.hub_model_id or (None if local_directory(args.dataset_name) else args.dataset_name)
     suffix = f".{args.metric}_{args.threshold}" if args.metric else ".unscored"
-    dataset_id = None if local_directory(args.dataset_name) else args.dataset_name
-    hub_id = args.hub_model_id or dataset_id
-    filtered = Output(
-        kind="filtered",
-        directory=results.with_name(results.name + suffix),
-        repository=hub_id + suffix if hub_id else None,
-        settings=settings,
-        shards=math.ceil(rows / args.shard_size),
-    )
-    outputs = {"filtered": filtered}
-    if args.concatenate_audio:
-        window_settings = dict(settings)
-        for name in WINDOW_ARGUMENTS:
-            window_settings[name] = getattr(args, name)
-        window_label = min(MAX_WINDOW_LABEL, settings["max_positions"])
-        window_settings["max_label_length"] = args.max_label_length or window_label
-        window_settings["shard_size"] = args.shard_size * math.ceil(PACKED_ROWS / args.shard_size)
-        outputs["packed"] = derive_output("packed", filtered, window_settings, rows)
-    if not args.skip_logmel:
-        source = outputs.get("packed", filtered)
-        outputs["vectorized"] = derive_output("vectorized", source, source.settings, rows)
+    wanted = {"filtered": True, "packed": args.concatenate_audio, "vectorized": not args.skip_logmel}
+    outputs = {}
+    for kind in filter(wanted.get, wanted):
+        if kind != "filtered":
+            suffix += f".{kind}"
+        if kind == "packed":
+            settings = window_settings(args, settings)
+        outputs[kind] = Output(
+            kind=kind,
+            directory=results.with_name(results.name + suffix),
+            repository=hub_id + suffix if hub_id else None,
+            settings=settings,
+            shards=math.ceil(rows / settings["shard_size"]),
+        )
     return outputs
 
 
-def derive_output(kind: str, source: Output, settings: dict, rows: int) -> Output:
-    """An output that is made from another, whose name it takes with its kind as a suffix."""
-    return Output(
-        kind=kind,
-        directory=source.directory.with_name(f"{source.directory.name}.{kind}"),
-        repository=f"{source.repository}.{kind}" if source.repository else None,
-        settings=settings,
-        shards=math.ceil(rows / settings["shard_size"]),
-    )
+def window_settings(args: argparse.Namespace, settings: dict) -> dict:
+    """The settings of windows, by those of the clips. Their shards hold at least `PACKED_ROWS` rows each."""
+    return settings | {
+        "max_label_length": args.max_label_length or min(MAX_WINDOW_LABEL, settings["max_positions"]),
+        "shard_size": args.shard_size * math.ceil(PACKED_ROWS / args.shard_size),
+        **{name: getattr(args, name) for name in WINDOW_ARGUMENTS},
+    }
 
 
 def fetch_filtered(args: argparse.Namespace, filtered: Output) -> None:
     """Download an incomplete filtered dataset if the labelled dataset is on the Hub. Fails if it stays incomplete."""
     if filtered.missing_shards() and filtered.repository and not local_directory(args.dataset_name):
-        title = f"{filtered.settings['config']}/{filtered.settings['split']}"
+        files = [filtered.record.name, f"{filtered.title}-*"]
         try:
             snapshot_download(
-                filtered.repository,
-                repo_type="dataset",
-                local_dir=filtered.directory,
-                allow_patterns=[filtered.record.name, f"{title}-*"],
+                filtered.repository, repo_type="dataset", local_dir=filtered.directory, allow_patterns=files
             )
         except HUB_ERRORS as error:
             hub_fail(f"downloading {filtered.repository}", error)
     if filtered.missing_shards():
-        fail(
-            f"--skip_filtering, but {filtered.directory} does not have all shards of {filtered.record.stem}: "
-            "filter first"
-        )
+        name = filtered.record.stem
+        fail(f"--skip_filtering, but {filtered.directory} does not have all shards of {name}: filter first")
 
 
 def refuse_other_results(output: Output) -> None:
     """Fail if the directory has results of a run with other settings."""
-    if record := read_record(output.record):
-        refuse_other_settings(output.directory, record["settings"], output.settings)
-    for path in output.present_shards():
-        if notes := read_notes(path):
-            refuse_other_settings(output.directory, notes.get("settings", {}), output.settings)
+    record = read_record(output.record)
+    notes = map(read_notes, output.present_shards())
+    for earlier in itertools.chain([record], notes):
+        if earlier:
+            refuse_other_settings(output.directory, earlier.get("settings", {}), output.settings)
 
 
-def delete_results(output: Output) -> None:
-    """Delete what earlier runs made."""
-    output.record.unlink(missing_ok=True)
-    for path in output.present_shards():
-        path.unlink()
-
-
-def delete_damaged(output: Output, threads: int) -> None:
-    """Delete damaged shards, which are then made again. That takes as long as reading all shards."""
-    for path in find_damaged(output.present_shards(), threads):
-        path.unlink()
-
-
-def open_output(output: Output) -> None:
-    """Create the directory and the record of an output."""
+def open_output(output: Output, deleted: list[Path]) -> None:
+    """Delete files of an output, which are to be made again, and create its directory and its record."""
+    for path in deleted:
+        path.unlink(missing_ok=True)
     output.shard_path(0).parent.mkdir(parents=True, exist_ok=True)
     if output.missing_shards() or read_record(output.record) is None:
         record = {"stage": "filtering", "status": "running", "settings": output.settings}
@@ -2937,23 +2977,21 @@ def open_output(output: Output) -> None:
 def lock_output(output: Output) -> contextlib.AbstractContextManager:
     """The lock of the configuration and split in an output's directory."""
     name = output.record.stem
-    config, split = output.settings["config"], output.settings["split"]
-    return hold_lock(
-        output.directory / f".{name}.lock", f"{name} in {output.directory}", f"{config}/.{split}-*.partial"
-    )
+    leftovers = f"{output.settings['config']}/.{output.settings['split']}-*.partial"
+    return hold_lock(output.directory / f".{name}.lock", f"{name} in {output.directory}", leftovers)
 
 
 def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: contextlib.ExitStack) -> list[Output]:
     """Refuse results of other settings, create directories and repositories, and return the outputs to push."""
-    made = list(job.outputs.values())
-    if args.skip_filtering:
-        made.remove(job.outputs["filtered"])
-    if is_main and not args.dry_run:
+    outputs = list(job.outputs.values())
+    made = outputs[1:] if args.skip_filtering else outputs  # the first are the filtered clips
+    is_writer = is_main and not args.dry_run
+    if is_writer:
         for output in made:
             locks.enter_context(lock_output(output))
-    if is_main and args.skip_filtering and not args.dry_run:
-        fetch_filtered(args, job.outputs["filtered"])
-    for output in job.outputs.values():
+        if args.skip_filtering:
+            fetch_filtered(args, job.outputs["filtered"])
+    for output in outputs:
         if output not in made or not args.overwrite_output_dir:
             refuse_other_results(output)
     pushed = [output for output in made if output.repository and args.push_to_hub is not False]
@@ -2962,35 +3000,39 @@ def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: co
             private = args.hub_private_repo
             prepared = prepare_repository(output.repository, "dataset", private, args.dry_run)
             output.repository, output.visibility = prepared
-    if is_main:
         for output in made:
-            list_ours = functools.partial(list_split, config=output.settings["config"], split=output.settings["split"])
-            check_cards(output.directory, output.repository if output in pushed else None, "dataset", list_ours)
-    if is_main and not args.dry_run:
-        is_complete = not any(output.missing_shards() for output in job.outputs.values())
+            repository = output.repository if output in pushed else None
+            list_ours = functools.partial(add_split, output)
+            check_cards(output.directory, repository, "dataset", list_ours)
+    if is_writer:
+        is_complete = not any(output.missing_shards() for output in outputs)
         for output in made:
+            deleted = []
             if args.overwrite_output_dir:
-                delete_results(output)
-            elif is_complete:  # otherwise only those are read that others are made from
-                delete_damaged(output, args.preprocessing_num_workers)
-            open_output(output)
+                deleted = [output.record, *output.present_shards()]
+            elif is_complete:  # otherwise only those are read to the end that others are made from
+                deleted = find_damaged(output.present_shards(), args.preprocessing_num_workers)
+            open_output(output, deleted)
     return pushed
 
 
 def print_filtering_plan(
-    args: argparse.Namespace, job: Job, pending: dict[str, list[int]], pushed: list[Output], workers: int
+    args: argparse.Namespace,
+    job: Job,
+    pending: dict[str, list[int]],
+    pushed: list[Output],
+    workers: int,
 ) -> None:
     """Print what a run would do and how long it would take, measured on the first rows in a temporary directory."""
-    settings = job.outputs["filtered"].settings
-    rows = job.rows
+    rows = job.labelled.rows
     sample_rows = min(rows, SAMPLE_ROWS)
     seconds = 0.0
     lines = []
     with tempfile.TemporaryDirectory() as directory:
         sample_job = replace(job, outputs={}, results=Path(directory, "sample"))
         for kind, output in job.outputs.items():
-            sample_settings = output.settings | {"shard_size": sample_rows}
-            sample = replace(output, directory=Path(directory, kind), settings=sample_settings, shards=1)
+            settings = output.settings | {"shard_size": sample_rows}
+            sample = replace(output, directory=Path(directory, kind), settings=settings, shards=1)
             sample.shard_path(0).parent.mkdir(parents=True)
             sample_job.outputs[kind] = sample
             started = time.monotonic()
@@ -3003,10 +3045,12 @@ def print_filtering_plan(
             lines.append(f"writes: {output.directory}, about {megabytes:.1f} MB")
         notes = read_notes(sample_job.outputs["filtered"].shard_path(0))
     hours = sum(notes["rows"]["samples"]) / SAMPLING_RATE / 3600 * rows / sample_rows
-    print(f"input: {args.dataset_name} ({settings['config']}, {settings['split']}), {rows} clips, about {hours:.2f} h")
-    remote = {group.path for group in job.row_groups if group.path.startswith("hf://")}
+    place = f"{job.labelled.config}, {split_title(args.split)}"
+    print(f"input: {args.dataset_name} ({place}), {rows} clips, about {hours:.2f} h")
+    paths = {group.path for group in job.labelled.row_groups}
+    remote = [path for path in paths if path.startswith("hf://")]
     if remote:
-        print(f"download: {sum(HfFileSystem().size(path) for path in remote) / 1e6:.1f} MB")
+        print(f"download: {sum(map(HfFileSystem().size, remote)) / 1e6:.1f} MB")
     print(f"keeps: {percent(len(notes['kept']), sample_rows):.0f} % of the first {sample_rows} clips")
     print(*lines, sep="\n")
     for output in pushed:
@@ -3023,12 +3067,10 @@ def write_results(job: Job, run: dict) -> dict:
         if output.kind == "packed":
             report = report | {"windows": summarize_windows(output)}
             logger.info(describe_windows(report["windows"], output.settings))
-        record = read_record(output.record) or {"status": "running"}
-        if record["status"] == "running":
-            record = run | {"settings": output.settings, "report": report}
-            write_record(output.record, record)
-        figure = draw_report(report, output.settings)
-        write_atomically(output.record.with_suffix(".png"), figure)
+        record = read_record(output.record)
+        if record is None or record["status"] == "running":
+            write_record(output.record, run | {"settings": output.settings, "report": report})
+        write_atomically(output.record.with_suffix(".png"), draw_report(report, output.settings))
         write_card(output.directory, functools.partial(filtering_card, output))
     return report
 
@@ -3037,15 +3079,14 @@ def refuse_empty_results(report: dict, settings: dict) -> None:
     """Log what was kept, and fail if nothing was."""
     clips, kept = report["clips"]
     hours, kept_hours = report["hours"]
-    logger.info("kept %d of %d clips, %.3f of %.3f h: %s", kept, clips, kept_hours, hours, report["reasons"])
-    notice = exact_match_notice(report, settings)
-    if notice:
+    reasons = report["reasons"]
+    logger.info("kept %d of %d clips, %.3f of %.3f h: %s", kept, clips, kept_hours, hours, reasons)
+    if notice := exact_match_notice(report, settings):
         logger.warning(notice)
-    unusable = sum(len(names) for names in report["unusable"].values())
-    if unusable == clips:
-        fail(f"none of the {clips} rows can be used: {report['reasons']}; nothing is pushed")
+    if sum(map(len, report["unusable"].values())) == clips:
+        fail(f"none of the {clips} rows can be used: {reasons}; nothing is pushed")
     if not kept and not settings["metric"]:
-        fail(f"none of the {clips} clips is kept: {report['reasons']}. Nothing is pushed")
+        fail(f"none of the {clips} clips is kept: {reasons}. Nothing is pushed")
     if not kept:
         fail(
             f"{settings['metric'].upper()} <= {settings['threshold']} keeps none of {clips} clips; CER <= 10 would "
@@ -3053,12 +3094,18 @@ def refuse_empty_results(report: dict, settings: dict) -> None:
         )
 
 
+def add_split(output: Output, card: RepoCard) -> None:
+    """Name the files of an output in its card."""
+    list_split(card, output.settings["config"], output.settings["split"])
+
+
 def filtering_card(output: Output, card: RepoCard | None) -> str:
     """The dataset card with the section on this configuration and split, and all else that `card` has."""
     settings = output.settings
-    about = ABOUT["unscored" if output.kind == "filtered" and not settings["metric"] else output.kind]
+    is_unscored = output.kind == "filtered" and not settings["metric"]
+    about = ABOUT["unscored" if is_unscored else output.kind]
     card = card or RepoCard(f"---\n{{}}\n---\n# {output.directory.name}\n\n{about}\n")
-    list_split(card, settings["config"], settings["split"])
+    add_split(output, card)
     fill_metadata(card, language=[settings["language"]], task_categories=["automatic-speech-recognition"])
     title = f"{settings['config']}, {settings['split']}"
     description = describe_filter(output, read_record(output.record)["report"])
@@ -3068,10 +3115,9 @@ def filtering_card(output: Output, card: RepoCard | None) -> str:
 
 def push_output(output: Output) -> None:
     """Upload shards, record, figure and card of this configuration and split. The card keeps its other sections."""
-    title = f"{output.settings['config']}/{output.settings['split']}"
-    patterns = [f"{title}-*", f"{output.record.stem}.*"]
+    patterns = [f"{output.title}-*", f"{output.record.stem}.*"]
     update_card = functools.partial(filtering_card, output)
-    push_dataset(output.repository, output.directory, patterns, update_card, f"Filter {title}")
+    push_dataset(output.repository, output.directory, patterns, update_card, f"Filter {output.title}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -3116,8 +3162,11 @@ def main(argv: list[str] | None = None) -> int:
         # 5. Work. Shards are dealt out to the processes in turn; those that are packed together go to the same one.
         rows_together = max(output.settings["shard_size"] for output in job.outputs.values())
         for kind, output in job.outputs.items():
-            together = rows_together // output.settings["shard_size"]
-            mine = [shard for shard in pending[kind] if shard // together % state.num_processes == state.process_index]
+            mine = []
+            for shard in pending[kind]:
+                group = shard * output.settings["shard_size"] // rows_together
+                if group % state.num_processes == state.process_index:
+                    mine.append(shard)
             write_shards(job, kind, mine, workers, is_main)
         arrive()
         state.wait_for_everyone()
@@ -3135,7 +3184,7 @@ def main(argv: list[str] | None = None) -> int:
             "status": "complete",
             "arguments": shown_arguments(args),
             "seconds": round(seconds, 1),
-            "clips_per_second": round(share_done * job.rows / seconds, 1),
+            "clips_per_second": round(share_done * job.labelled.rows / seconds, 1),
             "versions": library_versions(*LIBRARIES),
         }
         report = write_results(job, run)
