@@ -267,6 +267,8 @@ def set_up_process(is_main_process: bool = True) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     for noisy in ("httpx2", "httpx", "accelerate"):  # they log every request and every file of a checkpoint
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("datasets").propagate = False  # it has a handler of its own
+    logging.getLogger("datasets.builder").setLevel(logging.ERROR)  # it warns of fewer files than processes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
