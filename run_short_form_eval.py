@@ -1985,17 +1985,15 @@ def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable
 
 # ---- normalisation ---------------------------------------------------------------------------------------------------
 
-
-def read_group(group: str) -> str:
-    """Read four digits as a number, in kanji: "0203" -> "二百三"."""
-    spoken = ""
-    for digit, place in zip(group, ("千", "百", "十", ""), strict=True):
-        if digit == "0":
-            continue
-        if digit != "1" or not place:  # 100 is "百", not "一百"
-            spoken += DIGITS[int(digit)]
-        spoken += place
-    return spoken
+Normaliser = Callable[[str], str]
+# Each kana that ends in a vowel, and what makes this vowel long.
+LONG_VOWELS = {
+    "アカサタナハマヤラワガザダバパァャヮ": "アァ",
+    "イキシチニヒミリギジヂビピィ": "イィ",
+    "ウクスツヌフムユルグズヅブプヴゥュ": "ウゥ",
+    "エケセテネヘメレゲゼデベペェ": "エェイ",
+    "オコソトノホモヨロヲゴゾドボポォョ": "オォウ",
+}
 
 
 def read_digits(digits: str) -> str:
@@ -2003,20 +2001,30 @@ def read_digits(digits: str) -> str:
     return "".join(DIGITS[int(digit)] for digit in digits)
 
 
+def read_group(group: str) -> str:
+    """Read up to four digits as a number, in kanji: "0203" -> "二百三"."""
+    spoken = ""
+    for digit, place in zip(reversed(group), ("", "十", "百", "千"), strict=False):
+        if digit == "0":
+            continue
+        name = "" if digit == "1" and place else DIGITS[int(digit)]  # 100 is "百", not "一百"
+        spoken = name + place + spoken
+    return spoken
+
+
 def read_number(number: str) -> str:
     """Read a decimal number, in kanji, without padding zeros: "1203" -> "千二百三", "0.50" -> "零点五"."""
     whole, _, fraction = number.partition(".")
     digits = whole.lstrip("0")
     decimals = fraction.rstrip("0")
-    longest = 4 * len(POWERS)
-    if len(digits) > longest:  # too large for the named powers
+    if len(digits) > 4 * len(POWERS):  # too large for the named powers
         return read_digits(digits)
-    padded = digits.zfill(longest)
     spoken = ""
-    for start, name in zip(range(0, longest, 4), reversed(POWERS), strict=True):
-        group = padded[start : start + 4]
-        if group != "0000":
-            spoken += read_group(group) + name
+    for power in POWERS:
+        group = read_group(digits[-4:])
+        digits = digits[:-4]
+        if group:
+            spoken = group + power + spoken
     spoken = spoken or DIGITS[0]
     if decimals:
         spoken += "点" + read_digits(decimals)
@@ -2029,39 +2037,6 @@ def normalise_reazon(text: str) -> str:
     return re.sub(r"[0-9]+\.?[0-9]*", lambda number: read_number(number[0]), narrow).strip()
 
 
-def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
-    """The normaliser of a --scorer. The default for each language is the rule of the filter and of training."""
-    if scorer == "reazon":
-        return normalise_reazon
-    if scorer == "kotoba":  # the rule of the published Japanese figures, whatever the language
-        return text_normaliser("ja", None)
-    if language in UNSPACED:  # Whisper's own rule keeps the spaces
-        return lambda text: BasicTextNormalizer()(remove_bracketed(text)).strip()
-    return text_normaliser(language, spellings)
-
-
-# ---- scorers ---------------------------------------------------------------------------------------------------------
-
-BY_CHARACTER = (*UNSPACED, "ko")  # languages whose texts are compared character by character
-OPTIONAL_PACKAGES = {"readings": "pyopenjtalk-plus", "words": "sudachipy sudachidict_core"}
-# Each kana that ends in a vowel, and what makes this vowel long.
-LONG_VOWELS = {
-    "アカサタナハマヤラワガザダバパァャヮ": "アァ",
-    "イキシチニヒミリギジヂビピィ": "イィ",
-    "ウクスツヌフムユルグズヅブプヴゥュ": "ウゥ",
-    "エケセテネヘメレゲゼデベペェ": "エェイ",
-    "オコソトノホモヨロヲゴゾドボポォョ": "オォウ",
-}
-
-
-class Scorer(NamedTuple):
-    """One way to compare a reference and a hypothesis: how they are normalised, and what is counted then."""
-
-    name: str
-    unit: str  # characters or words, which are separated by spaces
-    normalise: Callable[[str], str]
-
-
 def spell_kana(katakana: str) -> str:
     """One spelling for kana that sound alike: ヂ is ジ, ヲ is オ, and a long vowel is a bar: キョウ -> キョー."""
     spelled = katakana.translate(str.maketrans("ヂヅヲ", "ジズオ"))
@@ -2070,16 +2045,15 @@ def spell_kana(katakana: str) -> str:
     return re.sub("ー+", "ー", spelled)
 
 
-def readings_rule() -> Callable[[str], str]:
+def readings_rule() -> Normaliser:
     """How a Japanese text is read aloud, in katakana, by Open JTalk's front end: 3時 and 三時 are both サンジ."""
     import pyopenjtalk  # only here: it need not be installed
 
     def read(text: str) -> str:
-        katakana = ""
         narrow = unicodedata.normalize("NFKC", text)
         spoken = re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", "", narrow)  # as Whisper's normaliser does
-        # Without thousands separators, which Open JTalk reads as pauses.
-        spoken = re.sub(r"(?<=\d),(?=\d{3})", "", spoken)
+        spoken = re.sub(r"(?<=\d),(?=\d{3})", "", spoken)  # Open JTalk reads thousands separators as pauses
+        katakana = ""
         for piece in textwrap.wrap(spoken, 400):  # the front end takes at most 8,192 bytes
             words = pyopenjtalk.run_frontend(piece, use_vanilla=True)  # 3 times as fast, and as good
             katakana += "".join(word["pron"] for word in words)
@@ -2088,7 +2062,7 @@ def readings_rule() -> Callable[[str], str]:
     return read
 
 
-def words_rule() -> Callable[[str], str]:
+def words_rule() -> Normaliser:
     """The words of a Japanese text by Sudachi, in its short unit, after Whisper's normaliser."""
     from sudachipy import Dictionary, SplitMode  # only here: it need not be installed
 
@@ -2104,18 +2078,51 @@ def words_rule() -> Callable[[str], str]:
     return split
 
 
+def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -> Normaliser:
+    """The normaliser of a scorer. The default for each language is the rule of the filter and of training.
+
+    Raises ImportError where the scorer's package is not installed.
+    """
+    if scorer == "reazon":
+        return normalise_reazon
+    if scorer == "readings":
+        return readings_rule()
+    if scorer == "words":
+        return words_rule()
+    if scorer == "kotoba":  # the rule of the published Japanese figures, whatever the language
+        return text_normaliser("ja", None)
+    if language in UNSPACED:  # Whisper's own rule keeps the spaces
+        return lambda text: BasicTextNormalizer()(remove_bracketed(text)).strip()
+    return text_normaliser(language, spellings)
+
+
+# ---- scorers ---------------------------------------------------------------------------------------------------------
+
+BY_CHARACTER = (*UNSPACED, "ko")  # languages whose texts are compared character by character
+OPTIONAL_PACKAGES = {"readings": "pyopenjtalk-plus", "words": "sudachipy sudachidict_core"}
+
+
+class Scorer(NamedTuple):
+    """One way to compare a reference and a hypothesis: how they are normalised, and what is counted then."""
+
+    name: str
+    unit: str  # characters or words, which are separated by spaces
+    normalise: Normaliser
+
+
 def make_scorers(headline: str, language: str, spellings: dict[str, str] | None) -> list[Scorer]:
     """All scorers of a language, first the one of --scorer. One that lacks its package is left out with a warning."""
     if language == "ja":
         names = ["kotoba", "reazon", "whisper", "readings", "words"]
+    elif language in BY_CHARACTER:
+        names = ["kotoba", "whisper"]
     else:
-        names = ["kotoba", "whisper"] if language in BY_CHARACTER else ["whisper", "characters"]
+        names = ["whisper", "characters"]
     scorers = []
-    for name in sorted({*names, headline}, key=[headline, *names].index):
+    for name in dict.fromkeys([headline, *names]):
         by_word = name == "words" or (name == "whisper" and language not in BY_CHARACTER)
         try:
-            rule = {"readings": readings_rule, "words": words_rule}.get(name)
-            normalise = rule() if rule else scoring_rule(name, language, spellings)
+            normalise = scoring_rule(name, language, spellings)
         except ImportError:
             logger.warning("the scorer %s is left out: it needs `pip install %s`", name, OPTIONAL_PACKAGES[name])
             continue
@@ -2123,11 +2130,13 @@ def make_scorers(headline: str, language: str, spellings: dict[str, str] | None)
     return scorers
 
 
-def scorer_titles(metrics: dict) -> dict[str, str]:
-    """The scorers of an evaluation for people: `CER (kotoba)`, `WER (words)`."""
+def scorer_titles(*evaluated: dict) -> dict[str, str]:
+    """All scorers of these metrics for people: `CER (kotoba)`, `WER (words)`."""
     titles = {}
-    for name, summary in metrics["scores"].items():
-        titles[name] = f"{'WER' if summary['unit'] == 'words' else 'CER'} ({name})"
+    for metrics in evaluated:
+        for name, summary in metrics["scores"].items():
+            rate = "WER" if summary["unit"] == "words" else "CER"
+            titles[name] = f"{rate} ({name})"
     return titles
 
 
@@ -2138,33 +2147,25 @@ def format_rate(rate: float | None) -> str:
 
 # ---- error rates -----------------------------------------------------------------------------------------------------
 
-
-def align(reference: str, hypothesis: str, unit: str) -> jiwer.WordOutput | jiwer.CharacterOutput:
-    """The alignment of two texts with the fewest errors, by character or by word."""
-    return (jiwer.process_words if unit == "words" else jiwer.process_characters)(reference, hypothesis)
+ALIGN = {"characters": jiwer.process_characters, "words": jiwer.process_words}  # with the fewest errors, by unit
 
 
 def count_errors(reference: str, hypothesis: str, unit: str) -> list[int]:
     """The `COUNTS` of a clip."""
-    result = align(reference, hypothesis, unit)
-    length = result.hits + result.substitutions + result.deletions
-    return [result.substitutions, result.deletions, result.insertions, length]
+    result = ALIGN[unit](reference, hypothesis)
+    return [result.substitutions, result.deletions, result.insertions, len(result.references[0])]
 
 
 def align_texts(reference: str, hypothesis: str, unit: str) -> list[tuple[str, str]]:
     """Both texts cut into pieces that stand side by side: equal ones, and between them such as differ."""
-    if not reference:
-        return [("", hypothesis)]
-    result = align(reference, hypothesis, unit)
+    result = ALIGN[unit](reference, hypothesis)
     separator = " " if unit == "words" else ""
     pieces = []
-    for chunk in result.alignments[0]:
-        expected = separator.join(result.references[0][chunk.ref_start_idx : chunk.ref_end_idx])
-        predicted = separator.join(result.hypotheses[0][chunk.hyp_start_idx : chunk.hyp_end_idx])
-        if chunk.type != "equal" and pieces and pieces[-1][0] != pieces[-1][1]:  # one difference with the one before
-            expected = separator.join(filter(None, (pieces[-1][0], expected)))
-            predicted = separator.join(filter(None, (pieces.pop()[1], predicted)))
-        pieces.append((expected, predicted))
+    for _, group in itertools.groupby(result.alignments[0], key=lambda chunk: chunk.type == "equal"):
+        chunks = list(group)
+        expected = result.references[0][chunks[0].ref_start_idx : chunks[-1].ref_end_idx]
+        predicted = result.hypotheses[0][chunks[0].hyp_start_idx : chunks[-1].hyp_end_idx]
+        pieces.append((separator.join(expected), separator.join(predicted)))
     return pieces
 
 
@@ -2180,29 +2181,23 @@ def bootstrap(counts: np.ndarray) -> np.ndarray:
     generator = np.random.default_rng(0)
     clips = len(counts)
     counts = counts.astype(float)
-    rates = []
-    for _ in range(BOOTSTRAP_DRAWS // 100):  # 100 draws at a time are one product of matrices
-        draws = [generator.integers(0, clips, clips) for _ in range(100)]
-        times_drawn = np.stack([np.bincount(drawn, minlength=clips) for drawn in draws])  # (100, clips)
-        totals = np.tensordot(times_drawn, counts, axes=1)
-        rates.append(error_rate(totals))
-    return np.concatenate(rates)
+    totals = []
+    for _ in range(BOOTSTRAP_DRAWS):
+        drawn = generator.integers(0, clips, clips)
+        times_drawn = np.bincount(drawn, minlength=clips).astype(float)
+        totals.append(np.tensordot(times_drawn, counts, axes=1))
+    return error_rate(np.stack(totals))
 
 
-def summarise(counts: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
+def summarise(counts: np.ndarray, names: Iterable[str]) -> dict[str, dict]:
     """(clips, metrics, 4) `COUNTS` -> for each metric, the rate in per cent, its 95 % interval and the counts."""
-    drawn_rates = bootstrap(counts)  # (draws, metrics)
     summaries = {}
-    for metric, name in enumerate(names):
-        totals = counts[:, metric].sum(axis=0)
+    for name, totals, drawn_rates in zip(names, counts.sum(axis=0), bootstrap(counts).T, strict=True):
         summary = {"rate": None, "low": None, "high": None}
         if totals[3]:
-            low, high = np.nanpercentile(drawn_rates[:, metric], [2.5, 97.5])
-            summary["rate"] = float(error_rate(totals))
-            summary["low"] = float(low)
-            summary["high"] = float(high)
-        summary.update(zip(COUNTS, totals.astype(int).tolist(), strict=True))
-        summaries[name] = summary
+            low, high = np.nanpercentile(drawn_rates, [2.5, 97.5]).tolist()
+            summary = {"rate": error_rate(totals).item(), "low": low, "high": high}
+        summaries[name] = summary | dict(zip(COUNTS, totals.tolist(), strict=True))
     return summaries
 
 
@@ -2212,71 +2207,65 @@ def summarise_lengths(counts: np.ndarray) -> list[dict]:
     groups = []
     for low, high in LENGTH_GROUPS:
         members = (lengths >= low) & (lengths <= (high or np.inf))
-        group = {"characters": [low, high], "clips": int(members.sum())}
-        group.update(summarise(counts * members[:, None, None], METRICS))  # the counts of all other clips become 0
-        groups.append(group)
+        group = {"characters": [low, high], "clips": members.sum().item()}
+        groups.append(group | summarise(counts * members[:, None, None], METRICS))  # all other clips count 0
     return groups
 
 
-def score(references: list[str], hypotheses: list[str], scorers: list[Scorer]) -> tuple[dict, list[dict]]:
-    """All metrics, and the CSV columns of each clip. Whatever is not a scorer's own goes by the first scorer's rule.
+def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
+    """Add a clip's own figures to its prediction. Returns its `COUNTS` by each of the `METRICS` and by each scorer.
 
-    Clips whose reference is empty after normalisation have no rate; what was put in there is counted apart.
+    A clip whose reference is empty after normalisation has no counts.
     """
-    normalise = scorers[0].normalise
-    rows = []
-    counts = []
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        texts = (normalise(reference), normalise(hypothesis))
-        row = {"normalised_reference": texts[0], "normalised_hypothesis": texts[1]}
-        rows.append(row)
-        if not texts[0]:
-            continue
-        clip_counts = [count_errors(*texts, unit) for unit in ("characters", "words")]
-        row.update(zip(CLIP_COLUMNS, itertools.chain.from_iterable(clip_counts), strict=True))
-        row["cer"] = round(float(error_rate(np.array(clip_counts[0]))), 2)
-        row["runaway"] = len(texts[1]) > 2 * len(texts[0]) + 10
-        clip_counts += [count_errors(reference, hypothesis, unit) for unit in ("characters", "words")]
-        for scorer in scorers:
-            scorer_counts = count_errors(scorer.normalise(reference), scorer.normalise(hypothesis), scorer.unit)
-            row[f"{scorer.name}_errors"] = sum(scorer_counts[:3])
-            row[f"{scorer.name}_reference"] = scorer_counts[3]
-            clip_counts.append(scorer_counts)
-        counts.append(clip_counts)
-    if not counts:
-        fail(NOTHING_TO_SCORE)
-    counts = np.array(counts)  # (clips, metrics, 4)
-    overall = summarise(counts, [*METRICS, *(f"scorer {scorer.name}" for scorer in scorers)])
-    metrics = {name: overall[name]["rate"] for name in METRICS}
-    metrics["clips"] = len(counts)
-    metrics["runaways"] = sum(row.get("runaway", False) for row in rows)
-    metrics["runaway_rate"] = round(100 * metrics["runaways"] / len(counts), 3)
-    inserted = [len(row["normalised_hypothesis"]) for row in rows if not row["normalised_reference"]]
-    metrics["empty_references"] = len(inserted)
-    metrics["silence"] = {"clips_with_text": sum(map(bool, inserted)), "characters": sum(inserted)}
-    metrics["scores"] = {scorer.name: {"unit": scorer.unit, **overall[f"scorer {scorer.name}"]} for scorer in scorers}
-    metrics["details"] = {name: overall[name] for name in METRICS}
-    metrics["by_length"] = summarise_lengths(counts[:, : len(METRICS)])
-    return metrics, rows
+    reference = prediction["reference"]
+    hypothesis = prediction["hypothesis"]
+    normalised_reference = scorers[0].normalise(reference)
+    normalised_hypothesis = scorers[0].normalise(hypothesis)
+    prediction["normalised_reference"] = normalised_reference
+    prediction["normalised_hypothesis"] = normalised_hypothesis
+    if not normalised_reference:
+        return []
+    by_character = count_errors(normalised_reference, normalised_hypothesis, "characters")
+    by_word = count_errors(normalised_reference, normalised_hypothesis, "words")
+    prediction |= zip(CLIP_COLUMNS, by_character + by_word, strict=True)
+    prediction["cer"] = round(error_rate(np.array(by_character)).item(), 2)
+    prediction["runaway"] = len(normalised_hypothesis) > 2 * len(normalised_reference) + 10
+    counts = [by_character, by_word]
+    for unit in ("characters", "words"):
+        counts.append(count_errors(reference, hypothesis, unit))
+    for scorer in scorers:
+        *errors, length = count_errors(scorer.normalise(reference), scorer.normalise(hypothesis), scorer.unit)
+        prediction[f"{scorer.name}_errors"] = sum(errors)
+        prediction[f"{scorer.name}_reference"] = length
+        counts.append([*errors, length])
+    return counts
 
 
 def count_confusions(predictions: list[dict], unit: str) -> list[dict]:
     """The differences that occur most in the normalised texts, each with its count and the first clips that have it."""
-    found = defaultdict(list)
+    clips = defaultdict(list)  # ids, by difference
     for prediction in predictions:
-        if not prediction.get("normalised_reference"):
+        if not prediction["normalised_reference"]:
             continue
-        pieces = align_texts(prediction["normalised_reference"], prediction["normalised_hypothesis"], unit)
-        for piece in pieces:
+        for piece in align_texts(prediction["normalised_reference"], prediction["normalised_hypothesis"], unit):
             if piece[0] != piece[1]:
-                found[piece].append(prediction["id"])
+                clips[piece].append(prediction["id"])
     confusions = []
-    for (expected, predicted), clips in sorted(found.items(), key=lambda item: -len(item[1]))[:CONFUSIONS]:
-        kind = "substitution" if expected and predicted else "deletion" if expected else "insertion"
-        examples = list(dict.fromkeys(clips))[:3]
-        confusions.append(
-            {"kind": kind, "reference": expected, "hypothesis": predicted, "count": len(clips), "clips": examples}
-        )
+    by_count = sorted(clips.items(), key=lambda item: len(item[1]), reverse=True)
+    for (expected, predicted), ids in by_count[:CONFUSIONS]:
+        kind = "substitution"
+        if not predicted:
+            kind = "deletion"
+        elif not expected:
+            kind = "insertion"
+        confusion = {
+            "kind": kind,
+            "reference": expected,
+            "hypothesis": predicted,
+            "count": len(ids),
+            "clips": list(dict.fromkeys(ids))[:3],
+        }
+        confusions.append(confusion)
     return confusions
 
 
@@ -2306,25 +2295,44 @@ def silent_stderr() -> Iterator[None]:
 
 
 def score_predictions(predictions: list[dict], scorers: list[Scorer]) -> dict:
-    """Compute the metrics, and add its own figures to each usable prediction."""
+    """Add its own figures to each usable prediction, and compute the metrics of all of them.
+
+    Whatever is not a scorer's own goes by the first scorer's rule. What was put in where the reference is empty is
+    counted apart.
+    """
     usable = [prediction for prediction in predictions if not prediction["problem"]]
-    references = [prediction["reference"] for prediction in usable]
-    hypotheses = [prediction["hypothesis"] for prediction in usable]
+    counted = []
+    inserted = []
     with silent_stderr():  # Open JTalk warns of accents
-        metrics, columns = score(references, hypotheses, scorers)
-    for prediction, figures in zip(usable, columns, strict=True):
-        prediction.update(figures)
-    metrics["confusions"] = count_confusions(usable, scorers[0].unit)
-    return metrics
+        for prediction in usable:
+            if clip_counts := score_clip(prediction, scorers):
+                counted.append(clip_counts)
+            else:
+                inserted.append(prediction["normalised_hypothesis"])
+    if not counted:
+        fail(NOTHING_TO_SCORE)
+    counts = np.array(counted)  # (clips, metrics, 4)
+    overall = summarise(counts, [*METRICS, *(scorer.name for scorer in scorers)])
+    runaways = sum(prediction.get("runaway", False) for prediction in usable)
+    metrics = {name: overall[name]["rate"] for name in METRICS}
+    return metrics | {
+        "clips": len(counts),
+        "runaways": runaways,
+        "runaway_rate": round(100 * runaways / len(counts), 3),
+        "empty_references": len(inserted),
+        "silence": {"clips_with_text": sum(map(bool, inserted)), "characters": len("".join(inserted))},
+        "scores": {scorer.name: {"unit": scorer.unit} | overall[scorer.name] for scorer in scorers},
+        "details": {name: overall[name] for name in METRICS},
+        "by_length": summarise_lengths(counts[:, : len(METRICS)]),
+        "confusions": count_confusions(usable, scorers[0].unit),
+    }
 
 
 def refuse_empty_references(clips: datasets.Dataset, args: argparse.Namespace) -> None:
     """Fail where no clip has a reference to score, before anything is transcribed."""
     normalise = scoring_rule(args.scorer, args.language, None)
-    for batch in clips.select_columns("reference").iter(1_000):
-        if any(normalise(str(text)) for text in batch["reference"] if text is not None):
-            return
-    fail(NOTHING_TO_SCORE)
+    if not any(normalise(text or "") for text in clips["reference"]):
+        fail(NOTHING_TO_SCORE)
 
 
 # ---- clips and windows -----------------------------------------------------------------------------------------------

@@ -112,8 +112,11 @@ def score_saved(number: int) -> float:
     choose = random.Random(0)
     references = choose.choices(sentences(400), k=number)
     hypotheses = ["".join("ん" if choose.random() < 0.1 else letter for letter in text) for text in references]
+    predictions = []
+    for row, (reference, hypothesis) in enumerate(zip(references, hypotheses, strict=True)):
+        predictions.append({"id": str(row), "problem": None, "reference": reference, "hypothesis": hypothesis})
     started = time.process_time()
-    evaluation.score(references, hypotheses, evaluation.make_scorers("kotoba", "ja", None))
+    evaluation.score_predictions(predictions, evaluation.make_scorers("kotoba", "ja", None))
     return time.process_time() - started
 
 
