@@ -2349,6 +2349,14 @@ class Recording:
     waveform: np.ndarray | None  # mono float32 at 16 kHz
     hypothesis: str | None = None
 
+    def prediction(self) -> dict:
+        """What is kept of a recording: all but its waveform."""
+        return {name: value for name, value in vars(self).items() if name != "waveform"}
+
+
+Rows = list[int]  # of a dataset: the clips of a recording
+Loader = Callable[[Rows], Recording]
+
 
 def load_clips(args: argparse.Namespace) -> tuple[datasets.Dataset, Place]:
     """The rows of the dataset, in order, and where their files lie: `audio` (undecoded), `reference`, if named `id`."""
@@ -2362,20 +2370,15 @@ def load_clips(args: argparse.Namespace) -> tuple[datasets.Dataset, Place]:
     )
     if not len(dataset):
         fail(f"{args.dataset_split_name} of {args.dataset_name} has no rows")
-    flags = {
-        "audio_column_name": args.audio_column_name,
-        "text_column_name": args.text_column_name,
-        "id_column_name": args.id_column_name,
-    }
-    require_columns(args.dataset_name, dataset, flags)
+    flags = ("audio_column_name", "text_column_name", "id_column_name")
+    require_columns(args.dataset_name, dataset, {flag: getattr(args, flag) for flag in flags})
     columns = {args.audio_column_name: "audio", args.text_column_name: "reference"}
     if args.id_column_name in columns:
         fail(f"--id_column_name {args.id_column_name} is the column of audio or texts: leave it out, or name another")
     if args.id_column_name:
         columns[args.id_column_name] = "id"
-    clips = dataset.select_columns(list(columns)).rename_columns(columns)
-    number = min(len(clips), args.max_samples_per_split or len(clips))
-    return clips.select(range(number)), place
+    rows = range(len(dataset))[: args.max_samples_per_split]
+    return dataset.select_columns(list(columns)).rename_columns(columns).select(rows), place
 
 
 def silence(row: int, seed: int) -> np.ndarray:
@@ -2385,98 +2388,107 @@ def silence(row: int, seed: int) -> np.ndarray:
     return np.zeros(samples, np.float32)
 
 
-def load_recording(clips: datasets.Dataset, place: Place, rows: list[int], args: argparse.Namespace) -> Recording:
+def find_problem(clip: Clip, text: str | None, args: argparse.Namespace) -> str | None:
+    """Why a clip is unusable, if it is."""
+    if clip.problem:
+        return clip.problem
+    if clip.seconds > WINDOW_SECONDS and not args.long_form:
+        return TOO_LONG
+    if text is None:
+        return "no reference"
+    if args.concatenate_audio and not any(map(str.isalnum, text)):
+        return "empty reference"
+    return None
+
+
+def load_recording(
+    clips: datasets.Dataset,
+    place: Place,
+    rows: Rows,
+    args: argparse.Namespace,
+) -> Recording:
     """Decode the clips of a recording, and join their waveforms and texts."""
     names = []
     references = []
-    pieces = []
-    problems = []
+    pieces = []  # waveforms
     seconds = 0.0
+    problem = None
     for row in rows:
-        if pieces:
-            pieces.append(silence(row, args.seed))
         values = clips[row]
         audio = values["audio"] or {}
         text = values["reference"]
-        references.append(text or "")
-        names.append(str(values.get("id") or audio.get("path") or row))
         clip = load_clip(audio, place, whole=args.long_form)
+        problem = problem or find_problem(clip, text, args)
+        if pieces:
+            pieces.append(silence(row, args.seed))
         pieces.append(clip.waveform)
+        names.append(str(values.get("id") or audio.get("path") or row))
+        references.append(text or "")
         seconds += clip.seconds
-        if clip.problem:
-            problems.append(clip.problem)
-        elif clip.seconds > WINDOW_SECONDS and not args.long_form:
-            problems.append(TOO_LONG)
-        elif text is None:
-            problems.append("no reference")
-        elif args.concatenate_audio and not any(map(str.isalnum, references[-1])):
-            problems.append("empty reference")
     return Recording(
         id=" + ".join(names),
         seconds=round(seconds, 3),
-        problem=problems[0] if problems else None,
+        problem=problem,
         reference=("" if args.language in UNSPACED else " ").join(references),
-        waveform=None if problems else np.concatenate(pieces),
+        waveform=None if problem else np.concatenate(pieces),
     )
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first ten of these names, for people."""
+    shown = list(names[:10])
+    if len(names) > 10:
+        shown.append("…")
+    return ", ".join(shown)
 
 
 def refuse_long_clips(too_long: list[str], args: argparse.Namespace) -> None:
     """Fail if there are clips over 30 s that --skip_long_audio does not leave out. `too_long` are their ids."""
-    if not too_long or args.skip_long_audio:
-        return
-    names = ", ".join(too_long[:10])
-    if len(too_long) > 10:
-        names += ", …"
-    fail(
-        f"{len(too_long)} clips are longer than 30 s ({names}): pass --skip_long_audio to leave them out, "
-        "or --long_form to evaluate them"
-    )
+    if too_long and not args.skip_long_audio:
+        fail(
+            f"{len(too_long)} clips are longer than 30 s ({first_names(too_long)}): pass --skip_long_audio to leave "
+            "them out, or --long_form to evaluate them"
+        )
 
 
-@dataclass
-class OpenWindow:
-    """A window that may have room for more clips."""
-
-    rows: list[int]
-    room: int  # samples
-
-
-def pack_clips(lengths: Sequence[int | None], limit: int, seed: int) -> list[list[int]]:
+def pack_clips(lengths: Sequence[int | None], limit: int, seed: int) -> list[Rows]:
     """Pack whole clips, in random order, each into the first open window with room; returns the rows of each window.
 
     An unusable clip (no length), or one longer than a window, gets a window of its own.
     """
-    windows: list[OpenWindow] = []
+    windows: list[Rows] = []
+    room: list[int] = []  # samples that are left in each window
     order = np.random.default_rng(seed).permutation(len(lengths))
     for row in order.tolist():
         length = limit if lengths[row] is None else min(limit, lengths[row])
-        window = next((window for window in windows[-OPEN_WINDOWS:] if window.room >= length), None)
+        still_open = range(len(windows))[-OPEN_WINDOWS:]
+        window = next((number for number in still_open if room[number] >= length), None)
         if window is None:
-            window = OpenWindow([], limit)
-            windows.append(window)
-        window.rows.append(row)
-        window.room -= length
-    return [window.rows for window in windows]
+            window = len(windows)
+            windows.append([])
+            room.append(limit)
+        windows[window].append(row)
+        room[window] -= length
+    return windows
 
 
-def plan_recordings(clips: datasets.Dataset, place: Place, args: argparse.Namespace) -> list[list[int]]:
+def plan_recordings(number: int, load: Loader, args: argparse.Namespace) -> list[Rows]:
     """The rows of each recording: one row if clips are evaluated on their own, several if they are packed."""
     if not args.concatenate_audio:
-        return [[row] for row in range(len(clips))]
+        return [[row] for row in range(number)]
 
-    def measure(row: int) -> tuple[Recording, int | None]:
-        """A clip without its waveform, and the samples that it occupies in a window, or None if it is unusable."""
-        recording = load_recording(clips, place, [row], args)
-        if recording.problem:
-            return recording, None
-        samples = len(silence(row, args.seed)) + len(recording.waveform)
-        recording.waveform = None  # the waveforms of all clips may not fit into memory
-        return recording, samples
+    def measure(row: int) -> tuple[str, str | None, int | None]:
+        """Id and problem of a clip, and the samples that it occupies in a window, or None if it is unusable."""
+        recording = load([row])
+        samples = None
+        if not recording.problem:
+            samples = len(silence(row, args.seed)) + len(recording.waveform)
+        return recording.id, recording.problem, samples
 
     with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
-        measured = list(pool.map(measure, range(len(clips))))
-    refuse_long_clips([recording.id for recording, _ in measured if recording.problem == TOO_LONG], args)
-    lengths = [samples for _, samples in measured]
+        measured = list(pool.map(measure, range(number)))
+    refuse_long_clips([name for name, problem, _ in measured if problem == TOO_LONG], args)
+    lengths = [samples for _, _, samples in measured]
     limit = round(args.concatenate_seconds * SAMPLING_RATE)
     return pack_clips(lengths, limit, args.seed)
 
@@ -2489,12 +2501,10 @@ class Recogniser:
     """A Whisper model on its device, and how it decodes."""
 
     model: WhisperForConditionalGeneration
-    extractor: WhisperFeatureExtractor
     tokenizer: WhisperTokenizerFast
     decoding: dict[str, Any]  # arguments of `generate` that determine the predictions
-    assistance: dict[str, Any]  # arguments of `generate` for a draft model, which only speeds it up
-    short: GreedyDecoder | BatchDecoder | None = None  # for audio of at most 30 s
-    long: BatchDecoder | None = None  # for audio over 30 s
+    short: GreedyDecoder | BatchDecoder  # for audio of at most 30 s
+    long: BatchDecoder  # for audio over 30 s
 
 
 def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recogniser:
@@ -2517,37 +2527,22 @@ def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recognise
     model = load_whisper(reference, generation_config, **precision, **source)
     assistance = {}
     if args.assistant_model:
-        assistant = load_assistant(args.assistant_model, model, precision)
-        assistance["assistant_model"] = assistant.to(device)
-        if tokens := model.generation_config.begin_suppress_tokens:  # assisted `generate` ignores them
-            assistance["logits_processor"] = [SuppressTokensAtBeginLogitsProcessor(tokens, 0, str(device))]
-    recogniser = Recogniser(model.to(device).eval(), extractor, tokenizer, decoding, assistance)
-    choose_decoders(recogniser, args)
-    return recogniser
+        assistance = load_assistance(args.assistant_model, model, precision, device)
+    model.to(device).eval()
+    short, long = make_decoders(model, extractor, decoding | assistance, args.per_device_eval_batch_size)
+    return Recogniser(model, tokenizer, decoding, short, long)
 
 
-def choose_decoders(recogniser: Recogniser, args: argparse.Namespace) -> None:
-    """How to decode: `generate` does it where there are several beams, a draft model, or audio over 30 s."""
-    model = recogniser.model
-    decoding = recogniser.decoding.copy()
-    max_new_tokens = decoding.pop("max_new_tokens")
-    num_beams = decoding.pop("num_beams")
-    batch_size = args.per_device_eval_batch_size
-    if batch_size is None:
-        batch_size = fitting_batch(model, max_new_tokens + PROMPT_TOKENS, num_beams, CPU_BATCH)
-    if args.assistant_model:
-        batch_size = 1  # assisted `generate` takes one clip at a time
-    recogniser.long = BatchDecoder(batch_size, functools.partial(generate_tokens, recogniser))
-    if num_beams > 1 or args.assistant_model or other_rules(model.generation_config):
-        recogniser.short = recogniser.long
-    else:
-        recogniser.short = GreedyDecoder(model, recogniser.extractor, batch_size, max_new_tokens, **decoding)
+def load_assistance(
+    reference: str,
+    model: WhisperForConditionalGeneration,
+    precision: dict[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The arguments of `generate` for a draft model, which only speeds it up.
 
-
-def load_assistant(
-    reference: str, model: WhisperForConditionalGeneration, precision: dict[str, Any]
-) -> WhisperForCausalLM:
-    """A draft model. It gets the main model's encoder outputs, so its own encoder must be identical."""
+    A draft model gets the main model's encoder outputs, so its own encoder must be identical.
+    """
     options = precision | {"generation_config": model.generation_config}
     draft_model = load_whisper(reference, **options)
     weights = list(draft_model.model.encoder.parameters())
@@ -2555,7 +2550,31 @@ def load_assistant(
     same_encoder = len(weights) == len(expected) and all(map(torch.equal, weights, expected))
     if not same_encoder or draft_model.config.vocab_size != model.config.vocab_size:
         fail(f"--assistant_model {reference} has another encoder or vocabulary than the model, so it cannot assist")
-    return load_pretrained(WhisperForCausalLM, reference, **options).eval()  # without the encoder
+    decoder = load_pretrained(WhisperForCausalLM, reference, **options)  # without the encoder
+    assistance = {"assistant_model": decoder.to(device).eval()}
+    if tokens := model.generation_config.begin_suppress_tokens:  # assisted `generate` ignores them
+        assistance["logits_processor"] = [SuppressTokensAtBeginLogitsProcessor(tokens, 0, str(device))]
+    return assistance
+
+
+def make_decoders(
+    model: WhisperForConditionalGeneration,
+    extractor: WhisperFeatureExtractor,
+    options: dict[str, Any],
+    batch_size: int | None,
+) -> tuple[GreedyDecoder | BatchDecoder, BatchDecoder]:
+    """The decoders of audio of at most 30 s, and of audio over 30 s. `options` are arguments of `generate`."""
+    if batch_size is None:
+        max_length = options["max_new_tokens"] + PROMPT_TOKENS
+        batch_size = fitting_batch(model, max_length, options["num_beams"], CPU_BATCH)
+    if "assistant_model" in options:
+        batch_size = 1  # assisted `generate` takes one clip at a time
+    by_generate = BatchDecoder(batch_size, functools.partial(generate_tokens, model, extractor, options))
+    if options["num_beams"] > 1 or "assistant_model" in options or other_rules(model.generation_config):
+        return by_generate, by_generate
+    greedy_options = options.copy()
+    del greedy_options["num_beams"]
+    return GreedyDecoder(model, extractor, batch_size, **greedy_options), by_generate
 
 
 def model_digest(model: WhisperForConditionalGeneration) -> str:
@@ -2575,12 +2594,15 @@ def is_long(waveform: np.ndarray) -> bool:
 
 
 @torch.inference_mode()
-def generate_tokens(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list[list[int]]:
+def generate_tokens(
+    model: WhisperForConditionalGeneration,
+    extractor: WhisperFeatureExtractor,
+    options: dict[str, Any],
+    waveforms: list[np.ndarray],
+) -> list[list[int]]:
     """Transcribe a batch by `generate`. Audio over 30 s is decoded window by window, everything else in one pass."""
-    model = recogniser.model
-    options = recogniser.decoding | recogniser.assistance
     if any(map(is_long, waveforms)):
-        inputs = recogniser.extractor(
+        inputs = extractor(
             waveforms,
             sampling_rate=SAMPLING_RATE,
             padding="longest",
@@ -2590,7 +2612,7 @@ def generate_tokens(recogniser: Recogniser, waveforms: list[np.ndarray]) -> list
         ).to(model.device, model.dtype)
         tokens = model.generate(**inputs, condition_on_prev_tokens=False, temperature=0.0, **options)
     else:
-        features = log_mel(waveforms, recogniser.extractor, str(model.device))  # (clips, mels, frames)
+        features = log_mel(waveforms, extractor, str(model.device))  # (clips, mels, frames)
         features = pad_window(features).to(model.device, model.dtype)  # (clips, mels, 3000)
         tokens = model.generate(features, force_unique_generate_call=True, **options)  # (clips, tokens)
     return tokens.tolist()
@@ -2607,8 +2629,8 @@ def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[
     """Give recordings their hypotheses, and yield each that has one; the longest first, which saves padding."""
     usable = [recording for recording in recordings if recording.waveform is not None]
     usable.sort(key=lambda recording: len(recording.waveform), reverse=True)
-    for decoder, group_is_long in ((recogniser.long, True), (recogniser.short, False)):
-        group = [recording for recording in usable if is_long(recording.waveform) == group_is_long]
+    number_long = sum(is_long(recording.waveform) for recording in usable)
+    for decoder, group in ((recogniser.long, usable[:number_long]), (recogniser.short, usable[number_long:])):
         for number, tokens in decoder.decode(recording.waveform for recording in group):
             text = recogniser.tokenizer.decode(tokens, skip_special_tokens=True)
             group[number].hypothesis = text.strip()
@@ -2616,33 +2638,28 @@ def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[
 
 
 def load_shards(
-    pool: ThreadPoolExecutor, load: Callable[[list[int]], Recording], shards: Iterable[list[list[int]]]
+    pool: ThreadPoolExecutor,
+    load: Loader,
+    shards: Iterable[list[Rows]],
 ) -> Iterator[list[Recording]]:
     """Yield the recordings of each shard, and load those of the next shard meanwhile."""
-    loading = None
-    for recording_rows in shards:
-        following = pool.map(load, recording_rows)
-        if loading is not None:
-            yield list(loading)
-        loading = following
-    if loading is not None:
-        yield list(loading)
+    no_shard = []  # so that the last one has a next one too
+    loading = (pool.map(load, recording_rows) for recording_rows in [*shards, no_shard])
+    for recordings, _ in itertools.pairwise(loading):
+        yield list(recordings)
 
 
 def predict(
-    clips: datasets.Dataset,
-    place: Place,
-    shards: dict[Path, list[list[int]]],
+    load: Loader,
+    shards: dict[Path, list[Rows]],
     recogniser: Recogniser,
     args: argparse.Namespace,
     show_progress: bool = False,
 ) -> None:
     """Transcribe the recordings of each shard, and write the shard when it is complete."""
-    load = functools.partial(load_recording, clips, place, args=args)
-    total = sum(map(len, shards.values()))
-    bar = tqdm(total=total, unit="clip", disable=not show_progress)
+    bar = tqdm(total=sum(map(len, shards.values())), unit="clip", disable=not show_progress)
     with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
-        is_warm = False
+        is_first = True
         started = time.perf_counter()
         for path, recordings in zip(shards, load_shards(pool, load, shards.values()), strict=True):
             refuse_long_clips([recording.id for recording in recordings if recording.problem == TOO_LONG], args)
@@ -2651,15 +2668,15 @@ def predict(
             for recording in transcribe(recogniser, recordings):
                 bar.update()
                 done.append(recording)
-                if not is_warm and len(done) == recogniser.short.batch_size:  # the first of a process load kernels
+                # The first batch of a process is slow, as it loads kernels.
+                if is_first and len(done) == recogniser.short.batch_size:
                     work["warm_up_seconds"] = time.perf_counter() - started
                     work["warm_up_audio_seconds"] = sum(recording.seconds for recording in done)
-                    is_warm = True
-            is_warm = True
-            bar.update(sum(recording.waveform is None for recording in recordings))
+            bar.update(len(recordings) - len(done))
             finished = time.perf_counter()
             write_predictions(path, recordings, work | {"process_seconds": finished - started})
             started = finished
+            is_first = False
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
@@ -3297,10 +3314,8 @@ HYPOTHESIS_COLUMNS = ("hypothesis", "prediction", "text", "transcription")  # th
 OWN_REFERENCES = "references of the predictions"  # the name of the data where there is no dataset
 
 
-def read_prediction_rows(path: Path, name: str) -> list[dict]:
-    """The rows of a .csv, .tsv or .jsonl file, or of a directory that an evaluation wrote."""
-    if path.is_dir():
-        path = path / f"all_predictions.{name}.csv"
+def read_prediction_rows(path: Path) -> list[dict]:
+    """The rows of a .csv, .tsv or .jsonl file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".jsonl":
@@ -3329,94 +3344,91 @@ def figure_of(row: dict, column: str) -> float | None:
         fail(f"--predictions has a {column} that is no number: {value!r}")
 
 
-def engine_output(row: dict, column: str) -> dict:
-    """What an engine said, and how sure it was if it tells."""
-    confidence = figure_of(row, "confidence")
-    return {"hypothesis": text_of(row, column)} | ({} if confidence is None else {"confidence": confidence})
+def read_engine(path: Path, args: argparse.Namespace) -> list[dict]:
+    """What an engine said: rows with a `hypothesis` and, as far as they are there, `id`, `reference` and `confidence`.
+
+    `path` is a file, or a directory that an evaluation wrote.
+    """
+    if path.is_dir():
+        path = path / f"all_predictions.{args.name}.csv"
+    rows = read_prediction_rows(path)
+    known = ", ".join(map(str, rows[0]))
+    text_column = next((name for name in HYPOTHESIS_COLUMNS if name in rows[0]), None)
+    if text_column is None:
+        fail(f"--predictions {path} needs a column of texts ({', '.join(HYPOTHESIS_COLUMNS)}); it has {known}")
+    if not args.dataset_name and "reference" not in rows[0]:
+        fail(f"--predictions {path} needs a column `reference`, or --dataset_name; it has {known}")
+    id_column = next((name for name in (args.id_column_name, "id") if name and name in rows[0]), None)
+    for row in rows:
+        row["hypothesis"] = text_of(row, text_column)
+        if id_column:
+            row["id"] = text_of(row, id_column)
+    return rows
 
 
-def own_references(rows: list[dict], id_column: str | None, column: str) -> list[dict]:
-    """Predictions whose references stand beside them, in the column `reference`."""
-    predictions = []
+def own_references(rows: list[dict]) -> list[dict]:
+    """The clips of predictions whose references stand beside them."""
+    clips = []
     for number, row in enumerate(rows):
-        prediction = {
-            "id": text_of(row, id_column) if id_column else str(number),
+        clip = {
+            "id": row.get("id", str(number)),
             "seconds": figure_of(row, "seconds") or 0.0,
             "problem": row.get("problem") or None,
             "reference": text_of(row, "reference"),
         }
-        predictions.append(prediction | engine_output(row, column))
-    return predictions
+        clips.append(clip)
+    return clips
 
 
-def named(ids: Iterable[str]) -> str:
-    """The first of these ids, for a message."""
-    ids = list(ids)
-    return f"{len(ids):,} ({', '.join(ids[:10])}{', …' if len(ids) > 10 else ''})"
+def named(ids: list[str]) -> str:
+    """How many ids these are, and the first of them, for a message."""
+    return f"{len(ids):,} ({first_names(ids)})"
 
 
-def match_rows(rows: list[dict], id_column: str | None, ids: list[str]) -> list[dict | None]:
+def match_rows(rows: list[dict], ids: list[str]) -> list[dict | None]:
     """The row of each clip of a dataset, by id if the rows have ids, else by order; None where a clip has no row."""
-    if id_column is None:
+    if "id" not in rows[0]:
         if len(rows) != len(ids):
             fail(f"--predictions has {len(rows):,} rows for {len(ids):,} clips: give it a column id, or all rows")
-        return list(rows)
-    by_id = {text_of(row, id_column): row for row in rows}
-    twice = [name for name, times in Counter(text_of(row, id_column) for row in rows).items() if times > 1]
-    if twice:
+        return rows
+    by_id = {row["id"]: row for row in rows}
+    times = Counter(row["id"] for row in rows)
+    if twice := [name for name in times if times[name] > 1]:
         fail(f"--predictions has several rows of {named(twice)}")
-    if unknown := by_id.keys() - set(ids):
-        logger.warning("rows of --predictions that no clip has the id of: %s", named(sorted(unknown)))
-    if missing := [name for name in ids if name not in by_id]:
+    if unknown := sorted(times.keys() - set(ids)):
+        logger.warning("rows of --predictions that no clip has the id of: %s", named(unknown))
+    if missing := [name for name in ids if name not in times]:
         logger.warning("clips that --predictions has no row of: %s", named(missing))
     return [by_id.get(name) for name in ids]
 
 
-def dataset_references(
-    rows: list[dict],
-    id_column: str | None,
-    column: str,
-    load: Callable[[list[int]], Recording],
-    number: int,
-    threads: int,
-) -> list[dict]:
-    """Predictions with the references of a dataset, whose clips are decoded, so that their lengths are known."""
-
-    def load_without_audio(row: int) -> dict:
-        recording = vars(load([row]))
-        del recording["waveform"]
-        return recording
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        predictions = list(pool.map(load_without_audio, range(number)))
-    found = match_rows(rows, id_column, [prediction["id"] for prediction in predictions])
-    for prediction, row in zip(predictions, found, strict=True):
+def add_hypotheses(predictions: list[dict], rows: list[dict | None]) -> None:
+    """Add what the engine said of each clip, and how sure it was where it tells."""
+    for prediction, row in zip(predictions, rows, strict=True):
         if row is None:
             prediction["problem"] = prediction["problem"] or "no prediction"
-        else:
-            prediction |= engine_output(row, column)
-    return predictions
+            continue
+        prediction["hypothesis"] = row["hypothesis"]
+        confidence = figure_of(row, "confidence")
+        if confidence is not None:
+            prediction["confidence"] = confidence
 
 
 def score_other_engine(args: argparse.Namespace) -> None:
     """Score --predictions, and write the same results as for a model."""
     path = Path(args.predictions)
-    rows = read_prediction_rows(path, args.name)
-    known = ", ".join(map(str, rows[0]))
-    column = next((name for name in HYPOTHESIS_COLUMNS if name in rows[0]), None)
-    if column is None:
-        fail(f"--predictions {path} needs a column of texts ({', '.join(HYPOTHESIS_COLUMNS)}); it has {known}")
-    id_column = next((name for name in (args.id_column_name, "id") if name in rows[0]), None)
+    rows = read_engine(path, args)
     load = None
     if args.dataset_name:
         clips, place = load_clips(args)
         refuse_empty_references(clips, args)
         load = functools.partial(load_recording, clips, place, args=args)
-        predictions = dataset_references(rows, id_column, column, load, len(clips), args.dataloader_num_workers)
-    elif "reference" in rows[0]:
-        predictions = own_references(rows, id_column, column)
+        with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:  # the decoded length is the length
+            predictions = list(pool.map(lambda row: load([row]).prediction(), range(len(clips))))
+        rows = match_rows(rows, [prediction["id"] for prediction in predictions])
     else:
-        fail(f"--predictions {path} needs a column `reference`, or --dataset_name; it has {known}")
+        predictions = own_references(rows)
+    add_hypotheses(predictions, rows)
     facts = dict.fromkeys(("parameters", "process_seconds", "rtfx", "dtype", "device", "batch_size"))
     facts |= {
         "model": args.model_name_or_path or path.stem,
@@ -3428,21 +3440,38 @@ def score_other_engine(args: argparse.Namespace) -> None:
     }
     if args.language == "en":
         logger.warning("without a tokenizer, British and American spellings count as different words")
-    try:
-        with lock_results(args):
-            load_waveform = (lambda row: load([row]).waveform) if load else None
-            finish_evaluation(predictions, facts, None, load_waveform, args)
-    except OSError as error:
-        fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
+    with one_line_for_write_errors(args.output_dir), lock_results(args):
+        load_waveform = (lambda row: load([row]).waveform) if load else None
+        finish_evaluation(predictions, facts, None, load_waveform, args)
 
 
 # ---- files, record, card, push ---------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def one_line_for_write_errors(directory: str | Path) -> Iterator[None]:
+    """End with one line where results cannot be written: the disk is full, or there is no permission."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"cannot write to {directory}: {first_line(error)}. {CONTINUE}")
+
+
+def lock_results(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """The lock of all files that an evaluation of this name writes."""
+    lock = Path(args.output_dir) / f".{args.name}.lock"
+    leftovers = (f".*.{args.name}.*.partial", f".predictions.{args.name}/.*.partial")
+    return hold_lock(lock, f"{args.name} in {args.output_dir}", *leftovers)
+
+
 def prediction_settings(
-    clips: datasets.Dataset, place: Place, recogniser: Recogniser, args: argparse.Namespace
+    clips: datasets.Dataset,
+    place: Place,
+    recogniser: Recogniser,
+    args: argparse.Namespace,
 ) -> dict:
     """The settings that determine the predictions."""
+    columns = clips.remove_columns("audio").column_names
     return {
         "model": args.model_name_or_path,
         "model_digest": model_digest(recogniser.model),
@@ -3453,87 +3482,83 @@ def prediction_settings(
         "dataset_config_name": args.dataset_config_name,
         "dataset_split_name": args.dataset_split_name,
         "rows": len(clips),
-        "rows_digest": speech_digest(clips, place, "audio", [name for name in clips.column_names if name != "audio"]),
+        "rows_digest": speech_digest(clips, place, "audio", columns),
         "seed": args.seed if args.concatenate_audio else None,
         **recogniser.decoding,
     }
 
 
-def lock_results(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """The lock of all files that an evaluation of this name writes."""
-    lock = Path(args.output_dir) / f".{args.name}.lock"
-    leftovers = (f".*.{args.name}.*.partial", f".predictions.{args.name}/.*.partial")
-    return hold_lock(lock, f"{args.name} in {args.output_dir}", *leftovers)
-
-
 def plan_shards(
-    directory: Path, recording_rows: list[list[int]], settings: dict, long_form: bool
-) -> dict[Path, list[list[int]]]:
+    directory: Path,
+    recording_rows: list[Rows],
+    settings: dict,
+    long_form: bool,
+) -> dict[Path, list[Rows]]:
     """The recordings of each shard, by its path. Both depend only on the clips and the settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    size = min(512, max(64, math.ceil(len(recording_rows) / 64)))
-    if long_form:
-        size = LONG_FORM_SHARD
-    number = math.ceil(len(recording_rows) / size)
+    content = json.dumps(settings, sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    size = math.ceil(len(recording_rows) / 64)
+    size = LONG_FORM_SHARD if long_form else min(512, max(64, size))
+    starts = range(0, len(recording_rows), size)
     shards = {}
-    for index in range(number):
-        path = directory / f"{digest}-{index:05d}-of-{number:05d}.jsonl"
-        shards[path] = recording_rows[index * size : (index + 1) * size]
+    for index, start in enumerate(starts):
+        path = directory / f"{digest}-{index:05d}-of-{len(starts):05d}.jsonl"
+        shards[path] = recording_rows[start : start + size]
     return shards
 
 
 def write_predictions(path: Path, recordings: list[Recording], work: dict) -> None:
     """Write a shard: a line with the time that it took, on what, and a checksum, then a line for each recording."""
-    predictions = []
-    for recording in recordings:
-        prediction = vars(recording).copy()
-        del prediction["waveform"]
-        predictions.append(prediction)
+    predictions = [recording.prediction() for recording in recordings]
     checksum = record_checksum([work["process_seconds"], predictions])
-    lines = [work | {"checksum": checksum}, *predictions]
-    write_atomically(path, "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    lines = []
+    for line in (work | {"checksum": checksum}, *predictions):
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write_atomically(path, "\n".join(lines))
 
 
 def read_saved_shard(path: Path) -> tuple[dict, list[dict]] | None:
     """What a shard took, and its predictions; None where it is missing or, with a warning, damaged."""
     try:
-        head, *predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
-        is_whole = head.get("checksum") in (None, record_checksum([head["process_seconds"], predictions]))
+        work, *predictions = map(json.loads, path.read_text(encoding="utf-8").split("\n"))
+        if work["checksum"] == record_checksum([work["process_seconds"], predictions]):
+            return work, predictions
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        logger.warning("%s is damaged and is made again", path)
-        return None
-    return head, predictions
+    except (ValueError, LookupError, TypeError):
+        pass
+    logger.warning("%s is damaged and is made again", path)
+    return None
 
 
 def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     """Read the predictions of shards; returns them and the speed at which they were made."""
-    predictions = []
     works = []
+    predictions = []
     for path in paths:
         work, shard = read_saved_shard(path)
         works.append(work)
         predictions += shard
+
+    def total(name: str) -> float:
+        return sum(work.get(name, 0.0) for work in works)
+
     audio_seconds = sum(prediction["seconds"] for prediction in predictions)
-    process_seconds = sum(work["process_seconds"] for work in works)  # of all processes
-    warm_audio = audio_seconds - sum(work.get("warm_up_audio_seconds", 0) for work in works)
-    warm_seconds = process_seconds - sum(work.get("warm_up_seconds", 0) for work in works)
+    process_seconds = total("process_seconds")  # of all processes
+    warm_audio = audio_seconds - total("warm_up_audio_seconds")
+    warm_seconds = process_seconds - total("warm_up_seconds")
     if warm_audio < 0.01 or warm_seconds <= 0:  # there was only one batch
-        warm_audio, warm_seconds = audio_seconds, process_seconds
-    devices = dict.fromkeys(work.get("device", "unknown") for work in works)  # shards may come from several
-    batch_sizes = dict.fromkeys(str(work.get("batch_size", "unknown")) for work in works)
+        warm_audio = audio_seconds
+        warm_seconds = process_seconds
     speed = {
         "audio_seconds": round(audio_seconds, 1),
         "process_seconds": round(process_seconds, 3),
         "real_time_factor": round(process_seconds / max(audio_seconds, 1e-9), 5),
         "rtfx": round(warm_audio / max(warm_seconds, 1e-9), 2),  # seconds of audio per second of a process
-        "device": ", ".join(devices),
-        "batch_size": ", ".join(batch_sizes),
         "clips_per_second": round(len(predictions) / max(process_seconds, 1e-9), 3),
     }
+    for name in ("device", "batch_size"):  # shards may come from several
+        speed[name] = ", ".join(dict.fromkeys(str(work[name]) for work in works))
     return predictions, speed
 
 
@@ -3572,11 +3597,12 @@ def finish_evaluation(
     """Score predictions, write all results, and say the rates. Returns the metrics, of which `facts` are a part."""
     unusable = list_unusable(predictions, args)
     metrics = score_predictions(predictions, make_scorers(args.scorer, args.language, spellings))
-    metrics |= facts
-    metrics["name"] = args.name
-    metrics["scorer"] = args.scorer
-    metrics["unusable"] = unusable
-    metrics["versions"] = library_versions("torch", "transformers", "datasets", "jiwer")
+    metrics |= facts | {
+        "name": args.name,
+        "scorer": args.scorer,
+        "unusable": unusable,
+        "versions": library_versions("torch", "transformers", "datasets", "jiwer"),
+    }
     write_evaluation(predictions, metrics, load_waveform, args)
     for name, title in scorer_titles(metrics).items():
         logger.info("%s: %s", title, format_rate(metrics["scores"][name]["rate"]))
@@ -3596,6 +3622,10 @@ def save_metrics(path: Path, metrics: dict) -> None:
     except OSError:  # git, which it asks for the commit, is not installed
         content = json.dumps(metrics)
     write_atomically(path, content)
+
+
+def is_hub_id(reference: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", reference)) and local_directory(reference) is None
 
 
 def check_card(model: str) -> None:
@@ -3635,10 +3665,6 @@ def card_results(metrics: dict) -> list[EvalResult]:
     return results
 
 
-def is_hub_id(reference: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", reference)) and local_directory(reference) is None
-
-
 def leaderboard_file(metrics: dict) -> str:
     """The headline rate as a file of `.eval_results`, from which the Hub makes the leaderboards of datasets."""
     title = scorer_titles(metrics)[metrics["scorer"]]
@@ -3655,18 +3681,18 @@ def leaderboard_file(metrics: dict) -> str:
 def publish_rates(metrics: dict) -> None:
     """Write the rates into the `model-index` of the model card, which the Hub displays, and into `.eval_results`."""
     model = metrics["model"]
-    api = HfApi()
     index = {"model-index": eval_results_to_model_index(model, card_results(metrics))}
     name = f"{metrics['dataset']}.{metrics['name']}.{metrics['scorer']}".replace("/", "--")
 
     def push() -> None:
         if is_hub_id(metrics["dataset"]):  # a leaderboard is a dataset's on the Hub
-            content = leaderboard_file(metrics).encode()
-            path = f".eval_results/{name}.yaml"
-            api.upload_file(
-                path_or_fileobj=content, path_in_repo=path, repo_id=model, commit_message="Add an evaluation result"
+            HfApi().upload_file(
+                path_or_fileobj=leaderboard_file(metrics).encode(),
+                path_in_repo=f".eval_results/{name}.yaml",
+                repo_id=model,
+                commit_message="Add an evaluation result",
             )
-        head = api.model_info(model).sha
+        head = HfApi().model_info(model).sha
         metadata_update(model, index, overwrite=True, parent_commit=head)  # fails if another push came in between
 
     try:
@@ -3677,31 +3703,32 @@ def publish_rates(metrics: dict) -> None:
 
 def print_evaluation_plan(
     clips: datasets.Dataset,
-    place: Place,
-    shards: dict[Path, list[list[int]]],
+    load: Loader,
+    shards: dict[Path, list[Rows]],
     recogniser: Recogniser,
     processes: int,
     args: argparse.Namespace,
 ) -> None:
     """Print what a run would do. Its time is estimated from a sample: one batch, or one recording with --long_form."""
     recording_rows = list(itertools.chain.from_iterable(shards.values()))
+    total = len(recording_rows)
     sample_size = 1 if args.long_form else recogniser.short.batch_size
-    sample = recording_rows[:: math.ceil(len(recording_rows) / sample_size)]
+    sample = recording_rows[:: math.ceil(total / sample_size)]
     with tempfile.TemporaryDirectory() as scratch:
         shard = Path(scratch) / "sample.jsonl"
         for _ in range(2):  # the first time is slow
-            predict(clips, place, {shard: sample}, recogniser, args)
+            predict(load, {shard: sample}, recogniser, args)
         _, speed = read_predictions([shard])
-    done = [path for path in shards if read_saved_shard(path)]
-    left = len(recording_rows) - sum(len(shards[path]) for path in done)
-    hours = speed["audio_seconds"] / len(sample) * len(recording_rows) / 3600
+    done = [recordings for path, recordings in shards.items() if read_saved_shard(path)]
+    left = total - sum(map(len, done))
+    hours = speed["audio_seconds"] / len(sample) * total / 3600
     minutes = speed["process_seconds"] / len(sample) * left / processes / 60
-    windows = f"{len(recording_rows):,} windows of " if args.concatenate_audio else ""
+    windows = f"{total:,} windows of " if args.concatenate_audio else ""
     tables = f"all_predictions.{args.name}.csv, incorrect_predictions.{args.name}.csv"
     pushes = f"the rates to the card of {args.model_name_or_path}" if args.push_to_hub else "nothing"
     print(f"input: {args.dataset_name}, {args.dataset_split_name}, {windows}{len(clips):,} clips, about {hours:.2f} h")
     print(f"done: {len(done)} of {len(shards)} shards")
-    print(f"left: {left:,} of {len(recording_rows):,}")
+    print(f"left: {left:,} of {total:,}")
     print(f"writes: {args.output_dir}: metric.{args.name}.json, {tables}, report.{args.name}.html")
     print(f"pushes: {pushes}")
     print(f"time: about {minutes:.1f} min; a sample of {len(sample)} took {speed['process_seconds']} s ({args.dtype})")
@@ -3737,15 +3764,14 @@ def main(argv: list[str] | None = None) -> int:
     clips, place = load_clips(args)
     refuse_empty_references(clips, args)
     recogniser = load_recogniser(args, accelerator.device)
-    recording_rows = plan_recordings(clips, place, args)
+    load = functools.partial(load_recording, clips, place, args=args)
+    recording_rows = plan_recordings(len(clips), load, args)
 
     # 4. Find what is left to do.
     directory = Path(args.output_dir) / f".predictions.{args.name}"
     settings = prediction_settings(clips, place, recogniser, args)
-    locks = contextlib.ExitStack()
-    try:
-        if is_main and not args.dry_run:
-            locks.enter_context(lock_results(args))
+    lock = lock_results(args) if is_main and not args.dry_run else contextlib.nullcontext()
+    with one_line_for_write_errors(args.output_dir), lock:
         accelerator.wait_for_everyone()
         shards = plan_shards(directory, recording_rows, settings, args.long_form)
         foreign = set(directory.glob("*.jsonl")) - set(shards)  # made with other settings
@@ -3753,7 +3779,7 @@ def main(argv: list[str] | None = None) -> int:
             refuse_other_settings(directory, read_record(directory / "settings.json") or {}, settings)
         if args.dry_run:
             if is_main:
-                print_evaluation_plan(clips, place, shards, recogniser, accelerator.num_processes, args)
+                print_evaluation_plan(clips, load, shards, recogniser, accelerator.num_processes, args)
             return 0
         share = list(shards)[accelerator.process_index :: accelerator.num_processes]
         missing = {path: shards[path] for path in share if read_saved_shard(path) is None}
@@ -3762,7 +3788,7 @@ def main(argv: list[str] | None = None) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         if is_main:
             write_record(directory / "settings.json", settings)
-        predict(clips, place, missing, recogniser, args, show_progress=is_main)
+        predict(load, missing, recogniser, args, show_progress=is_main)
         arrive()
         accelerator.wait_for_everyone()
 
@@ -3773,16 +3799,11 @@ def main(argv: list[str] | None = None) -> int:
             predictions, speed = read_predictions(shards)
             facts = speed | settings | {"parameters": recogniser.model.num_parameters()}
             spellings = recogniser.tokenizer.english_spelling_normalizer
-            load = functools.partial(load_recording, clips, place, args=args)
             metrics = finish_evaluation(
                 predictions, facts, spellings, lambda row: load(recording_rows[row]).waveform, args
             )
             start_tracker(accelerator, args)
             track(accelerator, {name: metrics[name] for name in METRICS})
-    except OSError as error:  # a full disk, or no permission to write
-        fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
-    finally:
-        locks.close()
 
     # 7. Push.
     if args.push_to_hub and is_main:

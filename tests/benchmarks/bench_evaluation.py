@@ -11,6 +11,7 @@ model is whisper-base, which ends its texts by itself as a trained model does.
 """
 
 import argparse
+import functools
 import io
 import random
 import statistics
@@ -52,7 +53,8 @@ def ours(clips: datasets.Dataset, recogniser: evaluation.Recogniser, args: argpa
     with tempfile.TemporaryDirectory() as root:
         shards = {Path(root) / "shard.jsonl": [[row] for row in range(len(clips))]}
         place = evaluation.Place(root, is_confined=False)  # the paths of the clips are absolute
-        evaluation.predict(clips, place, shards, recogniser, args)
+        load = functools.partial(evaluation.load_recording, clips, place, args=args)
+        evaluation.predict(load, shards, recogniser, args)
         predictions, _ = evaluation.read_predictions(shards)
     return [prediction["hypothesis"] for prediction in predictions]
 
