@@ -2157,7 +2157,7 @@ def count_errors(reference: str, hypothesis: str, unit: str) -> list[int]:
 
 
 def align_texts(reference: str, hypothesis: str, unit: str) -> list[tuple[str, str]]:
-    """Both texts cut into pieces that stand side by side: equal ones, and between them such as differ."""
+    """Both texts in pieces that belong together: equal pieces, and between them pieces that differ."""
     result = ALIGN[unit](reference, hypothesis)
     separator = " " if unit == "words" else ""
     pieces = []
@@ -2207,13 +2207,14 @@ def summarise_lengths(counts: np.ndarray) -> list[dict]:
     groups = []
     for low, high in LENGTH_GROUPS:
         members = (lengths >= low) & (lengths <= (high or np.inf))
+        counts_of_members = counts * members[:, None, None]  # those of all other clips become 0
         group = {"characters": [low, high], "clips": members.sum().item()}
-        groups.append(group | summarise(counts * members[:, None, None], METRICS))  # all other clips count 0
+        groups.append(group | summarise(counts_of_members, METRICS))
     return groups
 
 
 def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
-    """Add a clip's own figures to its prediction. Returns its `COUNTS` by each of the `METRICS` and by each scorer.
+    """Add a clip's own figures to its prediction. Returns its `COUNTS` for each of the `METRICS` and each scorer.
 
     A clip whose reference is empty after normalisation has no counts.
     """
@@ -2243,7 +2244,7 @@ def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
 
 def count_confusions(predictions: list[dict], unit: str) -> list[dict]:
     """The differences that occur most in the normalised texts, each with its count and the first clips that have it."""
-    clips = defaultdict(list)  # ids, by difference
+    clips = defaultdict(list)  # ids of the clips that have a difference
     for prediction in predictions:
         if not prediction["normalised_reference"]:
             continue
@@ -2283,7 +2284,7 @@ def list_unusable(predictions: list[dict], args: argparse.Namespace) -> dict[str
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Show nothing of what other programs and libraries write to stderr, also where they are not Python's."""
+    """Discard what C libraries and other programs write to stderr, which `redirect_stderr` does not catch."""
     stderr = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
@@ -2295,10 +2296,10 @@ def silent_stderr() -> Iterator[None]:
 
 
 def score_predictions(predictions: list[dict], scorers: list[Scorer]) -> dict:
-    """Add its own figures to each usable prediction, and compute the metrics of all of them.
+    """Add the figures of each usable prediction to it, and compute the metrics of all of them.
 
-    Whatever is not a scorer's own goes by the first scorer's rule. What was put in where the reference is empty is
-    counted apart.
+    Metrics that do not belong to a scorer follow the first scorer's rule. Text that was predicted where the reference
+    is empty after normalisation is counted separately.
     """
     usable = [prediction for prediction in predictions if not prediction["problem"]]
     counted = []
@@ -2354,12 +2355,12 @@ class Recording:
         return {name: value for name, value in vars(self).items() if name != "waveform"}
 
 
-Rows = list[int]  # of a dataset: the clips of a recording
+Rows = list[int]  # numbers of dataset rows: the clips of one recording
 Loader = Callable[[Rows], Recording]
 
 
 def load_clips(args: argparse.Namespace) -> tuple[datasets.Dataset, Place]:
-    """The rows of the dataset, in order, and where their files lie: `audio` (undecoded), `reference`, if named `id`."""
+    """The clips: `audio` (undecoded), `reference` and, if a column is named, `id`; and where their files lie."""
     dataset, place = open_dataset(
         args.dataset_name,
         args.dataset_config_name,
@@ -2681,6 +2682,8 @@ def predict(
 
 # ---- comparison ------------------------------------------------------------------------------------------------------
 
+COMPARED = ("clips", "parameters", "audio_seconds", "process_seconds", "rtfx", "runaways", "silence", "scores")
+
 
 @dataclass
 class Evaluation:
@@ -2690,6 +2693,8 @@ class Evaluation:
     dataset: str  # as it is shown
     metrics: dict
     predictions: list[dict]
+    # Paired tests against the first evaluation of the same data, by scorer. None = this is it, {} = it has other clips
+    tests: dict[str, dict] | None = None
 
     @property
     def data(self) -> tuple[str, str]:
@@ -2697,40 +2702,55 @@ class Evaluation:
         return self.metrics["dataset"], self.metrics["name"]
 
     @property
+    def headline(self) -> dict:
+        """Rate, interval and unit of --scorer."""
+        return self.metrics["scores"][self.metrics["scorer"]]
+
+    @property
     def scored(self) -> list[dict]:
         return [prediction for prediction in self.predictions if prediction.get("cer") is not None]
 
     @property
-    def unit(self) -> str:
-        """What the headline rate counts: characters or words."""
-        return self.metrics["scores"][self.metrics["scorer"]]["unit"]
+    def clips(self) -> list[tuple[str, str]]:
+        """Ids and references of the scored clips."""
+        return [(prediction["id"], prediction["normalised_reference"]) for prediction in self.scored]
 
     def counts(self, scorer: str) -> np.ndarray:
         """(clips, 4): the `COUNTS` of each scored clip, all errors as substitutions."""
-        return np.array([[row[f"{scorer}_errors"], 0, 0, row[f"{scorer}_reference"]] for row in self.scored])
+        counts = np.zeros((len(self.scored), len(COUNTS)))
+        counts[:, 0] = [row[f"{scorer}_errors"] for row in self.scored]
+        counts[:, 3] = [row[f"{scorer}_reference"] for row in self.scored]
+        return counts
+
+
+def read_table_of_clips(path: Path, scorers: Iterable[str]) -> list[dict]:
+    """The predictions of an all_predictions.<name>.csv; figures that are not there are None."""
+    figures = ["seconds", "cer", "confidence", *CLIP_COLUMNS]
+    for scorer in scorers:
+        figures += [f"{scorer}_errors", f"{scorer}_reference"]
+    predictions = []
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for column in figures:
+                row[column] = float(row[column]) if row.get(column) else None
+            row["runaway"] = row["runaway"] == "True"
+            predictions.append(row)
+    return predictions
 
 
 def read_evaluation(path: Path) -> Evaluation:
     """Read the evaluation of a metric.<name>.json."""
-    name = path.stem.removeprefix("metric.")
-    table = path.with_name(f"all_predictions.{name}.csv")
+    table = path.with_name(f"all_predictions.{path.stem.removeprefix('metric.')}.csv")
     if not table.is_file():
         fail(f"{table} is missing: evaluate again with --output_dir {path.parent}")
-    predictions = []
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if "scores" not in metrics:
             fail(f"{path} is of an earlier version: evaluate again with --output_dir {path.parent}")
-        figures = ["seconds", "cer", "confidence", *CLIP_COLUMNS]
-        for scorer in metrics["scores"]:
-            figures += [f"{scorer}_errors", f"{scorer}_reference"]
-        with open(table, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                for column in figures:
-                    row[column] = float(row[column]) if row.get(column) else None
-                row["runaway"] = row["runaway"] == "True"
-                predictions.append(row)
-        evaluation = Evaluation(metrics["model"], metrics["dataset"], metrics, predictions)
+        predictions = read_table_of_clips(table, metrics["scores"])
+        kind = metrics["name"].removeprefix(split_title(metrics["dataset_split_name"]))  # for example .windows_30
+        dataset = shown_name(metrics["dataset"]) + re.sub(r"[._]", " ", kind)
+        evaluation = Evaluation(shown_name(metrics["model"]), dataset, metrics, predictions)
         for count in COUNTS:
             if sum(row[f"character_{count}"] for row in evaluation.scored) != metrics["details"]["cer"][count]:
                 raise ValueError("the counts of the clips do not add up")
@@ -2739,126 +2759,100 @@ def read_evaluation(path: Path) -> Evaluation:
         fail(f"{path} or {table.name} is damaged ({first_line(error)}): evaluate again")
 
 
-def paired_difference(first: np.ndarray, other: np.ndarray) -> tuple[float, ...]:
+def paired_difference(first: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Bootstrap the difference of two error rates on the same clips, each given by its (clips, 4) `COUNTS`.
 
     Returns the difference in percentage points, both ends of its 95 % interval, and the two-sided p-value.
     """
     both = np.stack([first, other], axis=1)  # (clips, 2, 4)
-    rates = error_rate(both.sum(axis=0))
+    rates = error_rate(both.sum(axis=0)).tolist()
     drawn_rates = bootstrap(both)  # (draws, 2)
     drawn = drawn_rates[:, 1] - drawn_rates[:, 0]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    fewer = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
+    fewer = min(np.sum(drawn <= 0), np.sum(drawn >= 0)).item()
     p = 2 * (1 + fewer) / (1 + BOOTSTRAP_DRAWS)
-    return rates[1] - rates[0], low, high, min(1.0, p)
+    return {"difference": rates[1] - rates[0], "low": low, "high": high, "p": min(1.0, p)}
 
 
-def compare_with(first: Evaluation, other: Evaluation) -> dict[str, dict] | None:
-    """The paired test of each scorer that both have, or None where they are not of the same clips."""
-    clips = []
-    for evaluation in (first, other):
-        clips.append([(row["id"], row["normalised_reference"]) for row in evaluation.scored])
-    if clips[0] != clips[1]:
-        return None
+def compare_with(first: Evaluation, other: Evaluation) -> dict[str, dict]:
+    """The paired test of each scorer that both have; none where they are not of the same clips."""
     tests = {}
+    if first.clips != other.clips:
+        return tests
     for scorer in first.metrics["scores"]:
         if scorer in other.metrics["scores"]:
-            test = paired_difference(first.counts(scorer), other.counts(scorer))
-            tests[scorer] = dict(zip(("difference", "low", "high", "p"), map(float, test), strict=True))
+            tests[scorer] = paired_difference(first.counts(scorer), other.counts(scorer))
     return tests
-
-
-def short_names(references: Iterable[str]) -> dict[str, str]:
-    """As many of the last parts of each reference as tell them apart: a page does not show where a directory is."""
-    paths = {reference: Path(reference).parts for reference in references}
-    for number in range(1, 5):
-        names = {reference: "/".join(parts[-number:]) for reference, parts in paths.items()}
-        if len(set(names.values())) == len(names):
-            break
-    return names
 
 
 def read_evaluations(directories: list[str]) -> list[Evaluation]:
     """The evaluations in these directories, those of the same data together, with names that tell them apart."""
-    paths = []
-    for directory in directories:
-        found = sorted(Path(directory).rglob("metric.*.json"))
-        if not found:
-            fail(f"{directory} has no metric.<split>.json: evaluate a model with --output_dir {directory} first")
-        paths += found
-    evaluations = [read_evaluation(path) for path in paths]
-    models = short_names(evaluation.metrics["model"] for evaluation in evaluations)
-    datasets_shown = short_names(evaluation.metrics["dataset"] for evaluation in evaluations)
+    evaluations = []
     seen = set()
-    for evaluation, path in zip(evaluations, paths, strict=True):
-        metrics = evaluation.metrics
-        kind = metrics["name"].removeprefix(split_title(metrics["dataset_split_name"]))  # for example .windows_30
-        evaluation.dataset = datasets_shown[metrics["dataset"]] + re.sub(r"[._]", " ", kind)
-        evaluation.model = models[metrics["model"]]
-        if (evaluation.model, evaluation.data) in seen:
-            evaluation.model += f" ({path.parent.name})"
-        seen.add((evaluation.model, evaluation.data))
+    for directory in directories:
+        paths = sorted(Path(directory).rglob("metric.*.json"))
+        if not paths:
+            fail(f"{directory} has no metric.<split>.json: evaluate a model with --output_dir {directory} first")
+        for path in paths:
+            evaluation = read_evaluation(path)
+            if (evaluation.model, evaluation.data) in seen:
+                evaluation.model += f" ({path.parent.name})"
+            seen.add((evaluation.model, evaluation.data))
+            evaluations.append(evaluation)
     return sorted(evaluations, key=lambda evaluation: evaluation.data)
 
 
-def comparison_line(evaluation: Evaluation, titles: dict[str, str], tests: dict | None, is_first: bool) -> str:
-    """A row of the printed table, with the rates of the scorers in `titles`."""
-    metrics = evaluation.metrics
-    parameters = f"{metrics['parameters'] / 1e6:.1f} M" if metrics["parameters"] else ""
-    cells = [evaluation.model, parameters, evaluation.dataset, f"{metrics['clips']:,}"]
-    for name in titles:
-        summary = metrics["scores"].get(name)
-        cells.append("")
-        if summary and summary["rate"] is not None:
-            cells[-1] = f"{summary['rate']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})"
-    against_first = "" if is_first else "other clips"
-    if not is_first and tests and metrics["scorer"] in tests:
-        test = tests[metrics["scorer"]]
-        against_first = f"{test['difference']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f}, p = {test['p']:.3f})"
-    seconds = "" if metrics["process_seconds"] is None else f"{metrics['process_seconds']:.0f}"
-    cells += [against_first, f"{metrics['rtfx'] or ''}", seconds]
-    return f"| {' | '.join(cells)} |"
+def format_test(evaluation: Evaluation) -> str:
+    """The paired test of an evaluation's headline for people."""
+    if evaluation.tests is None:
+        return ""
+    test = evaluation.tests.get(evaluation.metrics["scorer"])
+    if test is None:
+        return "other clips"
+    return f"{test['difference']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f}, p = {test['p']:.3f})"
+
+
+def comparison_table(evaluations: list[Evaluation]) -> list[list[str]]:
+    """The header and a row for each evaluation, for print and page."""
+    titles = scorer_titles(*(evaluation.metrics for evaluation in evaluations))
+    header = ["Model", "Parameters", "Dataset", "Clips"]
+    header += [f"{title} %" for title in titles.values()]
+    table = [[*header, "Against the first", "RTFx", "Seconds"]]
+    for evaluation in evaluations:
+        metrics = evaluation.metrics
+        parameters = f"{metrics['parameters'] / 1e6:.1f} M" if metrics["parameters"] else ""
+        cells = [evaluation.model, parameters, evaluation.dataset, f"{metrics['clips']:,}"]
+        for name in titles:
+            summary = metrics["scores"].get(name, {"rate": None})
+            cells.append("")
+            if summary["rate"] is not None:
+                cells[-1] = f"{summary['rate']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})"
+        seconds = "" if metrics["process_seconds"] is None else f"{metrics['process_seconds']:.0f}"
+        table.append([*cells, format_test(evaluation), f"{metrics['rtfx'] or ''}", seconds])
+    return table
 
 
 def compare(args: argparse.Namespace) -> None:
     """Print saved evaluations, each compared with the first one on the same data, and write them as JSON and page."""
     evaluations = read_evaluations(args.compare)
-    titles = {}
-    for evaluation in evaluations:
-        titles |= scorer_titles(evaluation.metrics)
-    header = ["Model", "Parameters", "Dataset", "Clips", *(f"{title} %" for title in titles.values())]
-    header += ["Against the first", "RTFx", "Seconds"]
-    print(f"| {' | '.join(header)} |")
-    print(f"|{' --- |' * len(header)}")
     firsts: dict[tuple, Evaluation] = {}
     compared = []
     for evaluation in evaluations:
         first = firsts.setdefault(evaluation.data, evaluation)
-        tests = None if evaluation is first else compare_with(first, evaluation)
-        print(comparison_line(evaluation, titles, tests, evaluation is first))
-        compared.append({"model": evaluation.model, "dataset": evaluation.dataset, "against_first": tests})
-        for name in (
-            "clips",
-            "parameters",
-            "audio_seconds",
-            "process_seconds",
-            "rtfx",
-            "runaways",
-            "silence",
-            "scores",
-        ):
-            compared[-1][name] = evaluation.metrics[name]
+        if evaluation is not first:
+            evaluation.tests = compare_with(first, evaluation)
+        entry = {"model": evaluation.model, "dataset": evaluation.dataset, "against_first": evaluation.tests or None}
+        compared.append(entry | {name: evaluation.metrics[name] for name in COMPARED})
+    header, *rows = comparison_table(evaluations)
+    for cells in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(cells)} |")
     if args.dry_run:
         return
     output_dir = Path(args.output_dir)
-    try:
+    with one_line_for_write_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "comparison.json", {"evaluations": compared})
-        tests = [evaluation["against_first"] for evaluation in compared]
-        write_atomically(output_dir / "comparison.html", render_page("Comparison", evaluations, tests, {}))
-    except OSError as error:
-        fail(f"cannot write to {args.output_dir}: {first_line(error)}. {CONTINUE}")
+        write_atomically(output_dir / "comparison.html", render_page("Comparison", evaluations))
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
@@ -2957,7 +2951,7 @@ function details(clip) {
   const cell = make("td", {class: "details", colspan: data.columns.length + 2, role: "cell"})
   if (clip.audio) cell.append(make("audio", {controls: "", src: "data:audio/flac;base64," + clip.audio}))
   for (const text of clip.texts) {
-    if (data.models.length > 1) cell.append(make("h3", {}, data.models[text.model]))
+    if (data.models.length > 1) cell.append(make("h3", {}, text.model))
     text.aligned.forEach((pieces, index) => {
       cell.append(make("small", {}, ["Normalised", "As written"][index]), aligned(pieces), spoken(pieces))
     })
@@ -2968,12 +2962,14 @@ function details(clip) {
 function rowOf(clip) {
   const button = make("button", {class: "open", "aria-expanded": "false"}, clip.id)
   const row = make("tr", {class: "clip", role: "row"}, make("td", {class: "text", role: "cell"}, button))
-  const preview = make("span", {lang: data.language}, sideOf(clip.texts[0].aligned[1], 0) || "(empty)")
-  row.firstChild.append(preview)
-  for (const tag of clip.tags) row.firstChild.append(" ", make("span", {class: "tag"}, tag))
-  clip.figures.forEach((figure, index) => {
-    const text = figure === null ? "–" : figure.toFixed(data.columns[index].digits)
-    row.append(make("td", {class: "number", role: "cell", "data-label": data.columns[index].label}, text))
+  row.firstChild.append(make("span", {lang: data.language}, sideOf(clip.texts[0].aligned[1], 0) || "(empty)"))
+  for (const kind of clip.kinds) {
+    if (kind !== "wrong") row.firstChild.append(" ", make("span", {class: "tag"}, kind))
+  }
+  data.columns.forEach((column, index) => {
+    const figure = clip.figures[index]
+    const text = figure === null ? "–" : figure.toFixed(column.digits)
+    row.append(make("td", {class: "number", role: "cell", "data-label": column.label}, text))
   })
   row.onclick = () => {
     const open = button.getAttribute("aria-expanded") === "true"
@@ -3036,6 +3032,10 @@ PAGE = """<!DOCTYPE html>
  style-src '{{ style|digest }}'; media-src data:; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{{ style|safe }}</style></head><body>
 
+{%- macro interval(summary) %}{{ "%.2f to %.2f %%"|format(summary.low, summary.high) }}{% endmacro %}
+
+{%- macro characters(low, high) %}{{ low }}{{ " to %d"|format(high) if high else " or more" }}{% endmacro %}
+
 {%- macro bar(summary, scale) %}<span class="number">
 <svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">
 <rect width="{{ [100 * summary.rate / scale, 100]|min }}" height="10"/>
@@ -3044,13 +3044,13 @@ PAGE = """<!DOCTYPE html>
 
 {%- macro rate_cells(summary, scale) %}
 {% if summary.rate is none %}<td><td>{% else %}<td class="number">{{ summary.rate|percent }}<td class="text">
-{{- bar(summary, scale) }} <span class="number">{{ "%.2f to %.2f %%"|format(summary.low, summary.high) }}</span>
+{{- bar(summary, scale) }} <span class="number">{{ interval(summary) }}</span>
 {%- endif %}{% endmacro %}
 
 <main><h1>{{ title }}</h1>
-{%- if evaluations|length == 1 %}{% set metrics = evaluations[0].metrics %}{% set headline = headlines[0] %}
-<p><span class="rate">{{ headline.rate|percent }}</span><br>{{ titles[metrics.scorer] }}, 95 % interval
-{{ "%.2f to %.2f %%"|format(headline.low, headline.high) }}
+{%- if evaluations|length == 1 %}{% set metrics = evaluations[0].metrics %}{% set headline = evaluations[0].headline %}
+<p><span class="rate">{{ headline.rate|percent }}</span><br>{{ titles[scorer] }}, 95 % interval
+{{ interval(headline) }}
 <dl class="facts">{% for name, value in facts.items() %}<dt>{{ name }}<dd>{{ value }}{% endfor %}</dl>
 <h2>All scorers</h2>
 <div class="scroll" tabindex="0"><table><caption>Error rates; the line on a bar is the 95 % interval</caption>
@@ -3063,8 +3063,7 @@ PAGE = """<!DOCTYPE html>
 <div class="scroll" tabindex="0"><table><caption>Character error rate of the clips of each length</caption>
 <tr><th scope="col" class="text">Characters<th scope="col" class="minor">Clips<th scope="col">Rate
 <th scope="col" class="text">95 % interval
-{%- for group in metrics.by_length %}<tr><th scope="row" class="number">{{ group.characters[0] }}
-{{- " to %d"|format(group.characters[1]) if group.characters[1] else " or more" }}
+{%- for group in metrics.by_length %}<tr><th scope="row" class="number">{{ characters(*group.characters) }}
 <td class="number minor">{{ "{:,}".format(group.clips) }}{{ rate_cells(group.cer, length_scale) }}
 {%- endfor %}</table></div>
 <h2>What is confused most</h2>
@@ -3080,25 +3079,18 @@ PAGE = """<!DOCTYPE html>
 {%- else %}
 <div class="scroll compared" tabindex="0"><table>
 <caption>Rates with their 95 % intervals; paired tests against the first of the same data, in points</caption>
-<tr><th scope="col" class="text">Model<th scope="col" class="text">Dataset<th scope="col">Clips<th scope="col">Rate
-<th scope="col" class="text">95 % interval<th scope="col">Against the first
-{%- for name in other_scorers %}<th scope="col">{{ titles[name] }}{% endfor %}<th scope="col">RTFx
-{%- for evaluation in evaluations %}{% set metrics = evaluation.metrics %}<tr><th scope="row">{{ evaluation.model }}
-<td class="text">{{ evaluation.dataset }}<td class="number">{{ "{:,}".format(metrics.clips) }}
-{{- rate_cells(metrics.scores[metrics.scorer], scale) }}<td class="number">{% set test = tests[loop.index0] %}
-{%- if test %}{% set test = test[metrics.scorer] %}
-{{- "%+.2f (%+.2f to %+.2f), p = %.3f"|format(test.difference, test.low, test.high, test.p) }}{% endif %}
-{%- for name in other_scorers %}<td class="number">
-{{- metrics.scores[name].rate|percent if name in metrics.scores }}{% endfor %}
-<td class="number">{{ metrics.rtfx or "" }}{% endfor %}</table></div>
+<tr><th scope="col" class="text">{{ table[0][0] }}<th scope="col" class="text">Rate
+{%- for name in table[0][1:] %}<th scope="col">{{ name }}{% endfor %}
+{%- for cells in table[1:] %}<tr><th scope="row">{{ cells[0] }}<td>{{ bar(headlines[loop.index0], scale) }}
+{%- for cell in cells[1:] %}<td>{{ cell }}{% endfor %}{% endfor %}</table></div>
 {%- endif %}
 <h2>All clips</h2><noscript>This table needs JavaScript; all_predictions.*.csv has the same rows.</noscript>
 <div class="controls"><label>Search in texts and names<input type="search" id="search"></label>
 <label>Show<select id="kind"><option value="">all clips<option value="wrong">only wrong<option value="runaway">runaways
 <option value="empty">without a reference</select></label>
 <label>Characters<select id="length"><option value="0 Infinity">any length
-{%- for low, high in length_groups %}<option value="{{ low }} {{ high or 'Infinity' }}">{{ low }}
-{{- " to %d"|format(high) if high else " or more" }}{% endfor %}</select></label></div>
+{%- for low, high in length_groups %}<option value="{{ low }} {{ high or 'Infinity' }}">
+{{- characters(low, high) }}{% endfor %}</select></label></div>
 <table id="clips" role="table">
 <caption>A row opens to the texts side by side, and to the audio where the page has it</caption>
 <thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader" class="text"><button>Clip</button>
@@ -3114,11 +3106,12 @@ PAGE = """<!DOCTYPE html>
 
 def digest_source(content: str) -> str:
     """How a content security policy names the one script or style that it allows."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def bar_scale(summaries: Iterable[dict]) -> float:
-    """The rate that a full bar stands for: the highest end of an interval, but no more than 4 times the lower half."""
+    """The rate of a full bar: the highest end of an interval, but at most 4 times the median, as one may be huge."""
     known = [summary for summary in summaries if summary["rate"] is not None]
     if not known:
         return 1.0
@@ -3127,93 +3120,104 @@ def bar_scale(summaries: Iterable[dict]) -> float:
     return max(min(highest, 4 * typical) if typical else highest, 1.0)
 
 
-def page_texts(evaluation: Evaluation, prediction: dict, model: int) -> dict:
-    """Both texts of a clip in pieces, normalised and raw: a string where they are equal, else a pair."""
+Versions = list[tuple[Evaluation, dict]]  # the predictions of a clip, each with its evaluation
+
+
+def page_text(evaluation: Evaluation, prediction: dict) -> dict:
+    """Both texts of a clip in pieces, normalised and as written: a string where they are equal, else a pair."""
     aligned = []
     for prefix in ("normalised_", ""):
         texts = (prediction[f"{prefix}reference"], prediction[f"{prefix}hypothesis"])
-        pieces = align_texts(*texts, evaluation.unit)
-        aligned.append([left if left == right else [left, right] for left, right in pieces])
-    return {"model": model, "aligned": aligned}
+        pieces = align_texts(*texts, evaluation.headline["unit"])
+        aligned.append([piece if piece[0] != piece[1] else piece[0] for piece in pieces])
+    return {"model": evaluation.model, "aligned": aligned}
 
 
-def clip_rate(evaluation: Evaluation, prediction: dict, scorer: str) -> float | None:
+def clip_rate(prediction: dict, scorer: str) -> float | None:
     """The error rate of a clip by a scorer, or None where it has none."""
-    if not prediction.get(f"{scorer}_reference"):
-        return None
-    return 100 * prediction[f"{scorer}_errors"] / prediction[f"{scorer}_reference"]
+    length = prediction.get(f"{scorer}_reference")
+    return 100 * prediction[f"{scorer}_errors"] / length if length else None
 
 
-def clip_of_page(prediction: dict, audio: str | None) -> dict:
-    """What a page knows of a clip before any model's texts and figures are added."""
-    clip = {"id": prediction["id"], "length": len(prediction["normalised_reference"]), "texts": [], "kinds": []}
-    if not prediction["normalised_reference"]:
-        clip["kinds"].append("empty")
-    return clip | {"audio": audio, "tags": [], "rates": {}, "seconds": prediction["seconds"]}
+def compared_rates(versions: Versions, models: list[str]) -> list[float | None]:
+    """The widest difference between the models' rates of a clip, then the rate of each model."""
+    rates = {}
+    for evaluation, prediction in versions:
+        rates[evaluation.model] = clip_rate(prediction, evaluation.metrics["scorer"])
+    known = [rate for rate in rates.values() if rate is not None]
+    widest = max(known) - min(known) if known else None
+    return [widest, *map(rates.get, models)]
 
 
-def page_clips(evaluations: list[Evaluation], models: list[str], audio: dict[int, str]) -> list[dict]:
-    """One entry for each clip of the page, with the texts and the rates of all models that transcribed it."""
-    clips: dict[tuple, dict] = {}
+def find_versions(evaluations: list[Evaluation]) -> list[Versions]:
+    """The predictions of each usable clip, from all evaluations that have it."""
+    versions = defaultdict(list)
     for evaluation in evaluations:
-        scorer = evaluation.metrics["scorer"]
-        model = models.index(evaluation.model)
         occurrences = Counter()
-        for row, prediction in enumerate(evaluation.predictions):
+        for prediction in evaluation.predictions:
             if prediction["problem"]:
                 continue
-            name = (evaluation.data, prediction["id"], prediction["reference"])
-            occurrences[name] += 1  # names need not be unique
-            clip = clips.setdefault((name, occurrences[name]), clip_of_page(prediction, audio.get(row)))
-            clip["texts"].append(page_texts(evaluation, prediction, model))
-            clip["rates"][model] = clip_rate(evaluation, prediction, scorer)
-            wrong = prediction["normalised_reference"] != prediction["normalised_hypothesis"]
-            for kind, is_so in (("wrong", wrong), ("runaway", prediction.get("runaway"))):
-                if is_so and kind not in clip["kinds"]:
-                    clip["kinds"].append(kind)
-            clip["tags"] = [kind for kind in clip["kinds"] if kind != "wrong"]
-            clip["first"] = clip.get("first", prediction)
-    return list(clips.values())
+            clip = (evaluation.data, prediction["id"], prediction["reference"])
+            occurrences[clip] += 1  # names need not be unique
+            versions[clip, occurrences[clip]].append((evaluation, prediction))
+    return list(versions.values())
 
 
-def page_data(evaluations: list[Evaluation], audio: dict[int, str]) -> dict:
-    """What the page's script shows: the clips, and the columns of their figures."""
+def page_clip(versions: Versions, rates: list[float | None]) -> dict:
+    """A clip as the page's script gets it: its texts by model, its kinds, its figures and its audio."""
+    predictions = [prediction for _, prediction in versions]
+    first = predictions[0]
+    kinds = set()
+    for prediction in predictions:
+        if prediction["normalised_reference"] != prediction["normalised_hypothesis"]:
+            kinds.add("wrong")
+        if prediction.get("runaway"):
+            kinds.add("runaway")
+    if not first["normalised_reference"]:
+        kinds.add("empty")
+    length = len(first["normalised_reference"])
+    return {
+        "id": first["id"],
+        "length": length,
+        "texts": [page_text(*version) for version in versions],
+        "kinds": sorted(kinds),
+        "audio": first.get("audio"),
+        "figures": [*rates, length, first["seconds"], first.get("confidence")],
+    }
+
+
+def page_data(evaluations: list[Evaluation]) -> dict:
+    """The data of the page's script: the clips, and the columns of their figures."""
     models = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
     metrics = evaluations[0].metrics
     titles = scorer_titles(metrics)
-    clips = page_clips(evaluations, models, audio)
+    scorers = [metrics["scorer"]]
+    scorers += [name for name in ("readings", "words") if name in titles]
+    clips = []
+    for versions in find_versions(evaluations):
+        if len(models) > 1:
+            rates = compared_rates(versions, models)
+        else:
+            rates = [clip_rate(versions[0][1], name) for name in scorers]
+        clips.append(page_clip(versions, rates))
+    labels = [titles[name] for name in scorers]
     if len(models) > 1:
         labels = ["widest difference", *models]
-    else:
-        scorers = [metrics["scorer"], *(name for name in ("readings", "words") if name in titles)]
-        labels = [titles[name] for name in scorers]
     columns = [{"label": f"{label} %", "digits": 0} for label in labels]
     columns += [{"label": "characters", "digits": 0}, {"label": "seconds", "digits": 1}]
-    has_confidence = any(clip["first"].get("confidence") is not None for clip in clips)
-    if has_confidence:
+    if any(clip["figures"][-1] is not None for clip in clips):
         columns.append({"label": "confidence", "digits": 2})
-    for clip in clips:
-        first, rates = clip.pop("first"), clip.pop("rates")
-        if len(models) > 1:
-            known = [rate for rate in rates.values() if rate is not None]
-            clip["figures"] = [max(known) - min(known) if known else None]
-            clip["figures"] += [rates.get(model) for model in range(len(models))]
-        else:
-            clip["figures"] = [clip_rate(evaluations[0], first, name) for name in scorers]
-        clip["figures"] += [clip["length"], clip.pop("seconds")]
-        if has_confidence:
-            clip["figures"].append(first.get("confidence"))
     return {
         "models": models,
         "language": metrics["language"],
-        "unit": evaluations[0].unit,
+        "unit": evaluations[0].headline["unit"],
         "columns": columns,
         "clips": clips,
     }
 
 
 def page_facts(evaluation: Evaluation) -> dict[str, str]:
-    """What one wants to know of a run, by name; nothing of where its files are."""
+    """The facts at the top of a page, by name; the paths of files are not among them."""
     metrics = evaluation.metrics
     silence = metrics["silence"]
     invented = f"{silence['clips_with_text']:,} of them got text, {silence['characters']:,} characters"
@@ -3221,58 +3225,57 @@ def page_facts(evaluation: Evaluation) -> dict[str, str]:
         "Model": evaluation.model,
         "Dataset": f"{evaluation.dataset}, {metrics['name']}",
         "Clips": f"{metrics['clips']:,}, {metrics['audio_seconds'] / 3600:.2f} h",
-        "RTFx": f"{metrics['rtfx']} seconds of audio per second" if metrics["rtfx"] else "unknown",
-        "Computed by": f"{metrics['device']}, {metrics['dtype']}, batches of {metrics['batch_size']}",
+        "RTFx": "unknown",
+    }
+    if metrics["rtfx"]:
+        facts["RTFx"] = f"{metrics['rtfx']} seconds of audio per second"
+        facts["Computed by"] = f"{metrics['device']}, {metrics['dtype']}, batches of {metrics['batch_size']}"
+    facts |= {
         "Runaways": f"{metrics['runaways']:,} ({metrics['runaway_rate']:.2f} %)",
         "Without a reference": f"{metrics['empty_references']:,}; {invented}",
         "Parameters": f"{metrics['parameters'] / 1e6:.1f} M" if metrics["parameters"] else "unknown",
     }
-    if not metrics["rtfx"]:
-        del facts["Computed by"]
     for problem, names in metrics["unusable"].items():
-        facts[f"Left out: {problem}"] = f"{len(names):,}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+        facts[f"Left out: {problem}"] = f"{len(names):,}: {first_names(names)}"
     return facts
 
 
 def page_rates(metrics: dict) -> dict[str, dict]:
-    """All rates of an evaluation by title: those of the scorers, then what the headline's own rule gives besides."""
-    titles = scorer_titles(metrics)
-    rates = {titles[name]: summary for name, summary in metrics["scores"].items()}
-    # Without spaces a text is one word, and what is right or wrong is the whole of it.
+    """All rates of an evaluation by title: those of the scorers, then the others by the headline scorer's rule."""
+    rates = {title: metrics["scores"][name] for name, title in scorer_titles(metrics).items()}
+    # A text without spaces is one word, which is right or wrong as a whole.
     word = "Sentence error rate" if metrics["language"] in UNSPACED else "WER"
-    names = {"cer": f"CER ({metrics['scorer']})", "cer_raw": "CER of the raw texts"}
-    names |= {"wer": f"{word} ({metrics['scorer']})", "wer_raw": f"{word} of the raw texts"}
-    for name, title in names.items():
-        rates.setdefault(title, metrics["details"][name])
+    rates.setdefault(f"CER ({metrics['scorer']})", metrics["details"]["cer"])
+    rates["CER of the raw texts"] = metrics["details"]["cer_raw"]
+    rates.setdefault(f"{word} ({metrics['scorer']})", metrics["details"]["wer"])
+    rates[f"{word} of the raw texts"] = metrics["details"]["wer_raw"]
     return rates
 
 
-def render_page(title: str, evaluations: list[Evaluation], tests: list[dict | None], audio: dict[int, str]) -> str:
-    """One self-contained page about one evaluation, or about several. `audio` are FLAC files in base64 by row."""
+def render_page(title: str, evaluations: list[Evaluation]) -> str:
+    """One self-contained page about one evaluation, or about several."""
     environment = jinja2.Environment(autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     environment.filters |= {"percent": format_rate, "digest": digest_source}
-    rates = page_rates(evaluations[0].metrics)
-    headlines = [evaluation.metrics["scores"][evaluation.metrics["scorer"]] for evaluation in evaluations]
-    titles = {}
-    for evaluation in evaluations:
-        titles |= scorer_titles(evaluation.metrics)
+    first = evaluations[0]
+    rates = page_rates(first.metrics)
+    headlines = [evaluation.headline for evaluation in evaluations]
     return environment.from_string(PAGE).render(
         title=title,
         style=STYLE,
         script=SCRIPT,
         evaluations=evaluations,
-        tests=tests,
-        titles=titles,
+        table=comparison_table(evaluations),
         headlines=headlines,
-        other_scorers=[name for name in titles if name != evaluations[0].metrics["scorer"]],
-        facts=page_facts(evaluations[0]),
+        titles=scorer_titles(first.metrics),
+        scorer=first.metrics["scorer"],
+        facts=page_facts(first),
         rates=rates,
         counts=COUNTS,
         scale=bar_scale(rates.values() if len(evaluations) == 1 else headlines),
-        length_scale=bar_scale(group["cer"] for group in evaluations[0].metrics["by_length"]),
+        length_scale=bar_scale(group["cer"] for group in first.metrics["by_length"]),
         length_groups=LENGTH_GROUPS,
-        data=page_data(evaluations, audio),
+        data=page_data(evaluations),
     )
 
 
@@ -3283,29 +3286,30 @@ def encode_audio(waveform: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def badness(prediction: dict) -> float:
+    """The error rate of a clip; infinite if the reference is empty and the prediction is not."""
+    if not prediction["normalised_reference"] and prediction["normalised_hypothesis"]:
+        return math.inf
+    return prediction.get("cer", 0.0)
+
+
 def embed_audio(
-    predictions: list[dict], load_waveform: Callable[[int], np.ndarray], megabytes: float
-) -> dict[int, str]:
-    """The audio that a page holds, in base64 by row: of the worst clips first, and of as many as fit."""
-
-    def badness(row: int) -> float:
-        prediction = predictions[row]
-        invented = not prediction["normalised_reference"] and prediction["normalised_hypothesis"]
-        return math.inf if invented else prediction.get("cer", 0.0)
-
+    predictions: list[dict],
+    load_waveform: Callable[[int], np.ndarray],
+    megabytes: float,
+) -> None:
+    """Add the `audio` that a page holds to predictions, in base64: to the worst clips first, to as many as fit."""
     playable = []
     for row, prediction in enumerate(predictions):
         if not prediction["problem"] and prediction["seconds"] <= MAX_PLAYED_SECONDS:
             playable.append(row)
-    audio = {}
     left = megabytes * 1e6
-    for row in sorted(playable, key=badness, reverse=True):
-        encoded = encode_audio(load_waveform(row))
-        left -= len(encoded)
+    for row in sorted(playable, key=lambda row: badness(predictions[row]), reverse=True):
+        audio = encode_audio(load_waveform(row))
+        left -= len(audio)
         if left < 0:
             break
-        audio[row] = encoded
-    return audio
+        predictions[row]["audio"] = audio
 
 
 # ---- predictions of other engines ------------------------------------------------------------------------------------
@@ -3330,7 +3334,7 @@ def read_prediction_rows(path: Path) -> list[dict]:
 
 
 def text_of(row: dict, column: str) -> str:
-    """A text of a row, empty where there is none, without what cannot be written as UTF-8."""
+    """A text of a row, empty where there is none. Characters that UTF-8 cannot encode are replaced."""
     value = row.get(column)
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
@@ -3345,7 +3349,7 @@ def figure_of(row: dict, column: str) -> float | None:
 
 
 def read_engine(path: Path, args: argparse.Namespace) -> list[dict]:
-    """What an engine said: rows with a `hypothesis` and, as far as they are there, `id`, `reference` and `confidence`.
+    """The rows of --predictions, with the engine's texts under `hypothesis` and the ids, if there are any, under `id`.
 
     `path` is a file, or a directory that an evaluation wrote.
     """
@@ -3403,7 +3407,7 @@ def match_rows(rows: list[dict], ids: list[str]) -> list[dict | None]:
 
 
 def add_hypotheses(predictions: list[dict], rows: list[dict | None]) -> None:
-    """Add what the engine said of each clip, and how sure it was where it tells."""
+    """Add the engine's text and, where it has one, its confidence to each clip."""
     for prediction, row in zip(predictions, rows, strict=True):
         if row is None:
             prediction["problem"] = prediction["problem"] or "no prediction"
@@ -3508,7 +3512,7 @@ def plan_shards(
 
 
 def write_predictions(path: Path, recordings: list[Recording], work: dict) -> None:
-    """Write a shard: a line with the time that it took, on what, and a checksum, then a line for each recording."""
+    """Write a shard: a line with its time, its device and a checksum, then a line for each recording."""
     predictions = [recording.prediction() for recording in recordings]
     checksum = record_checksum([work["process_seconds"], predictions])
     lines = []
@@ -3518,7 +3522,7 @@ def write_predictions(path: Path, recordings: list[Recording], work: dict) -> No
 
 
 def read_saved_shard(path: Path) -> tuple[dict, list[dict]] | None:
-    """What a shard took, and its predictions; None where it is missing or, with a warning, damaged."""
+    """The first line and the predictions of a shard; None where it is missing or, with a warning, damaged."""
     try:
         work, *predictions = map(json.loads, path.read_text(encoding="utf-8").split("\n"))
         if work["checksum"] == record_checksum([work["process_seconds"], predictions]):
@@ -3562,27 +3566,36 @@ def read_predictions(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     return predictions, speed
 
 
+def write_table(path: Path, predictions: list[dict], columns: Iterable[str]) -> None:
+    """Write predictions as CSV."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    writer.writerows(predictions)
+    write_atomically(path, file.getvalue())
+
+
 def write_evaluation(
-    predictions: list[dict], metrics: dict, load_waveform: Callable[[int], np.ndarray] | None, args: argparse.Namespace
+    predictions: list[dict],
+    metrics: dict,
+    load_waveform: Callable[[int], np.ndarray] | None,
+    args: argparse.Namespace,
 ) -> None:
     """Write the two tables, the page and, last, the metrics. `load_waveform` gives the audio of a prediction by row."""
     output_dir = Path(args.output_dir)
-    columns = dict.fromkeys(name for prediction in predictions for name in prediction)
+    columns = list(dict.fromkeys(name for prediction in predictions for name in prediction))
     incorrect = []
     for prediction in predictions:
         if prediction.get("normalised_reference") != prediction.get("normalised_hypothesis"):
             incorrect.append(prediction)
-    for kind, table in (("all", predictions), ("incorrect", incorrect)):
-        file = io.StringIO(newline="")
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(table)
-        write_atomically(output_dir / f"{kind}_predictions.{args.name}.csv", file.getvalue())
-    audio = embed_audio(predictions, load_waveform, args.report_audio_mb) if load_waveform else {}
+    write_table(output_dir / f"all_predictions.{args.name}.csv", predictions, columns)
+    write_table(output_dir / f"incorrect_predictions.{args.name}.csv", incorrect, columns)
+    if load_waveform:
+        embed_audio(predictions, load_waveform, args.report_audio_mb)
     model = shown_name(metrics["model"])
     dataset = shown_name(metrics["dataset"])
     evaluation = Evaluation(model, dataset, metrics, predictions)
-    page = render_page(f"{model} on {dataset}, {metrics['name']}", [evaluation], [None], audio)
+    page = render_page(f"{model} on {dataset}, {metrics['name']}", [evaluation])
     write_atomically(output_dir / f"report.{args.name}.html", page)
     save_metrics(output_dir / f"metric.{args.name}.json", metrics)
 
@@ -3594,7 +3607,7 @@ def finish_evaluation(
     load_waveform: Callable[[int], np.ndarray] | None,
     args: argparse.Namespace,
 ) -> dict:
-    """Score predictions, write all results, and say the rates. Returns the metrics, of which `facts` are a part."""
+    """Score predictions, write all results, and log the rates. Returns the metrics, of which `facts` are a part."""
     unusable = list_unusable(predictions, args)
     metrics = score_predictions(predictions, make_scorers(args.scorer, args.language, spellings))
     metrics |= facts | {

@@ -292,11 +292,11 @@ def test_the_paired_test_sees_a_small_difference_that_intervals_hide():
     better = np.stack([np.maximum(errors - (random.random(400) < 0.2), 0), zero, zero, lengths], axis=1)
     rates = evaluation.bootstrap(np.stack([first, better], axis=1))
     assert np.percentile(rates[:, 0], 2.5) < np.percentile(rates[:, 1], 97.5)
-    difference, low, high, p = evaluation.paired_difference(first, better)
+    difference, low, high, p = evaluation.paired_difference(first, better).values()
     assert difference == pytest.approx(100 * (better[:, 0].sum() - first[:, 0].sum()) / lengths.sum())
     assert low < difference < high < 0
     assert p == pytest.approx(2 / 1001)
-    assert evaluation.paired_difference(first, first) == (0, 0, 0, 1)
+    assert tuple(evaluation.paired_difference(first, first).values()) == (0, 0, 0, 1)
 
 
 def test_ten_thousand_predictions_are_scored_in_five_seconds_of_cpu_time(clips):
