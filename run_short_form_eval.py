@@ -2150,6 +2150,7 @@ def format_rate(rate: float | None) -> str:
 ALIGN = {"characters": jiwer.process_characters, "words": jiwer.process_words}  # with the fewest errors, by unit
 
 
+@functools.lru_cache(maxsize=8)  # the headline scorer counts again what the metrics have counted
 def count_errors(reference: str, hypothesis: str, unit: str) -> list[int]:
     """The `COUNTS` of a clip."""
     result = ALIGN[unit](reference, hypothesis)
@@ -2220,8 +2221,8 @@ def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
     """
     reference = prediction["reference"]
     hypothesis = prediction["hypothesis"]
-    normalised_reference = scorers[0].normalise(reference)
-    normalised_hypothesis = scorers[0].normalise(hypothesis)
+    texts = [(scorer.normalise(reference), scorer.normalise(hypothesis)) for scorer in scorers]
+    normalised_reference, normalised_hypothesis = texts[0]
     prediction["normalised_reference"] = normalised_reference
     prediction["normalised_hypothesis"] = normalised_hypothesis
     if not normalised_reference:
@@ -2234,8 +2235,8 @@ def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
     counts = [by_character, by_word]
     for unit in ("characters", "words"):
         counts.append(count_errors(reference, hypothesis, unit))
-    for scorer in scorers:
-        *errors, length = count_errors(scorer.normalise(reference), scorer.normalise(hypothesis), scorer.unit)
+    for scorer, scorer_texts in zip(scorers, texts, strict=True):
+        *errors, length = count_errors(*scorer_texts, scorer.unit)
         prediction[f"{scorer.name}_errors"] = sum(errors)
         prediction[f"{scorer.name}_reference"] = length
         counts.append([*errors, length])
@@ -2246,9 +2247,11 @@ def count_confusions(predictions: list[dict], unit: str) -> list[dict]:
     """The differences that occur most in the normalised texts, each with its count and the first clips that have it."""
     clips = defaultdict(list)  # ids of the clips that have a difference
     for prediction in predictions:
-        if not prediction["normalised_reference"]:
+        expected = prediction["normalised_reference"]
+        predicted = prediction["normalised_hypothesis"]
+        if not expected or expected == predicted:
             continue
-        for piece in align_texts(prediction["normalised_reference"], prediction["normalised_hypothesis"], unit):
+        for piece in align_texts(expected, predicted, unit):
             if piece[0] != piece[1]:
                 clips[piece].append(prediction["id"])
     confusions = []
