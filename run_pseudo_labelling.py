@@ -2509,7 +2509,9 @@ def report_batch(
     batch: list[SpeechRow],
     logging_steps: int,
 ) -> None:
-    """Count the clips of a batch, and report to the tracker every so many batches."""
+    """Count the clips of a batch, and report to the tracker every so many batches. Only the main process does."""
+    if not progress.accelerator.is_main_process:
+        return
     progress.batches += 1
     progress.seconds += sum(row.clip.seconds for row in batch)
     progress.bar.update(len(batch))

@@ -99,6 +99,7 @@ def test_a_process_of_the_evaluation_transcribes_its_own_shards_and_no_others(to
 def test_a_process_of_the_labelling_labels_its_own_shards_and_no_others(tones, tiny_teacher, tmp_path):
     given = ("--model_name_or_path", tiny_teacher, "--dataset_name", tones, "--output_dir", tmp_path / "out")
     flags = ("--language", "ja", "--shard_size", 4, "--max_label_length", 8, "--report_to", "none")
+    flags += ("--per_device_eval_batch_size", 2, "--logging_steps", 1)  # only the main process has a bar to report
     processes = watch(run_pseudo_labelling, tmp_path / "process", *given, *flags)
     shards = sorted((tmp_path / "out" / "default").glob("*.parquet"))
     clips = [pq.read_metadata(shard).num_rows for shard in shards]
