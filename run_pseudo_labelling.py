@@ -2204,7 +2204,11 @@ class Teacher:
     vocabulary: dict[str, int]
     prompt: dict[str, str]  # language and task for `generate`
     prefix_length: int  # tokens of a label before its text
-    decoder: GreedyDecoder | BatchDecoder | None = None
+
+    @functools.cached_property
+    def decoder(self) -> GreedyDecoder | BatchDecoder:
+        """Chosen at its first use, because only the dataset's columns settle whether scores are stored."""
+        return choose_decoder(self)
 
 
 def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
@@ -2232,16 +2236,21 @@ def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
     model.to(device).eval()
     model.generation_config.max_length = None
     model.generation_config.max_new_tokens = args.max_label_length - prefix_length
-    teacher = Teacher(args, model, extractor, tokenizer, vocabulary, prompt, prefix_length)
+    return Teacher(args, model, extractor, tokenizer, vocabulary, prompt, prefix_length)
+
+
+def choose_decoder(teacher: Teacher) -> GreedyDecoder | BatchDecoder:
+    """What decodes clips: `generate`, where GreedyDecoder does not know the rules or the scores that are asked for."""
+    args = teacher.args
+    model = teacher.model
     batch_size = args.per_device_eval_batch_size
     if batch_size is None:
         batch_size = fitting_batch(model, args.max_label_length, args.generation_num_beams, CPU_BATCH)
     if args.generation_num_beams > 1 or args.scores or other_rules(model.generation_config):
-        teacher.decoder = BatchDecoder(batch_size, functools.partial(label_batch, teacher))
-    else:
-        options = {**prompt, "return_timestamps": args.return_timestamps}
-        teacher.decoder = GreedyDecoder(model, extractor, batch_size, args.max_label_length - prefix_length, **options)
-    return teacher
+        return BatchDecoder(batch_size, functools.partial(label_batch, teacher))
+    max_new_tokens = args.max_label_length - teacher.prefix_length
+    options = {**teacher.prompt, "return_timestamps": args.return_timestamps}
+    return GreedyDecoder(model, teacher.extractor, batch_size, max_new_tokens, **options)
 
 
 @torch.inference_mode()

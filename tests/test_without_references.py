@@ -58,6 +58,8 @@ def test_labelling_stores_scores_where_there_are_no_references_and_says_so(speec
         columns = label_columns(tiny_teacher, speech, tmp_path / "out")
     assert columns == {"whisper_transcript", *GOOD}
     assert f"{speech} has no reference texts: the labels' scores are stored" in caplog.text
+    assert label_columns(tiny_teacher, speech, tmp_path / "yes", "--scores", True) == columns
+    assert stages.read_rows(tmp_path / "out") == stages.read_rows(tmp_path / "yes")  # NaN would not be equal to itself
     assert label_columns(tiny_teacher, speech, tmp_path / "no", "--scores", False) == {"whisper_transcript"}
 
 
