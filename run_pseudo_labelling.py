@@ -2108,19 +2108,15 @@ class TeacherLabel:
     no_speech_prob: float = math.nan
 
 
-def finish_label(
-    sequence: list[int],
-    prefix_length: int,
-    end: int,
-) -> TeacherLabel:
+def finish_label(sequence: list[int], prefix_length: int, end: int) -> TeacherLabel:
     """The label in a sequence that `generate` returned: without padding, and with one end token.
 
     A sequence without an end token was cut at the length limit; its last token is replaced by the end token.
     """
-    if end in sequence[prefix_length:]:
-        place = sequence.index(end, prefix_length)
-        return TeacherLabel(sequence[: place + 1], truncated=False)
-    return TeacherLabel([*sequence[:-1], end], truncated=True)
+    if end not in sequence[prefix_length:]:
+        return TeacherLabel([*sequence[:-1], end], truncated=True)
+    length = sequence.index(end, prefix_length) + 1
+    return TeacherLabel(sequence[:length], truncated=False)
 
 
 def timestamps_are_paired(text: list[int], first_timestamp: int) -> bool:
@@ -2209,6 +2205,11 @@ class Teacher:
     def decoder(self) -> GreedyDecoder | BatchDecoder:
         """Chosen at its first use, because only the dataset's columns settle whether scores are stored."""
         return choose_decoder(self)
+
+    @property
+    def first_timestamp(self) -> int:
+        """The id of <|0.00|>."""
+        return self.vocabulary["<|notimestamps|>"] + 1
 
 
 def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
@@ -2342,8 +2343,8 @@ class LabelledSplit:
 
 
 def settle_scores(args: argparse.Namespace, columns: list[str]) -> None:
-    """Decide in `args` whether scores are stored: without reference texts, a filter has little else to go by."""
-    has_references = args.text_column_name or {"transcription", "text"}.intersection(columns)
+    """Decide whether scores are stored, if no flag says so: without reference texts, a filter needs them."""
+    has_references = args.text_column_name or "transcription" in columns or "text" in columns
     if args.text_column_name == "none":
         args.text_column_name = None
         has_references = False
@@ -2370,19 +2371,16 @@ def open_speech(
     settle_scores(args, dataset.column_names or [])
     flags = ("audio_column_name", "text_column_name", "id_column_name")
     require_columns(args.dataset_name, dataset, {flag: getattr(args, flag) for flag in flags})
-    if earlier := [column for column in (LABEL_COLUMN, *SCORE_COLUMNS) if column in dataset.column_names]:
+    earlier = [column for column in (LABEL_COLUMN, *SCORE_COLUMNS) if column in dataset.column_names]
+    if earlier:
         logger.warning("%s has %s already: replaced", args.dataset_name, ", ".join(earlier))
         dataset = dataset.remove_columns(earlier)
-    if args.max_samples is not None:
-        is_stream = isinstance(dataset, datasets.IterableDataset)
-        dataset = dataset.take(args.max_samples if is_stream else min(args.max_samples, len(dataset)))
+    rows = args.max_samples
+    if rows is not None:
+        if isinstance(dataset, datasets.Dataset):
+            rows = min(rows, len(dataset))  # a Dataset refuses to give more than it has
+        dataset = dataset.take(rows)
     return dataset.with_format("arrow"), place
-
-
-def dataset_digest(args: argparse.Namespace, dataset: datasets.Dataset, place: Place) -> str:
-    """Digest of ids and audio, to tell datasets of one name apart."""
-    ids = [args.id_column_name] if args.id_column_name else []
-    return speech_digest(dataset, place, args.audio_column_name, ids)
 
 
 def load_speech_row(audio_column: str, place: Place, values: dict[str, Any]) -> SpeechRow:
@@ -2398,23 +2396,21 @@ def load_speech_row(audio_column: str, place: Place, values: dict[str, Any]) -> 
     return SpeechRow(values, decode_clip(content))
 
 
-def plan_split(
-    args: argparse.Namespace,
-    teacher: Teacher,
-    rows: int,
-    digest: str | None,
-) -> LabelledSplit:
+def plan_split(teacher: Teacher, rows: int, digest: str | None) -> LabelledSplit:
     """The files that the labels go to, and what the labels depend on, near-ties of low precision aside."""
+    args = teacher.args
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["language"] = teacher.prompt.get("language")
-    settings["task"] = teacher.prompt.get("task")
-    settings["attention"] = teacher.model.config._attn_implementation
-    settings["rows"] = rows
-    settings["dataset_digest"] = digest
-    settings["teacher_digest"] = teacher_digest(teacher.model)
+    settings |= {
+        "language": teacher.prompt.get("language"),
+        "task": teacher.prompt.get("task"),
+        "attention": teacher.model.config._attn_implementation,
+        "rows": rows,
+        "dataset_digest": digest,
+        "teacher_digest": teacher_digest(teacher.model),
+        "split": args.dataset_split_name,
+    }
     config = args.dataset_config_name or "default"
     split = split_title(args.dataset_split_name)
-    settings["split"] = args.dataset_split_name
     number = max(1, math.ceil(rows / args.shard_size))
     names = [f"{split}-{shard:05d}-of-{number:05d}.parquet" for shard in range(number)]
     shards = [args.output_dir / config / name for name in names]
@@ -2428,12 +2424,11 @@ def present_shards(args: argparse.Namespace) -> list[Path]:
     return sorted(directory.glob(f"{split_title(args.dataset_split_name)}-*-of-*.parquet"))
 
 
-def finished_notes(split: LabelledSplit, shard: int) -> dict | None:
-    """The notes of a complete shard; None where it is missing, damaged or made with other settings."""
-    notes = read_notes(split.shards[shard])
-    if notes is None or changed_setting(notes.get("settings", {}), split.settings):
-        return None
-    return notes
+def finished_notes(split: LabelledSplit, path: Path) -> dict | None:
+    """The notes of a shard; None where it is missing, damaged or made with other settings."""
+    notes = read_notes(path)
+    is_ours = notes and not changed_setting(notes.get("settings", {}), split.settings)
+    return notes if is_ours else None
 
 
 def find_pending(args: argparse.Namespace, split: LabelledSplit) -> list[int]:
@@ -2447,14 +2442,14 @@ def find_pending(args: argparse.Namespace, split: LabelledSplit) -> list[int]:
             logger.info("%s is damaged and is made again", path)
         elif not args.overwrite_output_dir:
             refuse_other_settings(path, notes.get("settings", {}), split.settings)
-    return [shard for shard in range(len(split.shards)) if not finished_notes(split, shard)]
+    return [shard for shard, path in enumerate(split.shards) if not finished_notes(split, path)]
 
 
 def find_damaged_shards(args: argparse.Namespace, split: LabelledSplit, accelerator: Accelerator) -> list[int]:
     """The shards of this process whose content is damaged. That takes as long as reading all labelled audio."""
-    own = range(accelerator.process_index, len(split.shards), accelerator.num_processes)
-    damaged = find_damaged([split.shards[shard] for shard in own], args.dataloader_num_workers)
-    return [shard for shard in own if split.shards[shard] in damaged]
+    paths = split.shards[accelerator.process_index :: accelerator.num_processes]
+    damaged = find_damaged(paths, args.dataloader_num_workers)
+    return [split.shards.index(path) for path in damaged]
 
 
 def count_rows(split: LabelledSplit, shards: list[int]) -> int:
@@ -2465,11 +2460,7 @@ def count_rows(split: LabelledSplit, shards: list[int]) -> int:
 
 
 @contextlib.contextmanager
-def claim_split(
-    args: argparse.Namespace,
-    split: LabelledSplit,
-    pending: list[int],
-) -> Iterator[None]:
+def claim_split(args: argparse.Namespace, split: LabelledSplit, pending: list[int]) -> Iterator[None]:
     """Lock the split as long as the context lasts, delete shards that are not of this run, and begin the record."""
     name = split.record.stem
     leftovers = f"{split.config}/.{split.name}-*.partial"
@@ -2493,56 +2484,49 @@ class Progress:
 
     accelerator: Accelerator
     bar: tqdm
-    elsewhere: list[int]  # shards that other processes have yet to write
+    elsewhere: list[Path]  # shards that other processes have yet to write
     started: float  # s
-    batches: int = 0
+    clips: int = 0  # that this process has labelled
     seconds: float = 0.0  # of audio
 
 
-def start_progress(
-    accelerator: Accelerator,
-    split: LabelledSplit,
-    pending: list[int],
-) -> Progress:
+def start_progress(accelerator: Accelerator, split: LabelledSplit, pending: list[int]) -> Progress:
     """Show the main process' bar, which begins at the rows of the shards that are complete."""
-    is_main = accelerator.is_main_process
     rows = split.settings["rows"]
     done = rows - count_rows(split, pending)
+    is_main = accelerator.is_main_process
     bar = tqdm(desc="labelling", total=rows, initial=done, unit=" clips", smoothing=0, disable=not is_main)
-    elsewhere = [shard for shard in pending if is_main and shard % accelerator.num_processes]
+    elsewhere = [split.shards[shard] for shard in pending if is_main and shard % accelerator.num_processes]
     return Progress(accelerator, bar, elsewhere, time.monotonic())
 
 
-def report_batch(
-    progress: Progress,
-    batch: list[SpeechRow],
-    logging_steps: int,
-) -> None:
-    """Count the clips of a batch, and report to the tracker every so many batches. Only the main process does."""
+def report_clip(progress: Progress, clip: Clip, teacher: Teacher) -> None:
+    """Count a labelled clip, and report to the tracker every so many batches. Only the main process does."""
     if not progress.accelerator.is_main_process:
         return
-    progress.batches += 1
-    progress.seconds += sum(row.clip.seconds for row in batch)
-    progress.bar.update(len(batch))
+    progress.clips += 1
+    progress.seconds += clip.seconds
+    progress.bar.update()
     elapsed = time.monotonic() - progress.started
     audio_rate = progress.seconds / elapsed
     progress.bar.set_postfix_str(f"{audio_rate:.1f} h of audio an hour", refresh=False)
-    if progress.batches % logging_steps == 0:
-        clip_rate = max(1, progress.bar.n - progress.bar.initial) / elapsed
+    batches, rest = divmod(progress.clips, teacher.decoder.batch_size)
+    if rest == 0 and batches % teacher.args.logging_steps == 0:
+        clip_rate = (progress.bar.n - progress.bar.initial) / elapsed
         values = {
             "clips": progress.bar.n,
             "clips_per_second": clip_rate,
             "audio_hours_per_hour": audio_rate,
             "hours_left": (progress.bar.total - progress.bar.n) / clip_rate / 3600,
         }
-        track(progress.accelerator, values, progress.batches)
+        track(progress.accelerator, values, batches)
 
 
 def report_shards(progress: Progress, split: LabelledSplit) -> None:
     """Count the clips of shards that other processes have written since the last check."""
-    for shard in list(progress.elsewhere):
-        if notes := finished_notes(split, shard):
-            progress.elsewhere.remove(shard)
+    for path in list(progress.elsewhere):
+        if notes := finished_notes(split, path):
+            progress.elsewhere.remove(path)
             progress.seconds += notes["seconds"]
             progress.bar.update(notes["rows_in"])
 
@@ -2551,17 +2535,13 @@ def report_shards(progress: Progress, split: LabelledSplit) -> None:
 
 
 def read_shard(
-    args: argparse.Namespace,
-    dataset: datasets.Dataset,
-    place: Place,
-    shard: int,
-    decoders: Executor,
+    args: argparse.Namespace, dataset: datasets.Dataset, place: Place, decoders: Executor, shard: int
 ) -> list[SpeechRow]:
     """Read the rows of a shard and decode their audio."""
     start = shard * args.shard_size
-    end = min(start + args.shard_size, len(dataset))
+    rows = dataset[start : start + args.shard_size].to_pylist()
     load = functools.partial(load_speech_row, args.audio_column_name, place)
-    return list(decoders.map(load, dataset[start:end].to_pylist()))
+    return list(decoders.map(load, rows))
 
 
 def longest_first(rows: list[SpeechRow]) -> list[SpeechRow]:
@@ -2573,49 +2553,43 @@ def longest_first(rows: list[SpeechRow]) -> list[SpeechRow]:
 def label_shard(teacher: Teacher, rows: list[SpeechRow], progress: Progress) -> None:
     """Label rows. What is computed together depends on the shard alone, not on other shards, processes or threads."""
     usable = longest_first(rows)
-    batch = []
     waveforms = (row.clip.waveform for row in usable)
     for number, label in label_clips(teacher, waveforms):
         row = usable[number]
         row.label = label
         row.clip = row.clip._replace(waveform=None)  # by far the largest part of a row
-        batch.append(row)
-        if len(batch) == teacher.decoder.batch_size:
-            report_batch(progress, batch, teacher.args.logging_steps)
-            batch = []
-    report_batch(progress, batch, teacher.args.logging_steps)
-    unusable = sum(row.label is None for row in rows)
-    progress.bar.update(unusable)
+        report_clip(progress, row.clip, teacher)
+    progress.bar.update(len(rows) - len(usable))
 
 
 def label_shards(
-    args: argparse.Namespace,
+    teacher: Teacher,
     dataset: datasets.Dataset,
     place: Place,
-    teacher: Teacher,
     split: LabelledSplit,
     shards: list[int],
     progress: Progress,
 ) -> None:
     """Label shards one after the other, while threads decode the next one and write the one before."""
-    schema = label_features(args, dataset.features).arrow_schema
     reading: Future | None = None
     writing: Future | None = None
     with (
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
-        ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as decoders,
+        ThreadPoolExecutor(max(1, teacher.args.dataloader_num_workers)) as decoders,
     ):
+        read = functools.partial(read_shard, teacher.args, dataset, place, decoders)
+        write = functools.partial(write_labels, teacher, split, dataset.features)
         try:
-            for shard, next_shard in itertools.zip_longest(shards, shards[1:]):
-                rows = reading.result() if reading else read_shard(args, dataset, place, shard, decoders)
+            for shard, next_shard in itertools.pairwise([*shards, None]):
+                rows = reading.result() if reading else read(shard)
                 if next_shard is not None:
-                    reading = reader.submit(read_shard, args, dataset, place, next_shard, decoders)
+                    reading = reader.submit(read, next_shard)
                 label_shard(teacher, rows, progress)
                 report_shards(progress, split)
                 if writing:
                     writing.result()
-                writing = writer.submit(write_labels, teacher, split, schema, shard, rows)
+                writing = writer.submit(write, shard, rows)
             if writing:
                 writing.result()
         except BaseException:
@@ -2630,9 +2604,8 @@ def label_features(args: argparse.Namespace, features: datasets.Features) -> dat
     """The columns of the labelled dataset; `features` are those of the input."""
     labelled = datasets.Features(features)
     labelled[args.audio_column_name] = datasets.Audio(sampling_rate=SAMPLING_RATE)
-    labelled[LABEL_COLUMN] = datasets.List(datasets.Value("int32"))
-    if args.decode_token_ids:
-        labelled[LABEL_COLUMN] = datasets.Value("string")
+    token_ids = datasets.List(datasets.Value("int32"))
+    labelled[LABEL_COLUMN] = datasets.Value("string") if args.decode_token_ids else token_ids
     if args.scores:
         labelled.update(dict.fromkeys(SCORE_COLUMNS, datasets.Value("float32")))
     return labelled
@@ -2642,8 +2615,7 @@ def label_values(teacher: Teacher, label: TeacherLabel) -> dict[str, Any]:
     """The new columns of a row."""
     values: dict[str, Any] = {LABEL_COLUMN: label.ids}
     if teacher.args.decode_token_ids:
-        first_timestamp = teacher.vocabulary["<|notimestamps|>"] + 1
-        values[LABEL_COLUMN] = decode_with_timestamps(label.ids, teacher.tokenizer, first_timestamp)
+        values[LABEL_COLUMN] = decode_with_timestamps(label.ids, teacher.tokenizer, teacher.first_timestamp)
     if teacher.args.scores:
         text = teacher.tokenizer.decode(label.ids, skip_special_tokens=True).strip().encode()
         ratio = len(text) / len(zlib.compress(text))  # Whisper treats a ratio above 2.4 as a repetition loop
@@ -2653,26 +2625,27 @@ def label_values(teacher: Teacher, label: TeacherLabel) -> dict[str, Any]:
     return values
 
 
-def label_notes(
-    teacher: Teacher,
-    shard: int,
-    rows: list[SpeechRow],
-) -> dict:
+def row_name(args: argparse.Namespace, row: SpeechRow, number: int) -> str:
+    """What a row is called in the list of those that cannot be used: by its id, its file or its number."""
+    if args.id_column_name:
+        return str(row.values[args.id_column_name])
+    audio = row.values[args.audio_column_name] or {}
+    return audio.get("path") or f"row {number}"
+
+
+def label_notes(teacher: Teacher, shard: int, rows: list[SpeechRow]) -> dict:
     """What became of the rows of a shard."""
     args = teacher.args
-    labels = [row.label for row in rows if row.label]
     unusable = []
     for number, row in enumerate(rows, shard * args.shard_size):
         if row.clip.problem:
-            path = (row.values[args.audio_column_name] or {}).get("path")
-            name = row.values[args.id_column_name] if args.id_column_name else path or f"row {number}"
-            unusable.append([str(name), row.clip.problem])
+            unusable.append([row_name(args, row, number), row.clip.problem])
+    labels = [row.label for row in rows if row.label]
     malformed = 0
     if args.return_timestamps:
-        first_timestamp = teacher.vocabulary["<|notimestamps|>"] + 1
         for label in labels:
             text = label.ids[teacher.prefix_length : -1]
-            malformed += not timestamps_are_paired(text, first_timestamp)
+            malformed += not timestamps_are_paired(text, teacher.first_timestamp)
     return {
         "rows_in": len(rows),
         "rows_out": len(labels),
@@ -2686,14 +2659,11 @@ def label_notes(
 
 
 def write_labels(
-    teacher: Teacher,
-    split: LabelledSplit,
-    schema: pa.Schema,
-    shard: int,
-    rows: list[SpeechRow],
+    teacher: Teacher, split: LabelledSplit, features: datasets.Features, shard: int, rows: list[SpeechRow]
 ) -> None:
-    """Write the rows of a shard that have a label, and notes of what became of all."""
+    """Write the rows of a shard that have a label, and notes of what became of all. `features` are the input's."""
     path = split.shards[shard]
+    schema = label_features(teacher.args, features).arrow_schema
     batches = []  # of one row, because an Arrow array of bytes must not exceed 2 GB
     for row in rows:
         if row.label:
@@ -2713,27 +2683,23 @@ def add_up(split: LabelledSplit) -> dict:
 
     Shards of other machines may take a while to appear on a shared file system.
     """
-    for _ in range(APPEAR_SECONDS):
-        notes = [finished_notes(split, shard) for shard in range(len(split.shards))]
-        if None not in notes:
-            break
-        time.sleep(1)
-    else:
-        missing = split.shards[notes.index(None)]
-        fail(f"{missing} has not appeared: do all machines see it? {CONTINUE}")
-    names = ("rows_in", "rows_out", "over_30_s", "truncated", "malformed_timestamps", "tokens")
-    total: dict[str, Any] = {name: sum(shard[name] for shard in notes) for name in names}
+    notes = []
+    deadline = time.monotonic() + APPEAR_SECONDS
+    for path in split.shards:
+        while not (shard_notes := finished_notes(split, path)):
+            if time.monotonic() > deadline:
+                fail(f"{path} has not appeared: do all machines see it? {CONTINUE}")
+            time.sleep(1)
+        notes.append(shard_notes)
+    total: dict[str, Any] = {}
+    for name in ("rows_in", "rows_out", "over_30_s", "truncated", "malformed_timestamps", "tokens"):
+        total[name] = sum(shard[name] for shard in notes)
     total["hours"] = round(sum(shard["seconds"] for shard in notes) / 3600, 4)
     total["unusable"] = [row for shard in notes for row in shard["unusable"]]
     return total
 
 
-def complete_record(
-    args: argparse.Namespace,
-    split: LabelledSplit,
-    total: dict,
-    last_run: dict,
-) -> None:
+def complete_record(args: argparse.Namespace, split: LabelledSplit, total: dict, last_run: dict) -> None:
     """Complete the record. A run that found everything done leaves it as it is."""
     record = read_record(split.record)
     if record["status"] == "complete":
@@ -2752,17 +2718,11 @@ def report_total(split: LabelledSplit, total: dict) -> None:
     if not total["rows_in"]:
         logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", split.name)
     elif not total["rows_out"]:
-        name, problem = total["unusable"][0]
-        first = f"{name}: {problem}"
+        first = ": ".join(total["unusable"][0])
         fail(f"none of the {total['rows_in']} clips could be labelled ({first}, …); {split.record} has the reasons")
 
 
-def labelling_card(
-    teacher: str,
-    split: LabelledSplit,
-    total: dict,
-    card: RepoCard | None,
-) -> str:
+def labelling_card(teacher: str, split: LabelledSplit, total: dict, card: RepoCard | None) -> str:
     """The dataset card with this split's files and section, keeping the rest of `card`."""
     card = card or RepoCard(NEW_CARD)
     list_split(card, split.config, split.name)
@@ -2785,17 +2745,20 @@ def repository_to_push(args: argparse.Namespace) -> tuple[str, str] | tuple[None
     return prepare_repository(args.hub_model_id, "dataset", args.hub_private_repo, args.dry_run)
 
 
-def print_labelling_plan(
-    args: argparse.Namespace,
-    teacher: Teacher,
-    pushes: str,
-    num_processes: int,
-) -> None:
+def measure_rate(teacher: Teacher, waveforms: list[np.ndarray]) -> float:
+    """Clips per second."""
+    for _ in range(2):  # the first time is slow
+        started = time.monotonic()
+        list(label_clips(teacher, waveforms))
+    return len(waveforms) / (time.monotonic() - started)
+
+
+def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str, num_processes: int) -> None:
     """Say what a run would read, write and push, and how long it would take by its first batch; change nothing."""
     first_batch: list[SpeechRow] = []
     clips = 0
-    hours = 0.0
-    megabytes = 0.0
+    seconds = 0.0
+    size = 0  # bytes
     more = ""
     deadline = time.monotonic() + PLAN_SECONDS
     dataset, place = open_speech(args, streaming=True)
@@ -2803,35 +2766,32 @@ def print_labelling_plan(
         batch = [load_speech_row(args.audio_column_name, place, values) for values in table.to_pylist()]
         first_batch = first_batch or batch
         clips += len(batch)
-        hours += sum(row.clip.seconds for row in batch) / 3600
-        megabytes += (
-            sum(len(row.values[args.audio_column_name]["bytes"] or b"") for row in batch if not row.clip.problem) / 1e6
-        )
+        for row in batch:
+            seconds += row.clip.seconds
+            if row.clip.problem is None:
+                size += len(row.values[args.audio_column_name]["bytes"])
         if time.monotonic() > deadline:
             more = "more than "
             break
-    print(f"input: {args.dataset_name}, {more}{clips:,} clips, {hours:,.2f} h, {megabytes:,.1f} MB")
-    earlier = {}
+    print(f"input: {args.dataset_name}, {more}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+
+    earlier: dict = {}
     for path in present_shards(args)[:1]:
         earlier = (read_notes(path) or {}).get("settings", {})
     if more:
         clips = earlier.get("rows", clips)
-    split = plan_split(args, teacher, clips, earlier.get("dataset_digest"))  # the digest would need every row
+    split = plan_split(teacher, clips, earlier.get("dataset_digest"))  # the digest would need every row
     pending = find_pending(args, split)
     left = count_rows(split, pending)
     print(f"done: {len(split.shards) - len(pending)} of {more}{len(split.shards)} shards")
     print(f"left: {more}{left:,} clips")
     print(f"writes: {args.output_dir}")
     print(f"pushes: {pushes}")
-
     waveforms = [row.clip.waveform for row in first_batch if row.clip.problem is None]
     if not waveforms:
         print("time: unknown, as no clip of the first batch can be used")
         return
-    for _ in range(2):  # the first time is slow
-        started = time.monotonic()
-        list(label_clips(teacher, waveforms))
-    rate = len(waveforms) / (time.monotonic() - started)
+    rate = measure_rate(teacher, waveforms)
     needed = timedelta(seconds=round(left / rate / num_processes))
     device = teacher.model.device.type
     print(f"time: {more or 'about '}{needed} with {num_processes} processes on {device}, {rate:.1f} clips/s each")
@@ -2874,7 +2834,9 @@ def main(argv: list[str] | None = None) -> int:
             print_labelling_plan(args, teacher, pushes, accelerator.num_processes)
         return 0
     dataset, place = open_speech(args)
-    split = plan_split(args, teacher, len(dataset), dataset_digest(args, dataset, place))
+    ids = [args.id_column_name] if args.id_column_name else []
+    digest = speech_digest(dataset, place, args.audio_column_name, ids)
+    split = plan_split(teacher, len(dataset), digest)
 
     # 4. Find what is left to do.
     pending = find_pending(args, split) or find_damaged_shards(args, split, accelerator)
@@ -2885,20 +2847,24 @@ def main(argv: list[str] | None = None) -> int:
         start_tracker(accelerator, args)
         progress = start_progress(accelerator, split, pending)
         mine = [shard for shard in pending if shard % accelerator.num_processes == accelerator.process_index]
-        label_shards(args, dataset, place, teacher, split, mine, progress)
+        label_shards(teacher, dataset, place, split, mine, progress)
         arrive()
         accelerator.wait_for_everyone()
         progress.bar.close()
 
         if is_main:
             # 6. Write record and card.
+            seconds = time.monotonic() - progress.started
+            clips = count_rows(split, pending)
+            last_run = {
+                "clips": clips,
+                "wall_seconds": seconds,
+                "clips_per_second": clips / seconds,
+                "processes": accelerator.num_processes,
+            }
             total = add_up(split)
             update_card = functools.partial(labelling_card, shown_name(args.model_name_or_path), split, total)
             write_card(args.output_dir, update_card)
-            seconds = time.monotonic() - progress.started
-            clips = count_rows(split, pending)
-            last_run = {"clips": clips, "wall_seconds": seconds, "clips_per_second": clips / seconds}
-            last_run["processes"] = accelerator.num_processes
             complete_record(args, split, total, last_run)
             report_total(split, total)
 

@@ -109,10 +109,10 @@ def run_ours(options: argparse.Namespace, root: Path) -> dict:
     accelerator = labelling.start_accelerator(args)
     dataset, place = labelling.open_speech(args)
     teacher = labelling.load_teacher(args, accelerator.device)
-    split = labelling.plan_split(args, teacher, len(dataset), None)
+    split = labelling.plan_split(teacher, len(dataset), None)
     shards = list(range(len(split.shards)))
     progress = labelling.start_progress(accelerator, split, shards)
-    result = timed(lambda: labelling.label_shards(args, dataset, place, teacher, split, shards, progress))
+    result = timed(lambda: labelling.label_shards(teacher, dataset, place, split, shards, progress))
     rows = [row for path in split.shards for row in pq.read_table(path).to_pylist()]
     result["labels"] = {row["name"]: row["whisper_transcript"] for row in rows}
     return result
