@@ -635,14 +635,12 @@ class Corpus:
         for path in (self.tsv, *self.tars.values()):
             status = path.stat()
             files.append((path.name, status.st_size, status.st_mtime_ns))
-        digest = hashlib.sha256(json.dumps(files).encode())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 def find_corpus(target: str, data_dir: str | None = None, dataset_dir_suffix: str | None = None) -> Corpus:
     """Find the downloaded files of `target`: of one range if a suffix such as `0_50` is given, else of all ranges."""
-    data_dir = data_dir or os.environ.get("REAZONSPEECH_DATA_DIR") or DATA_DIR
-    root = Path(data_dir).expanduser().absolute()
+    root = Path(data_dir or os.environ.get("REAZONSPEECH_DATA_DIR") or DATA_DIR).expanduser().absolute()
     if dataset_dir_suffix:
         directories = [root / f"{target}_{dataset_dir_suffix}"]
     else:
@@ -663,12 +661,19 @@ def find_corpus(target: str, data_dir: str | None = None, dataset_dir_suffix: st
     return Corpus(tsvs[0], dict(sorted(tars.items())))
 
 
+def few(names: list[str], count: int) -> str:
+    """Join the first `count` names of a list."""
+    ellipsis = ["..."] if len(names) > count else []
+    return ", ".join(names[:count] + ellipsis)
+
+
 def check_tars(target: str, corpus: Corpus) -> None:
     """Warn of missing tars, and refuse truncated ones before any work is done."""
-    absent = [f"{index:03x}" for index in TARS[target] if index not in corpus.tars]
+    indices = TARS[target]
+    absent = [f"{index:03x}" for index in indices if index not in corpus.tars]
     if absent:
-        found = f"{len(corpus.tars)} of {len(TARS[target])} tars found"
-        logger.warning("%s: %s; missing: %s", target, found, few(absent, 8))
+        present = len(corpus.tars)
+        logger.warning("%s: %d of %d tars found; missing: %s", target, present, len(indices), few(absent, 8))
     truncated = []
     for path in corpus.tars.values():
         with open(path, "rb") as file:
@@ -694,12 +699,6 @@ class TarJob(NamedTuple):
     line_ranges: array  # where the tsv has the tar's transcripts, as returned by `locate_transcripts`
     shard: Path | None = None  # parquet file to write; None = only statistics
     settings: dict | None = None  # of the run that writes it
-
-
-def few(names: list[str], count: int) -> str:
-    """Join the first `count` names of a list."""
-    ellipsis = ["..."] if len(names) > count else []
-    return ", ".join(names[:count] + ellipsis)
 
 
 def summary(problems: Problems) -> str:
@@ -744,10 +743,7 @@ def locate_transcripts(tsv: Path, indices: Iterable[int], problems: Problems) ->
 def list_jobs(corpus: Corpus, problems: Problems) -> list[TarJob]:
     """List a job for every tar of a corpus."""
     line_ranges = locate_transcripts(corpus.tsv, corpus.tars, problems)
-    jobs = []
-    for index, tar in corpus.tars.items():
-        jobs.append(TarJob(tar, corpus.tsv, line_ranges[index]))
-    return jobs
+    return [TarJob(tar, corpus.tsv, line_ranges[index]) for index, tar in corpus.tars.items()]
 
 
 def read_transcripts(tsv: Path, line_ranges: array, problems: Problems) -> dict[str, str]:
@@ -898,13 +894,6 @@ class ReazonSpeech(datasets.GeneratorBasedBuilder):
 # ---- shards and statistics -------------------------------------------------------------------------------------------
 
 
-class TarResult(NamedTuple):
-    """What a worker returns for a tar."""
-
-    notes: dict  # counts and problems, as stored in the shard
-    error: str = ""  # why the tar could not be read to its end; empty = it was
-
-
 def count_clip(row: dict, counts: collections.Counter, problems: Problems) -> None:
     """Add a clip to the statistics."""
     content = row["audio"]["bytes"]
@@ -930,38 +919,39 @@ def make_tables(job: TarJob, counts: collections.Counter, problems: Problems) ->
         yield pa.Table.from_pylist(batch, SCHEMA)
 
 
-def process_tar(job: TarJob) -> TarResult:
-    """Count the clips of a tar, and write its shard if the job names one."""
+def process_tar(job: TarJob) -> dict:
+    """Count the clips of a tar, and write its shard if the job names one; return the counts and problems.
+
+    Raises BrokenTarError, and then leaves no shard, if the tar cannot be read to its end.
+    """
     counts = collections.Counter()
     problems = collections.defaultdict(list)
     notes = {"settings": job.settings, "counts": counts, "problems": problems}
     tables = make_tables(job, counts, problems)
-    try:
-        if job.shard:
-            write_parquet(job.shard, tables, SCHEMA, notes)
-        else:
-            collections.deque(tables, maxlen=0)  # only counts
-    except BrokenTarError as error:
-        return TarResult(notes, str(error))
-    return TarResult(notes)
-
-
-def count_workers(requested: int, jobs: list[TarJob]) -> int:
-    """Return the number of processes: at least one, and no more than there are tars."""
-    return max(1, min(requested, len(jobs)))
+    if job.shard:
+        write_parquet(job.shard, tables, SCHEMA, notes)
+    else:
+        collections.deque(tables, maxlen=0)  # only counts
+    return notes
 
 
 def process_tars(jobs: list[TarJob], num_workers: int) -> list[dict]:
-    """Process tars in `num_workers` processes and return their notes. Fails after all tars if any is broken."""
+    """Process tars in at most `num_workers` processes and return their notes. Fails after all tars if any is broken."""
+    processes = max(1, min(num_workers, len(jobs)))
     ignore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     fork = multiprocessing.get_context("fork")  # for `tied_workers`
-    with ProcessPoolExecutor(num_workers, fork, initializer=ignore_ctrl_c) as pool:
+    all_notes = []
+    errors = []
+    with ProcessPoolExecutor(processes, fork, initializer=ignore_ctrl_c) as pool:
         try:
             # `pool.map` would cancel its futures at an interruption, about which the pool then prints a traceback.
             with tied_workers():
                 futures = [pool.submit(process_tar, job) for job in jobs]  # the first one starts all workers
-            with tqdm(futures, "loading", unit="tar") as progress:
-                results = [future.result() for future in progress]
+            for future in tqdm(futures, "loading", unit="tar"):
+                try:
+                    all_notes.append(future.result())
+                except BrokenTarError as error:
+                    errors.append(str(error))
         except BrokenProcessPool:
             fail(
                 "a worker process was killed, most likely because memory ran out; "
@@ -971,10 +961,9 @@ def process_tars(jobs: list[TarJob], num_workers: int) -> list[dict]:
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
-    errors = [result.error for result in results if result.error]
     if errors:
         fail("; ".join(errors))
-    return [result.notes for result in results]
+    return all_notes
 
 
 def sum_notes(all_notes: list[dict]) -> dict:
@@ -990,8 +979,8 @@ def sum_notes(all_notes: list[dict]) -> dict:
 
 def print_statistics(counts: collections.Counter, problems: Problems) -> None:
     """Print totals, problems and a histogram of the durations."""
-    left_out = {kind: places for kind, places in problems.items() if kind != UNDECODABLE}
-    undecodable = {kind: places for kind, places in problems.items() if kind == UNDECODABLE}
+    undecodable = {UNDECODABLE: problems.get(UNDECODABLE, [])}
+    left_out = {kind: places for kind, places in problems.items() if kind not in undecodable}
     print(f"{counts['clips']:,} clips, {counts['bytes'] / 1e9:,.3f} GB, {counts['seconds'] / 3600:,.2f} hours,")
     print(f"{counts['characters']:,} characters; left out: {summary(left_out)}")
     print(f"not decodable, but kept: {summary(undecodable)}")
@@ -1018,28 +1007,22 @@ def name_shards(jobs: list[TarJob], directory: Path, split: str, settings: dict)
     return named
 
 
-def delete_split(directory: Path, split: str) -> None:
-    """Delete the shards of a split."""
-    for path in directory.glob(f"{split}-*.parquet"):
-        path.unlink()
-
-
 def find_missing(jobs: list[TarJob]) -> list[TarJob]:
-    """Return the jobs whose shards are not complete, or all jobs if no shards are to be written."""
-    return [job for job in jobs if job.shard is None or read_notes(job.shard) is None]
+    """Return the jobs whose shards are not complete. Fails if a shard was written by a run with other settings."""
+    missing = []
+    for job in jobs:
+        notes = read_notes(job.shard)
+        if notes is None:
+            missing.append(job)
+        else:
+            refuse_other_settings(job.shard, notes.get("settings") or {}, job.settings)
+    return missing
 
 
 def find_damaged_jobs(jobs: list[TarJob], threads: int) -> list[TarJob]:
     """Return the jobs whose shards are damaged. That takes as long as reading all of them."""
     damaged = find_damaged([job.shard for job in jobs], threads)
     return [job for job in jobs if job.shard in damaged]
-
-
-def refuse_other_shards(jobs: list[TarJob]) -> None:
-    """Fail if shards that are complete were written by a run with other settings."""
-    for job in jobs:
-        if notes := read_notes(job.shard):
-            refuse_other_settings(job.shard, notes.get("settings") or {}, job.settings)
 
 
 def total_size(jobs: list[TarJob]) -> int:
@@ -1053,23 +1036,26 @@ def print_loading_plan(args: argparse.Namespace, jobs: list[TarJob], pushes: str
     try:
         with tempfile.TemporaryDirectory() as scratch:
             sample = jobs[0]._replace(shard=Path(scratch) / "sample.parquet")
-            counts = process_tars([sample], num_workers=1)[0]["counts"]
+            (notes,) = process_tars([sample], num_workers=1)
     except OSError as error:
         fail(f"cannot write a sample: {error}; set TMPDIR to a directory with 1 GB of free space")
     seconds = time.monotonic() - started
-    left = jobs if args.overwrite_output_dir else find_missing(jobs)
-    scale = total_size(jobs) / total_size([sample])
-    scale_left = total_size(left) / total_size([sample])
-    clips = scale * counts["clips"]
-    hours = scale * counts["seconds"] / 3600
-    workers = count_workers(args.preprocessing_num_workers, left)
-    duration = timedelta(seconds=round(scale_left * seconds / workers))
-    print(f"input: {len(jobs)} tars, {total_size(jobs) / 1e9:,.3f} GB, about {clips:,.0f} clips, {hours:,.2f} h")
+    is_resumed = args.output_dir and not args.overwrite_output_dir
+    left = find_missing(jobs) if is_resumed else jobs
+    size = total_size(jobs)
+    size_left = total_size(left)
+    sample_size = total_size([sample])
+    clips = notes["counts"]["clips"]
+    hours = notes["counts"]["seconds"] / 3600
+    workers = max(1, min(args.preprocessing_num_workers, len(left)))
+    duration = timedelta(seconds=round(seconds * size_left / sample_size / workers))
+    scale = size / sample_size
+    print(f"input: {len(jobs)} tars, {size / 1e9:,.3f} GB, about {scale * clips:,.0f} clips, {scale * hours:,.2f} h")
     print(f"done: {len(jobs) - len(left)} of {len(jobs)} shards")
-    print(f"left: {len(left)} tars, {total_size(left) / 1e9:,.3f} GB")
+    print(f"left: {len(left)} tars, {size_left / 1e9:,.3f} GB")
     print(f"writes: {args.output_dir or 'nothing'}")
     print(f"pushes: {pushes}")
-    print(f"time: about {duration} (from a sample of {counts['clips']} clips)")
+    print(f"time: about {duration} (from a sample of {clips} clips)")
 
 
 @contextlib.contextmanager
@@ -1124,7 +1110,7 @@ def main(argv: list[str] | None = None) -> int:
         print_loading_plan(args, jobs, pushes)
         return 0
     if not args.output_dir:
-        all_notes = process_tars(jobs, count_workers(args.preprocessing_num_workers, jobs))
+        all_notes = process_tars(jobs, args.preprocessing_num_workers)
         print_statistics(**sum_notes([*all_notes, unassigned_lines]))
         return 0
 
@@ -1132,17 +1118,16 @@ def main(argv: list[str] | None = None) -> int:
         # 4. Find what is left to do.
         record_path = args.output_dir / f"loading.{args.target}.{split}.json"
         if args.overwrite_output_dir:
-            delete_split(args.output_dir / args.target, split)
-            record_path.unlink(missing_ok=True)
+            for path in [record_path, *(args.output_dir / args.target).glob(f"{split}-*.parquet")]:
+                path.unlink(missing_ok=True)
         if earlier := read_record(record_path):
             refuse_other_settings(record_path, earlier["settings"], settings)
-        refuse_other_shards(jobs)
-        write_record(record_path, {"status": "running", "settings": settings})
         left = find_missing(jobs) or find_damaged_jobs(jobs, args.preprocessing_num_workers)
+        write_record(record_path, {"status": "running", "settings": settings})
         logger.info("%d of %d shards are complete", len(jobs) - len(left), len(jobs))
 
         # 5. Work.
-        process_tars(left, count_workers(args.preprocessing_num_workers, left))
+        process_tars(left, args.preprocessing_num_workers)
 
         # 6. Write record and card.
         notes = sum_notes([read_notes(job.shard) for job in jobs] + [unassigned_lines])
