@@ -775,8 +775,8 @@ def load_processor(folder: Path, config: WhisperConfig, reference: str) -> Whisp
 
 def make_student(
     args: argparse.Namespace, generation_config: GenerationConfig, layers: dict[str, list[int]], commit: str | None
-) -> tuple[WhisperForConditionalGeneration, int]:
-    """The student, and how many parameters the teacher has. `generation_config` is the teacher's."""
+) -> WhisperForConditionalGeneration:
+    """The teacher without the layers that are not in `layers`. `generation_config` is the teacher's."""
     student = load_whisper(
         args.teacher_checkpoint,
         generation_config,
@@ -785,21 +785,21 @@ def make_student(
         cache_dir=args.cache_dir,
         dtype=getattr(torch, args.dtype),
     )
-    teacher_parameters = student.num_parameters()
+    for side, chosen in layers.items():
+        stack = getattr(student.model, side)
+        stack.layers = torch.nn.ModuleList(stack.layers[layer] for layer in chosen)
+        setattr(student.config, f"{side}_layers", len(chosen))
     teacher_heads = getattr(generation_config, "alignment_heads", None)
     num_heads = student.config.decoder_attention_heads
     heads = remap_alignment_heads(teacher_heads, layers["decoder"], num_heads)
     student.generation_config.alignment_heads = heads
-    keep_layers(student, layers)
-    return student, teacher_parameters
+    return student
 
 
-def keep_layers(model: WhisperForConditionalGeneration, layers: dict[str, list[int]]) -> None:
-    """Turn a teacher into its student: drop all layers of `encoder` and `decoder` but these."""
-    for side, chosen in layers.items():
-        stack = getattr(model.model, side)
-        stack.layers = torch.nn.ModuleList(stack.layers[layer] for layer in chosen)
-        setattr(model.config, f"{side}_layers", len(chosen))
+def count_parameters(config: WhisperConfig) -> int:
+    """The number of a model's parameters, without its weights."""
+    with torch.device("meta"):  # shapes without memory
+        return WhisperForConditionalGeneration(config).num_parameters()
 
 
 def fingerprint(student: WhisperForConditionalGeneration, tokenizer: WhisperTokenizerFast) -> str:
@@ -835,7 +835,7 @@ def find_student(save_dir: Path, settings: dict) -> bool:
     present = [name for name in STUDENT_FILES if (save_dir / name).exists() and name != "README.md"]
     if not present:
         return False
-    if not (save_dir / RECORD).exists():
+    if RECORD not in present:
         fail(f"{save_dir} has a {present[0]} that this script did not write; --overwrite_output_dir replaces it")
     record = read_record(save_dir / RECORD)
     if record is None:
@@ -1004,9 +1004,9 @@ def push_student(save_dir: Path, repository: str, record: dict) -> None:
     api = HfApi()
     try:
         files = [name for name in STUDENT_FILES if name != "README.md"]
+        upload = functools.partial(api.upload_folder, repo_id=repository, folder_path=save_dir)
         for patterns in ([RECORD], files):  # the record says what the rest is, also if the push is cut off
-            upload = functools.partial(api.upload_folder, allow_patterns=patterns, delete_patterns=[TRAINING_RECORD])
-            push_again(functools.partial(upload, repo_id=repository, folder_path=save_dir))
+            push_again(functools.partial(upload, allow_patterns=patterns, delete_patterns=[TRAINING_RECORD]))
         local_card = read_card(save_dir / "README.md")
         push_card(repository, "model", lambda card: student_card(record, card or local_card), "Describe the student")
     except HUB_ERRORS as error:
@@ -1015,25 +1015,18 @@ def push_student(save_dir: Path, repository: str, record: dict) -> None:
     logger.info("pushed to %s/%s", without_password(api.endpoint), repository)
 
 
-def weights_size(config: WhisperConfig, dtype: torch.dtype) -> float:
-    """Size of a model's weights in GB."""
-    with torch.device("meta"):  # shapes without memory
-        model = WhisperForConditionalGeneration(config)
-    return model.num_parameters() * dtype.itemsize / 1e9
-
-
 def print_student_plan(
     args: argparse.Namespace, config: WhisperConfig, layers: dict, exists: bool, pushes: str
 ) -> None:
     """Say what a run would read, write and push. `config` is the teacher's and becomes the student's."""
-    size = weights_size(config, config.dtype or torch.float32)
+    size = count_parameters(config) * (config.dtype or torch.float32).itemsize / 1e9
     print(f"input: {args.teacher_checkpoint}, {size:,.3f} GB of weights")
     for side, chosen in layers.items():
         setattr(config, f"{side}_layers", len(chosen))
-    size = weights_size(config, getattr(torch, args.dtype))
+    size = count_parameters(config) * getattr(torch, args.dtype).itemsize / 1e9
     print(f"done: {'the student is there and would be checked' if exists else 'nothing'}")
     print(f"writes: {'nothing' if exists else f'{args.save_dir}, about {size:,.3f} GB'}")
-    print(f"pushes: {f'{pushes}, about {size:,.3f} GB' if args.push_to_hub else pushes}")
+    print(f"pushes: {f'{pushes}, about {size:,.3f} GB' if args.push_to_hub else 'nothing'}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -1051,13 +1044,12 @@ def main(argv=None) -> int:
     # 2. Refuse what can be refused.
     if save_dir.exists() and not save_dir.is_dir():
         fail(f"--save_dir {args.save_dir} is not a directory")
-    pushes = "nothing"
+    repository = visibility = None
     if args.push_to_hub:
-        pushes, visibility = prepare_repository(args.hub_model_id, "model", args.hub_private_repo, args.dry_run)
-        pushes += f" ({visibility})"
-    repository, commit = fetch_teacher(args.teacher_checkpoint, args.cache_dir)
-    check_cards(save_dir, args.hub_model_id if args.push_to_hub else None, "model")
-    folder = repository / args.subfolder
+        repository, visibility = prepare_repository(args.hub_model_id, "model", args.hub_private_repo, args.dry_run)
+    teacher, commit = fetch_teacher(args.teacher_checkpoint, args.cache_dir)
+    check_cards(save_dir, repository, "model")
+    folder = teacher / args.subfolder
     if folder.resolve() == save_dir:
         fail(f"--save_dir {args.save_dir} is the teacher's own directory")
 
@@ -1073,29 +1065,29 @@ def main(argv=None) -> int:
         "teacher_checkpoint": shown_name(args.teacher_checkpoint),
         "subfolder": args.subfolder,
         "dtype": args.dtype,
+        "encoder_layer_indices": layers["encoder"],
+        "decoder_layer_indices": layers["decoder"],
     }
-    for side, chosen in layers.items():
-        settings[f"{side}_layer_indices"] = chosen
-    if args.push_to_hub and not args.overwrite_output_dir:
-        refuse_other_model(args.hub_model_id, settings)
+    if repository and not args.overwrite_output_dir:
+        refuse_other_model(repository, settings)
     lock = hold_lock(save_dir.with_name(f".{save_dir.name}.lock"), str(save_dir), f".{save_dir.name}.partial")
     with contextlib.nullcontext() if args.dry_run else lock:
         exists = not args.overwrite_output_dir and find_student(save_dir, settings)
         if args.dry_run:
-            print_student_plan(args, config, layers, exists, pushes)
+            print_student_plan(args, config, layers, exists, f"{repository} ({visibility})")
             return 0
 
         # 5. Work.
-        student, teacher_parameters = make_student(args, generation_config, layers, commit)
+        student = make_student(args, generation_config, layers, commit)
 
         # 6. Write record and card.
         record = {
             "status": "complete",
             "settings": settings,
             "teacher_commit": commit,
-            "teacher_licence": licence_of(repository / "README.md"),
+            "teacher_licence": licence_of(teacher / "README.md"),
             "teacher_layers": depths,
-            "parameters": {"teacher": teacher_parameters, "student": student.num_parameters()},
+            "parameters": {"teacher": count_parameters(config), "student": student.num_parameters()},
             "alignment_heads": student.generation_config.alignment_heads,
             "fingerprint": fingerprint(student, processor.tokenizer),
             "arguments": shown_arguments(args),
@@ -1107,8 +1099,8 @@ def main(argv=None) -> int:
         logger.info("the student of the layers %s %s %s", layers, "was already in" if exists else "is in", save_dir)
 
         # 7. Push.
-        if args.push_to_hub:
-            push_student(save_dir, args.hub_model_id, record)
+        if repository:
+            push_student(save_dir, repository, record)
     return 0
 
 
