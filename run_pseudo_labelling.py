@@ -2160,11 +2160,7 @@ class TokenLogprobs(LogitsProcessor):
         self.num_beams = num_beams
         self.by_text: dict[tuple, dict[int, float]] = {}  # clip and text so far: log-probabilities of the next token
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        scores: torch.Tensor,
-    ) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         best = scores.float().log_softmax(-1).topk(2 * self.num_beams)  # beam search chooses among these
         tokens = best.indices.tolist()
         logprobs = best.values.tolist()
@@ -2173,11 +2169,7 @@ class TokenLogprobs(LogitsProcessor):
             self.by_text[clip, tuple(text)] = dict(zip(tokens[row], logprobs[row], strict=True))
         return scores
 
-    def mean(
-        self,
-        clip: int,
-        text: list[int],
-    ) -> float:
+    def mean(self, clip: int, text: list[int]) -> float:
         """Mean log-probability of the tokens of a clip's text."""
         logprobs = []
         for position, token in enumerate(text):
@@ -2284,11 +2276,7 @@ def label_batch(teacher: Teacher, waveforms: list[np.ndarray]) -> list[TeacherLa
     return labels
 
 
-def no_speech_probs(
-    teacher: Teacher,
-    states: BaseModelOutput,
-    sequences: torch.Tensor,
-) -> list[float]:
+def no_speech_probs(teacher: Teacher, states: BaseModelOutput, sequences: torch.Tensor) -> list[float]:
     """Probability of <|nospeech|> behind <|startoftranscript|>, as openai-whisper's `transcribe` has it."""
     token = teacher.vocabulary.get("<|nospeech|>")
     if token is None:
@@ -2309,7 +2297,7 @@ def label_clips(teacher: Teacher, waveforms: Iterable[np.ndarray]) -> Iterator[t
 
 
 def teacher_digest(model: WhisperForConditionalGeneration) -> str:
-    """Digest of the first values of each weight and of the decoding rules, to notice another one of its name."""
+    """Digest of the first values of each weight and of the decoding rules, to notice another teacher of that name."""
     names = ("suppress_tokens", "begin_suppress_tokens", "max_initial_timestamp_index")
     rules = [getattr(model.generation_config, name, None) for name in names]
     digest = hashlib.sha256(repr(rules).encode())
@@ -2602,13 +2590,14 @@ def label_shards(
 
 def label_features(args: argparse.Namespace, features: datasets.Features) -> datasets.Features:
     """The columns of the labelled dataset; `features` are those of the input."""
-    labelled = datasets.Features(features)
-    labelled[args.audio_column_name] = datasets.Audio(sampling_rate=SAMPLING_RATE)
     token_ids = datasets.List(datasets.Value("int32"))
-    labelled[LABEL_COLUMN] = datasets.Value("string") if args.decode_token_ids else token_ids
+    new = {
+        args.audio_column_name: datasets.Audio(sampling_rate=SAMPLING_RATE),
+        LABEL_COLUMN: datasets.Value("string") if args.decode_token_ids else token_ids,
+    }
     if args.scores:
-        labelled.update(dict.fromkeys(SCORE_COLUMNS, datasets.Value("float32")))
-    return labelled
+        new |= dict.fromkeys(SCORE_COLUMNS, datasets.Value("float32"))
+    return datasets.Features({**features, **new})
 
 
 def label_values(teacher: Teacher, label: TeacherLabel) -> dict[str, Any]:
@@ -2850,6 +2839,7 @@ def main(argv: list[str] | None = None) -> int:
         label_shards(teacher, dataset, place, split, mine, progress)
         arrive()
         accelerator.wait_for_everyone()
+        report_shards(progress, split)  # of processes that ended later
         progress.bar.close()
 
         if is_main:

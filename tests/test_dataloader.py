@@ -470,6 +470,9 @@ def test_other_files_than_those_of_the_shards_are_refused_until_told(small, tmp_
     assert loader.main([*flags, "--overwrite_output_dir"]) == 0
     assert len(digests(tmp_path / "out" / "small")) == 12
     assert foreign.read_text() == "mine"
+    os.utime(last, (1, 1))  # as if it had been rewritten
+    with pytest.raises(SystemExit, match=r"00000-of-00012\.parquet was made with other settings: files was"):
+        loader.main([*flags, "--dry_run"])
 
 
 def test_a_broken_tar_keeps_the_others_and_no_card_promises_it(small, tmp_path):
