@@ -753,7 +753,10 @@ def remap_alignment_heads(heads: list[list[int]] | None, decoder_layers: list[in
 
 
 def fetch_teacher(reference: str, cache_dir: str | None) -> tuple[Path, str | None]:
-    """The teacher's directory and its commit on the Hub, from where everything but the weights is downloaded."""
+    """The teacher's directory, and its commit on the Hub, None for a local teacher.
+
+    Everything but the weights is downloaded from the Hub here.
+    """
     directory = local_directory(reference)
     if directory is not None:
         return directory, None
@@ -862,7 +865,7 @@ def refuse_other_model(repository: str, settings: dict) -> None:
 
 
 def can_be_read(path: Path) -> bool:
-    """Whether a file of a student is there and is what its name says."""
+    """Whether a student's file is there and has the format that its name says."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -878,7 +881,7 @@ def can_be_read(path: Path) -> bool:
 def is_undamaged(save_dir: Path, expected: str) -> bool:
     """Whether all files of the student in `save_dir` are as they were written; `expected` is its fingerprint.
 
-    Fails for files that can be read but are not as they were written: somebody may want them so.
+    Fails for a file with other contents that can be read: somebody may have changed it on purpose.
     """
     record = read_record(save_dir / RECORD)
     hashes = record.get("files", {}) if record else {}

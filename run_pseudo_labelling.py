@@ -105,7 +105,7 @@ SETTINGS = (  # flags that change the labels, besides those that choose teacher 
 LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "accelerate", "soundfile", "librosa")
 CPU_BATCH = 16  # clips
 APPEAR_SECONDS = 60  # how long a shared file system may take to show other machines' files
-PLAN_SECONDS = 20  # how long --dry_run reads the input at most
+PLAN_SECONDS = 20  # --dry_run reads the input for at most this long
 NEW_CARD = """---
 license: other
 task_categories:
@@ -2138,7 +2138,7 @@ def timestamps_are_paired(text: list[int], first_timestamp: int) -> bool:
 def decode_with_timestamps(ids: list[int], tokenizer: WhisperTokenizerFast, first_timestamp: int) -> str:
     """A label's text with its timestamps, such as `<|1.08|>`, and without special tokens.
 
-    The tokenizer's own `decode` takes every token behind the timestamps for one, and counts on from 30 s.
+    The tokenizer's own `decode` would turn added tokens, whose ids follow the timestamps', into times after 30 s.
     """
     decoded = ""
     for is_timestamp, tokens in itertools.groupby(ids, lambda token: 0 <= token - first_timestamp < TIMESTAMPS):
@@ -2372,7 +2372,7 @@ def open_speech(
 
 
 def load_speech_row(audio_column: str, place: Place, values: dict[str, Any]) -> SpeechRow:
-    """Decode the audio of a row. An audio file that the row only names is read into it."""
+    """Decode the audio of a row. Where the row only names a file, the file's bytes are put into the row."""
     audio = values[audio_column]
     try:
         content = read_audio(audio, place)
@@ -2385,7 +2385,10 @@ def load_speech_row(audio_column: str, place: Place, values: dict[str, Any]) -> 
 
 
 def plan_split(teacher: Teacher, rows: int, digest: str | None) -> LabelledSplit:
-    """The files that the labels go to, and what the labels depend on, near-ties of low precision aside."""
+    """The files that the labels go to, and the settings that the labels depend on.
+
+    In low precision the batch size may also decide between tokens that are as good as equal; it is not a setting.
+    """
     args = teacher.args
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {
@@ -2468,7 +2471,7 @@ def claim_split(args: argparse.Namespace, split: LabelledSplit, pending: list[in
 
 @dataclass
 class Progress:
-    """What the bar and the tracker of the main process show. Other processes show by the shards that they write."""
+    """What the bar and the tracker of the main process show. It sees other processes' work by the shards they write."""
 
     accelerator: Accelerator
     bar: tqdm
@@ -2533,13 +2536,13 @@ def read_shard(
 
 
 def longest_first(rows: list[SpeechRow]) -> list[SpeechRow]:
-    """Rows with usable audio, so that clips of similar length, which have labels of similar length, are together."""
+    """Rows with usable audio, the longest first, so that labels of similar length are decoded together."""
     usable = [row for row in rows if row.clip.problem is None]
     return sorted(usable, key=lambda row: row.clip.samples, reverse=True)
 
 
 def label_shard(teacher: Teacher, rows: list[SpeechRow], progress: Progress) -> None:
-    """Label rows. What is computed together depends on the shard alone, not on other shards, processes or threads."""
+    """Label rows. Which clips are decoded together depends on the shard alone, so that labels do as well."""
     usable = longest_first(rows)
     waveforms = (row.clip.waveform for row in usable)
     for number, label in label_clips(teacher, waveforms):
@@ -2650,7 +2653,10 @@ def label_notes(teacher: Teacher, shard: int, rows: list[SpeechRow]) -> dict:
 def write_labels(
     teacher: Teacher, split: LabelledSplit, features: datasets.Features, shard: int, rows: list[SpeechRow]
 ) -> None:
-    """Write the rows of a shard that have a label, and notes of what became of all. `features` are the input's."""
+    """Write the rows of a shard that have a label, and notes on what became of all rows.
+
+    `features` are the columns of the input.
+    """
     path = split.shards[shard]
     schema = label_features(teacher.args, features).arrow_schema
     batches = []  # of one row, because an Arrow array of bytes must not exceed 2 GB
@@ -2726,7 +2732,7 @@ def labelling_card(teacher: str, split: LabelledSplit, total: dict, card: RepoCa
 
 
 def repository_to_push(args: argparse.Namespace) -> tuple[str, str] | tuple[None, None]:
-    """The dataset repository to push to, made and proved writable, and who sees it; None where nothing is pushed."""
+    """The dataset repository to push to, which is created if it is missing, and its visibility; None for no push."""
     if args.push_to_hub and args.hub_model_id is None:
         fail("--push_to_hub needs --hub_model_id, the dataset repository to push to")
     if args.push_to_hub is False or args.hub_model_id is None or local_directory(args.hub_model_id):
