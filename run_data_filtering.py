@@ -82,7 +82,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Audio, Features, List, Value
-from datasets.data_files import DataFilesDict, DataFilesList, sanitize_patterns
+from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList, resolve_pattern, sanitize_patterns
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from huggingface_hub import HfApi, HfFileSystem, RepoCard, set_client_factory, snapshot_download
@@ -1014,6 +1014,8 @@ WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's
     "filtering": "run_data_filtering.py",
 }
 
+SPLIT_IN_NAME = re.compile(rf"(^|[-._ 0-9])({'|'.join(itertools.chain(*SPLIT_KEYWORDS.values()))})[-._ 0-9]")
+
 
 def split_names(split: str) -> list[str]:
     """The splits of a dataset that an expression such as `train[:1000]+test` names."""
@@ -1035,17 +1037,39 @@ def is_repository(reference: str) -> bool:
     return not (path.is_file() or (path / "state.json").exists() or (path / "dataset_dict.json").exists())
 
 
+def is_audio(file: str) -> bool:
+    """Whether the name of a file ends as those of audio files do."""
+    return os.path.splitext(file)[1].lower() in AudioFolder.EXTENSIONS
+
+
+def name_left_out(files: set[str], reason: str) -> None:
+    """Warn of audio files that are not read."""
+    if files:
+        names = ", ".join(sorted(files)[:10])
+        logger.warning("left out: %d audio files %s: %s", len(files), reason, names)
+
+
 def find_files(
     reference: str, config: str | None, split: str
 ) -> tuple[datasets.DatasetBuilder, dict[str, DataFilesList]]:
     """The builder that `datasets` chooses for a local directory or a Hub id, and the files of the named splits."""
     directory = local_directory(reference)
-    builder = datasets.load_dataset_builder(str(directory or reference), config)
-    is_text = directory and type(builder).__module__.endswith(".text")
-    if is_text and any(path.suffix.lower() in AudioFolder.EXTENSIONS for path in directory.rglob("*")):
-        # The texts lie beside audio, which is what counts.
-        builder = datasets.load_dataset_builder("audiofolder", data_dir=str(directory.resolve()))
+    location = str(directory.resolve() if directory else reference)
+    builder = datasets.load_dataset_builder(location, config)
+    kind = type(builder).__module__.rpartition(".")[2]
+    has_card = directory and (directory / "README.md").exists()  # which may say what to read
+    audio = set(filter(is_audio, resolve_pattern("**", location))) if directory else set()
+    if audio and (kind == "text" or (kind in ("csv", "json") and not has_card)):
+        # These files lie beside audio, which is what counts.
+        builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
     files_by_split = builder.config.data_files or {}
+    if isinstance(builder, AudioFolder) and not has_card:
+        files = set(itertools.chain(*files_by_split.values()))
+        if audio - files and all(SPLIT_IN_NAME.search(os.path.basename(file)) for file in files):
+            # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
+            builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
+            files_by_split = builder.config.data_files
+        name_left_out(audio.difference(*files_by_split.values()), "that lie in the directory of no split")
     available = ", ".join(map(str, files_by_split))
     found = {}
     for name in split_names(split):
@@ -1098,7 +1122,10 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
+NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
+# A line of a list of texts: `NAME<tab>text`, `NAME|text`, `NAME text` or `NAME:text`
+LISTED_TEXT = re.compile(r"(?:([^\t|]+)[\t|]|([^\s:]+)[ :])([^\t|]*)")
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
 LOADING_ERRORS = (
     *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
@@ -1167,14 +1194,11 @@ def load_builder(path: Path, config: str | None, dir_suffix: str | None) -> data
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # where worker processes look for it
     spec.loader.exec_module(module)
-    builders = []
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, datasets.DatasetBuilder) and value.__module__ == path.stem:
-            builders.append(value)
-    if len(builders) != 1:
-        fail(f"--dataset_name {path} must define one datasets.DatasetBuilder, and it defines {len(builders)}")
+    builder = datasets.load.import_main_class(path.stem)
+    if builder is None:
+        fail(f"--dataset_name {path} must define a datasets.DatasetBuilder")
     options = {"dataset_dir_suffix": dir_suffix} if dir_suffix else {}
-    return builders[0](config_name=config, **options)
+    return builder(config_name=config, **options)
 
 
 def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
@@ -1183,19 +1207,19 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
     rows = []
     try:
         for cells in reader:
-            if rows and cells and len(cells) != len(rows[0]):
+            if rows and any(cells) and len(cells) != len(rows[0]):
                 advice = f"; quote texts that have a {delimiter!r}" if len(cells) > len(rows[0]) else ""
                 raise csv.Error(f"it has {len(cells)} cells, the header {len(rows[0])}{advice}")
-            if cells:  # an empty line has none
+            if any(cells):
                 rows.append(cells)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows:
         raise ValueError(f"{path} is empty")
-    names = [name.strip() for name in rows[0]]
-    return pa.table(
-        [pa.array(column, pa.string()) for column in zip(*rows[1:], strict=True)] or len(names) * [[]], names
-    )
+    fields = [(name.strip(), pa.string()) for name in rows[0]]
+    columns = list(zip(*rows[1:], strict=True)) or [()] * len(fields)
+    table = pa.table(list(map(pa.array, columns)), pa.schema(fields))
+    return table.select([number for number, (name, _) in enumerate(fields) if name])  # of a spreadsheet, or an index
 
 
 def read_cells(path: str, text: str, suffix: str) -> pa.Table:
@@ -1216,9 +1240,7 @@ def read_table(path: str, suffix: str) -> pa.Table:
         with fsspec.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
             text = file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 ({error}): convert it, for example with iconv -f CP932 -t UTF-8"
-        ) from None
+        raise ValueError(f"{path} is not UTF-8 ({error}): {NOT_UTF8}") from None
     if suffix in (".csv", ".tsv"):
         return read_cells(path, text, suffix)
     rows = []
@@ -1261,20 +1283,27 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
     if kind == "parquet":
         options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
     try:
-        return datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+        part = datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
     except datasets.exceptions.DatasetGenerationError:
         if is_local and kind == "parquet" and (damaged := find_damaged(list(map(Path, files)), threads=1)):
             fail(f"{damaged[0]} is damaged: run the command that wrote it again")
         raise
+    if kind != "webdataset":
+        return part
+    part = part.remove_columns("__url__")  # which names a directory of this machine
+    if isinstance(part.features.get("json"), dict):
+        for name in sorted(set(part.features["json"]) - {"audio", *part.column_names}):
+            part = part.add_column(name, pc.struct_field(part.data.column("json"), name))
+    return part
 
 
 def load_folder(
     files: DataFilesList, place: Place, num_proc: int | None = None, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of an audio folder, with the metadata above it where there is none in it."""
-    above = []
-    if not any(os.path.basename(file) in METADATA for file in files):
-        above = [f"{place.base}/{name}" for name in METADATA if os.path.exists(f"{place.base}/{name}")]
+    has_metadata = any(os.path.basename(file) in METADATA for file in files)
+    candidates = [] if has_metadata else [f"{place.base}/{name}" for name in METADATA]
+    above = list(filter(os.path.exists, candidates))
     data_files = DataFilesDict(train=files + DataFilesList.from_patterns(list(map(glob.escape, above))))
     # With other names than the default, so that nothing comes from a cache that `datasets` filled in its own way.
     builder = AudioFolder(data_files=data_files, metadata_filenames=METADATA)
@@ -1283,22 +1312,56 @@ def load_folder(
         return builder.as_streaming_dataset("train")
     builder.download_and_prepare(num_proc=num_proc)
     dataset = builder.as_dataset("train")
-    return match_files(dataset, files, bool(above)) if is_local else dataset
-
-
-def match_files(dataset: datasets.Dataset, files: list[str], is_shared: bool) -> datasets.Dataset:
-    """Name the files of an audio folder that are in no row. `is_shared`: the rows are those of all splits."""
+    if not is_local:
+        return dataset
     column = next(name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio))
     paths = pc.struct_field(dataset.data.column(column), "path").to_pylist()
-    compared = [unicodedata.normalize("NFC", path or "") for path in paths]
+    paths = [unicodedata.normalize("NFC", path or "") for path in paths]
+    if has_metadata or above:
+        return match_files(dataset, paths, files, bool(above))
+    return add_transcripts(dataset, paths, place)
+
+
+def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], is_shared: bool) -> datasets.Dataset:
+    """Name the files of an audio folder that are in no row. `is_shared`: the rows are those of all splits."""
     there = {unicodedata.normalize("NFC", file) for file in files}
-    audio = {file for file in there if os.path.splitext(file)[1].lower() in AudioFolder.EXTENSIONS}
-    if unnamed := sorted(audio - set(compared)):
-        names = ", ".join(unnamed[:10])
-        logger.warning("left out: %d audio files that no row of the metadata names: %s", len(unnamed), names)
+    name_left_out(set(filter(is_audio, there)).difference(paths), "that no row of the metadata names")
     if not is_shared:
         return dataset
-    return dataset.select([row for row, path in enumerate(compared) if path in there or not os.path.exists(path)])
+    return dataset.select([row for row, path in enumerate(paths) if path in there or not os.path.exists(path)])
+
+
+def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
+    """The rows of an audio folder with the texts in its .txt files, where one text fits one clip.
+
+    NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them.
+    """
+    clips = {}  # by the names that a list may give them
+    for path in paths:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        for directory in Path(path).parents:
+            name = f"{directory}/{stem}"
+            clips[name] = None if name in clips else path
+    clips |= {os.path.splitext(path)[0]: path for path in paths}
+    texts = defaultdict(set)  # by the path of the clip
+    for file in Path(place.base).rglob("*.txt"):
+        if not (file.is_file() and file.resolve().is_relative_to(place.base)):
+            continue
+        content = file.read_text("utf-8-sig", errors="replace")
+        lines = map(LISTED_TEXT.fullmatch, content.splitlines())
+        pairs = [(file.stem, content), *((line[1] or line[2], line[3]) for line in lines if line)]
+        for name, text in pairs:
+            path = unicodedata.normalize("NFC", str(file.parent / name.strip()))
+            stem = os.path.splitext(path)[0] if is_audio(path) else path
+            if clip := clips.get(stem):
+                texts[clip].add(text.strip())
+    found = [texts[path].pop() if len(texts[path]) == 1 else None for path in paths]
+    if not any(found):
+        return dataset
+    if any("\ufffd" in text for text in found if text):
+        raise ValueError(f"its .txt files are not UTF-8: {NOT_UTF8}")
+    logger.info("the texts of %d of %d audio files are in .txt files", len(found) - found.count(None), len(found))
+    return dataset.add_column("transcription", pa.array(found, pa.string()))
 
 
 def read_repository(
@@ -1378,14 +1441,9 @@ def open_dataset(
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Place]:
     """The rows of a split, with the audio column, where there is one, undecoded, and where the files they name lie.
 
-    Args:
-        reference: a .py file with a builder, a .csv, .tsv, .jsonl or .json manifest, a local directory (a repository,
-            or written by `save_to_disk`), or a Hub id.
-        config, split: which part of it; None is the default configuration.
-        text_column: a column that must be text, if it is there.
-        dir_suffix: which part of a download in parts, for our data loader.
-        num_proc: processes that convert what is not Arrow yet.
-        streaming: read it where it lies, and prepare nothing in the cache.
+    `reference` is a .py file with a builder, a manifest, a local directory (a repository, or written by
+    `save_to_disk`), or a Hub id. `text_column` must be text, if it is there. `dir_suffix` is for our data loader.
+    `num_proc` processes convert what is not Arrow yet. `streaming` prepares nothing in the cache.
     """
     mend_datasets()
     path = Path(reference).expanduser()
@@ -1401,7 +1459,9 @@ def open_dataset(
             (name,) = split_names(split)
             dataset = select_split({name: datasets.Dataset(read_table(str(path), path.suffix))}, split)
             dataset = dataset.to_iterable_dataset() if streaming else dataset
-        elif path.is_dir() and not is_repository(reference):
+        elif path.is_file():
+            fail(f"{reference} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
+        elif not is_repository(reference):
             saved = datasets.load_from_disk(str(path))
             parts = saved if isinstance(saved, datasets.DatasetDict) else dict.fromkeys(split_names(split), saved)
             place = Place(os.path.realpath(path), is_confined=True)
@@ -1420,14 +1480,18 @@ def open_dataset(
 
 def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
     """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
+    path = Path(reference).expanduser()
     for flag, column in columns.items():
-        if column is not None and column not in dataset.column_names:
-            path = Path(reference).expanduser()
-            tables = (
-                [str(file) for file in sorted(path.rglob("*")) if file.suffix in MANIFESTS] if path.is_dir() else []
-            )
-            hint = f". Name a table instead of the directory: {tables[0]}" if tables else ""
-            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
+        if column is None or column in dataset.column_names:
+            continue
+        hint = ""
+        files = sorted(path.rglob("*")) if path.is_dir() else []
+        tables = [file for file in files if file.suffix in MANIFESTS and column.encode() in file.read_bytes()]
+        if files and set(dataset.column_names) <= {"audio", "label"}:
+            hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
+        if tables:
+            hint = f". Name a table instead of the directory: {', '.join(map(str, tables[:5]))}"
+        fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
 
 
 def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:

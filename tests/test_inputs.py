@@ -20,7 +20,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 
 import run_distillation
 import run_short_form_eval
-from run_short_form_eval import decode_clip, load_clip, open_dataset, speech_digest, split_title
+from run_short_form_eval import decode_clip, load_clip, open_dataset, require_columns, speech_digest, split_title
 from tests.stages import (
     encoded,
     evaluate,
@@ -208,12 +208,61 @@ def test_a_folder_as_it_lies_on_a_disk_is_read(tmp_path):
     assert sorted(opened(root, text=None)) == [(None, 0.5, None), (None, 0.6, None), (None, 0.7, None)]
 
 
-def test_texts_beside_the_audio_do_not_hide_it(tmp_path):
+@pytest.mark.parametrize("suffix", ["normalised.txt", "json", "tsv"])
+def test_texts_beside_the_audio_do_not_hide_it_and_are_read(suffix, tmp_path):
     root = write_clips(tmp_path / "pairs")
-    for name in NAMES:
-        write(root / f"{name[:-5]}.txt", "x")
-        write(root / f"{name[:-5]}.normalised.txt", "x")
-    assert [seconds for _, seconds, _ in opened(root, text=None)] == [seconds for _, seconds, _ in WHOLE]
+    for name, text in zip(NAMES, TEXTS, strict=True):
+        write(root / f"{name[:-5]}.txt", f"\ufeff{text}\r\n")
+        write(root / f"{name[:-5]}.{suffix}", "x")
+        write(root / f"{name[:-5]}.2.{suffix}", "x")
+    assert opened(root) == opened(root, streaming=True) == WHOLE
+
+
+LISTS = {  # the audio's directory, the list, and how its lines begin
+    "LibriSpeech": ("84/121", "84/121/84-121.trans.txt", "clip{} "),
+    "JSUT": ("basic5000/wav", "basic5000/transcript_utf8.txt", "clip{}:"),
+    "CSS10": ("clips", "list.txt", "clips/clip{}.flac|"),
+    "tabs": ("clips", "list.txt", "./clips/clip{}.FLAC\t"),
+}
+
+
+@pytest.mark.parametrize("layout", LISTS)
+def test_lists_of_texts_are_read_as_corpora_have_them(layout, tmp_path):
+    directory, file, start = LISTS[layout]
+    write_clips(tmp_path / directory)
+    write(tmp_path / "LICENSE.txt", "Free to use\n")
+    write(tmp_path / file, "".join(f"{start.format(number)}{text}\n" for number, text in enumerate(TEXTS)))
+    assert opened(tmp_path) == WHOLE
+
+
+def test_a_text_of_which_nobody_can_say_whose_it_is_is_given_to_no_clip(tmp_path, caplog):
+    for speaker in ("jvs001", "jvs002"):
+        write_clips(tmp_path / speaker / "wav", NAMES[:3])
+        write(tmp_path / speaker / "list.txt", f"clip0:{speaker}\nclip2 {speaker}\n")
+    write(tmp_path / "all.txt", "clip1 one text\n")
+    write(tmp_path / "jvs001" / "others.txt", "clip2 another text\n")
+    texts = [text for text, *_ in opened(tmp_path)]
+    assert texts == ["jvs001", None, None, "jvs002", None, "jvs002"]
+    assert f"3 of 6 rows of {tmp_path} have no transcription" in caplog.text
+
+
+def test_txt_files_in_another_encoding_are_one_line(tmp_path):
+    write_clips(tmp_path)
+    write(tmp_path / "clip0.txt", TEXTS[0].encode("cp932"))
+    assert ".txt files are not UTF-8: convert it, for example with iconv" in refusal(opened, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mic_test.wav", "train_1.wav", "train.csv"])
+def test_words_such_as_test_make_splits_of_directories_and_not_of_files(name, tmp_path, caplog):
+    write_clips(tmp_path / "a")
+    write(tmp_path / name, clip(0))
+    assert len(opened(tmp_path, text=None)) == len(NAMES) + name.endswith(".wav")
+    assert "left out" not in caplog.text
+    (tmp_path / "a").rename(tmp_path / "test")
+    assert len(opened(tmp_path, "test", text=None)) == len(NAMES)
+    assert caplog.text.count(f"1 audio files that lie in the directory of no split: {tmp_path / name}") == (
+        not name.endswith(".csv")
+    )
 
 
 def test_names_match_whatever_their_unicode_form_and_the_csv_s_dialect(tmp_path):
@@ -260,6 +309,19 @@ def test_a_webdataset_is_read_without_torchcodec(tiny_teacher, tmp_path):
     flags = ("--audio_column_name", "flac", "--text_column_name", "txt")
     found = read_rows(label(tiny_teacher, tmp_path / "tars", tmp_path / "labels", *SHORT, *flags))
     assert [(row["flac"]["bytes"], row["txt"]) for row in found] == [(clip(n), text) for n, text in enumerate(TEXTS)]
+
+
+def test_texts_in_the_json_of_a_webdataset_are_read(tmp_path):
+    with tarfile.open(tmp_path / "JA-000000.tar", "w") as archive:
+        for number, text in enumerate(TEXTS):
+            row = {"text": text, "audio": "x.wav", "json": "x", "duration": 1.5}
+            for suffix, content in (("flac", clip(number)), ("json", json.dumps(row).encode())):
+                member = tarfile.TarInfo(f"clip{number}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    assert opened(tmp_path, text="text") == WHOLE
+    columns = open_dataset(str(tmp_path), None, "train", "audio")[0].column_names
+    assert columns == ["audio", "json", "__key__", "duration", "text"]
 
 
 def test_paths_in_parquet_are_relative_to_the_dataset(tiny_teacher, tmp_path):
@@ -380,6 +442,7 @@ MANIFESTS = {
     "list.tsv": 'x\tpath\ttranscription\na\twavs/clip0.flac\t"はい\nb\twavs/clip1.flac\t007\n',
     "list.json": '{{"audio_filepath": "wavs/clip0.flac", "transcription": "はい", "duration": 9}}\n'
     '{{"audio_filepath": "wavs/clip1.flac", "transcription": "007", "duration": 9}}\n',
+    "excel.csv": "\ufeffpath;transcription;;\r\nwavs\\clip0.flac;はい, そう;;\r\nwavs\\clip1.flac;007;;\r\n;;;\r\n",
     "rows.json": '[{{"audio": "wavs/clip0.flac", "transcription": "はい"}},\n'
     '{{"audio": "wavs/clip1.flac", "transcription": "007"}}]',
 }
@@ -421,6 +484,21 @@ def test_a_directory_whose_table_is_not_metadata_tells_to_name_the_table(tiny_te
     write(tmp_path / "data" / "list.csv", "audio,transcription\n")
     line = refusal(label, tiny_teacher, tmp_path / "data", tmp_path / "out", "--text_column_name", "transcription")
     assert f"Name a table instead of the directory: {tmp_path / 'data' / 'list.csv'}" in line
+
+
+def test_only_tables_with_the_column_are_named_and_metadata_where_there_are_none(tmp_path):
+    rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
+    columns = {"text_column_name": "sentence"}
+    assert f"Texts may lie in {tmp_path / 'metadata.csv'}" in refusal(require_columns, str(tmp_path), rows, columns)
+    write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]\n")
+    tables = [write(tmp_path / f"{name}.tsv", "path\tsentence\n") for name in ("dev", "train")]
+    line = refusal(require_columns, str(tmp_path), rows, columns)
+    assert line.endswith(f"Name a table instead of the directory: {tables[0]}, {tables[1]}")
+
+
+def test_a_file_that_is_no_table_tells_what_to_name(tmp_path):
+    table = write_parquet(tmp_path / "a.parquet", audio=embedded(), transcription=TEXTS)
+    assert f"{table} is no dataset: name its directory" in refusal(opened, table)
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
