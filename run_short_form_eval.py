@@ -3143,13 +3143,14 @@ PAGE = """<!DOCTYPE html>
 <td class="text" lang="{{ metrics.language }}"><ins>{{ confusion.hypothesis }}</ins>
 <td class="text minor">{{ confusion.kind }}<td class="number">{{ "{:,}".format(confusion.count) }}<td class="text">
 {%- for clip in confusion.clips %}<button class="example">{{ clip }}</button>{% endfor %}{% endfor %}</table></div>
-{%- else %}
+{%- else %}{# the rows of the printed table, with the bar and the paired test in front of the other figures #}
 <div class="scroll compared" tabindex="0"><table>
 <caption>Rates with their 95 % intervals; paired tests against the first of the same data, in points</caption>
-<tr><th scope="col" class="text">{{ table[0][0] }}<th scope="col" class="text">Rate
-{%- for name in table[0][1:] %}<th scope="col">{{ name }}{% endfor %}
-{%- for cells in table[1:] %}<tr><th scope="row">{{ cells[0] }}<td>{{ bar(headlines[loop.index0], scale) }}
-{%- for cell in cells[1:] %}<td>{{ cell }}{% endfor %}{% endfor %}</table></div>
+<tr><th scope="col" class="text">{{ table[0][0] }}<th scope="col" class="text">Rate<th scope="col">{{ table[0][-3] }}
+{%- for name in table[0][1:-3] + table[0][-2:] %}<th scope="col">{{ name }}{% endfor %}
+{%- for cells in table[1:] %}{% set headline = headlines[loop.index0] %}<tr><th scope="row">{{ cells[0] }}
+<td class="text"><span class="number">{{ headline.rate|percent }}</span> {{ bar(headline, scale) }}<td>{{ cells[-3] }}
+{%- for cell in cells[1:-3] + cells[-2:] %}<td>{{ cell }}{% endfor %}{% endfor %}</table></div>
 {%- endif %}
 <h2>All clips</h2><noscript>This table needs JavaScript; all_predictions.*.csv has the same rows.</noscript>
 <div class="controls"><label>Search in texts and names<input type="search" id="search"></label>
