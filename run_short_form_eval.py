@@ -2242,14 +2242,15 @@ def error_rate(counts: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(counts: np.ndarray) -> np.ndarray:
-    """(clips, ..., 4) `COUNTS` -> (draws, ...) error rates of clips drawn with replacement, with a fixed seed."""
+    """(clips, metrics, 4) `COUNTS` -> (draws, metrics) rates of clips drawn with replacement, with a fixed seed."""
     generator = np.random.default_rng(0)
     clips = len(counts)
-    counts = counts.astype(float)
+    counted = np.flatnonzero(counts.any(axis=(1, 2)))  # clips of other lengths than a group's have no counts
+    counts = counts[counted].astype(float)
     totals = []
     for _ in range(BOOTSTRAP_DRAWS):
         drawn = generator.integers(0, clips, clips)
-        times_drawn = np.bincount(drawn, minlength=clips).astype(float)
+        times_drawn = np.bincount(drawn, minlength=clips)[counted].astype(float)
         totals.append(np.tensordot(times_drawn, counts, axes=1))
     return error_rate(np.stack(totals))
 
@@ -2294,7 +2295,7 @@ def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
     by_character = count_errors(normalised_reference, normalised_hypothesis, "characters")
     by_word = count_errors(normalised_reference, normalised_hypothesis, "words")
     prediction |= zip(CLIP_COLUMNS, by_character + by_word, strict=True)
-    prediction["cer"] = round(error_rate(np.array(by_character)).item(), 2)
+    prediction["cer"] = round(100 * sum(by_character[:3]) / by_character[3], 2)
     prediction["runaway"] = len(normalised_hypothesis) > 2 * len(normalised_reference) + 10
     counts = [by_character, by_word]
     for unit in ("characters", "words"):
