@@ -2134,7 +2134,10 @@ class Rows(Dataset):
 
     def leave_out(self, reasons: dict[str, np.ndarray]) -> np.ndarray:
         """The numbers of the usable rows. Counts the others by reason, and fails if none is usable."""
-        self.left_out = {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
+        self.left_out = {}
+        for reason, rows in reasons.items():
+            if rows.any():
+                self.left_out[reason] = int(rows.sum())
         counts = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.items())
         is_left_out = np.any([*reasons.values()], axis=0)
         if is_left_out.all():
@@ -2197,7 +2200,8 @@ class Rows(Dataset):
             example["features"] = read_log_mel(value, self.place, self.extractor)
         except (ValueError, TypeError) as error:
             logger.warning("%s, row %d: unreadable audio, left out of the loss: %s", self.name, row, error)
-            example["features"] = torch.zeros(self.extractor.feature_size, WINDOW_FRAMES, dtype=torch.float16)
+            shape = (self.extractor.feature_size, WINDOW_FRAMES)
+            example["features"] = torch.zeros(shape, dtype=torch.float16)
             example["start"] = len(tokens) - 1
         return example
 
@@ -2306,7 +2310,8 @@ def choose_workers(args: argparse.Namespace, device: torch.device, processes: in
         return args.dataloader_num_workers
     if device.type == "cpu":  # which the training keeps busy
         return 0
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    cores = len(os.sched_getaffinity(0)) // local_processes
     return min(GPU_WORKERS, max(1, cores - 1))
 
 
@@ -2516,7 +2521,15 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
     student = load_model(name, "float32", vocabulary, device, args)
     args.max_label_length = min(args.max_label_length, student.config.max_target_positions)
     teacher = load_teacher_model(student, vocabulary, device, args)
-    models = Models(student, teacher, TrainedPart(student, args), tokenizer, extractor, directory, prompts[0])
+    models = Models(
+        student=student,
+        teacher=teacher,
+        trained=TrainedPart(student, args),
+        tokenizer=tokenizer,
+        extractor=extractor,
+        tokenizer_directory=directory,
+        prompt=prompts[0],
+    )
     if not args.dry_run:
         models.digests["student"] = weights_digest(student)
         if teacher is not None:
@@ -2791,7 +2804,8 @@ def evaluate(model: WhisperForConditionalGeneration, training: "Training") -> tu
 def error_rates(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """WER and CER in per cent of pairs of reference and hypothesis, without those whose reference is empty."""
     pairs = [pair for pair in pairs if pair[0]] or [("-", "")]
-    references, hypotheses = map(list, zip(*pairs, strict=True))
+    references = [reference for reference, _ in pairs]
+    hypotheses = [hypothesis for _, hypothesis in pairs]
     return {
         "eval_wer": 100 * jiwer.wer(references, hypotheses),
         "eval_cer": 100 * jiwer.cer(references, hypotheses),
@@ -2871,9 +2885,14 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
         return Start(to_remove=results_to_remove(args))
     if not args.overwrite_output_dir:
         refuse_other_settings(output_dir, record["settings"], settings)
-    elif changed_setting(record["settings"], settings):
+    if changed_setting(record["settings"], settings):
         return Start(to_remove=results_to_remove(args))
+    return start_from_newest(record, settings, total_steps, args)
 
+
+def start_from_newest(record: dict, settings: dict, total_steps: int, args: argparse.Namespace) -> Start:
+    """Go on from the newest whole checkpoint of a run with the same settings, if that has not finished."""
+    output_dir = args.output_dir
     is_complete = record.get("status") == "complete" and (output_dir / "model.safetensors").exists()
     damaged = damaged_files(output_dir, record.get("files", {})) if is_complete else []
     if is_complete and not damaged and record["steps"] >= total_steps:
@@ -3083,9 +3102,10 @@ def check_loss(training: Training, loss: float, grad_norm: float) -> None:
         problem = f"the loss has exploded from {state.lowest:.3f} to {state.trend:.3f}"
     else:
         return
-    kept = ["none yet", *(path.name for _, path in list_checkpoints(args.output_dir))]
+    checkpoints = list_checkpoints(args.output_dir)
+    last = checkpoints[-1][1].name if checkpoints else "none yet"
     fail(
-        f"step {state.step + 1}: {problem}; the last checkpoint from before: {kept[-1]}. "
+        f"step {state.step + 1}: {problem}; the last checkpoint from before: {last}. "
         f"Lower --learning_rate ({args.learning_rate}) or raise --warmup_steps ({args.warmup_steps})"
     )
 
@@ -3459,8 +3479,11 @@ def push_model(repo_id: str, message: str, args: argparse.Namespace) -> None:
     record = read_record(output_dir / RECORD)
     entries = read_metrics(output_dir / METRICS)
     local_card = read_card(output_dir / "README.md")
-    update = functools.partial(distillation_card, record, entries, args)
-    push_card(repo_id, "model", lambda card: update(card or local_card), message)
+
+    def update(card: RepoCard | None) -> str:
+        return distillation_card(record, entries, args, card or local_card)
+
+    push_card(repo_id, "model", update, message)
 
 
 def is_pushing(training: Training) -> bool:
@@ -3625,25 +3648,31 @@ def training_settings(training: Training) -> dict:
     return settings | training.models.digests
 
 
-def start_training(training: Training, start: Start, settings: dict) -> None:
-    """Restore output directory and training to the step to start from, write the record, and fill the cache."""
-    args = training.args
+def make_record(training: Training, settings: dict) -> dict:
+    """What distillation.json says of a run at its start."""
     data = training.data
     config = training.models.student.config
-    training.state = start.state
-    training.record = {
+    return {
         "status": "running",
         "settings": settings,
         "rows": sum(data.plan.sizes),
         "rows_left_out": rows_left_out(data.train),
         "hours": round(sum(rows.hours for rows in data.train), 2),
-        "steps": start.state.step,
+        "steps": training.state.step,
         "steps_per_epoch": data.plan.steps_per_epoch,
         "layers": {"encoder": config.encoder_layers, "decoder": config.decoder_layers},
         "processes": data.plan.processes,
-        "arguments": shown_arguments(args),
+        "arguments": shown_arguments(training.args),
         "versions": library_versions("torch", "transformers", "datasets", "accelerate"),
     }
+
+
+def start_training(training: Training, start: Start, settings: dict) -> None:
+    """Restore output directory and training to the step to start from, write the record, and fill the cache."""
+    args = training.args
+    data = training.data
+    training.state = start.state
+    training.record = make_record(training, settings)
     if training.accelerator.is_main_process:
         clean_output(start, args.output_dir)
         write_record(args.output_dir / RECORD, training.record)
@@ -3756,7 +3785,8 @@ def main(argv: list[str] | None = None) -> int:
             start_fork_server()
         if accelerator.is_main_process and not args.dry_run:
             leftovers = (".checkpoint-*.partial", ".model.partial", ".*.json.*.partial", ".metrics.jsonl.*.partial")
-            locks.enter_context(hold_lock(args.output_dir / ".training.lock", str(args.output_dir), *leftovers))
+            lock = args.output_dir / ".training.lock"
+            locks.enter_context(hold_lock(lock, str(args.output_dir), *leftovers))
         accelerator.wait_for_everyone()
         repo_id = visibility = None
         if accelerator.is_main_process:
