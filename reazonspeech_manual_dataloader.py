@@ -275,6 +275,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+# ---- common: progress ------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(tqdm):
+    """A progress bar on a terminal; elsewhere, such as in a log file, a line a minute."""
+
+    def __init__(self, *args, **options):
+        seconds = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, mininterval=seconds, maxinterval=max(10, seconds), **options)
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], object]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: file.write(f"{line}\n") if line.strip() else None
+
+
 # ---- common: records -------------------------------------------------------------------------------------------------
 
 
@@ -947,7 +964,7 @@ def process_tars(jobs: list[TarJob], num_workers: int) -> list[dict]:
             # `pool.map` would cancel its futures at an interruption, about which the pool then prints a traceback.
             with tied_workers():
                 futures = [pool.submit(process_tar, job) for job in jobs]  # the first one starts all workers
-            for future in tqdm(futures, "loading", unit="tar"):
+            for future in ProgressBar(futures, "loading", unit="tar"):
                 try:
                     all_notes.append(future.result())
                 except BrokenTarError as error:

@@ -264,6 +264,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+# ---- common: progress ------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(tqdm):
+    """A progress bar on a terminal; elsewhere, such as in a log file, a line a minute."""
+
+    def __init__(self, *args, **options):
+        seconds = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, mininterval=seconds, maxinterval=max(10, seconds), **options)
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], object]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: file.write(f"{line}\n") if line.strip() else None
+
+
 # ---- tars and transcriptions -----------------------------------------------------------------------------------------
 
 
@@ -375,7 +392,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.progress = tqdm(disable=True)  # in bytes
+        self.progress = ProgressBar(disable=True)  # in bytes
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         self.free_at = 0.0  # value of time.monotonic() at which the rate limit allows the next byte
@@ -482,7 +499,7 @@ def for_each_file(action: Action, files: list[CorpusFile], run: Run, description
     with ThreadPool(run.args.pool) as pool:
         try:
             results = pool.imap_unordered(attempt, files)
-            reasons = dict(tqdm(results, description, len(files), unit="file", disable=not files))
+            reasons = dict(ProgressBar(results, description, len(files), unit="file", disable=not files))
         except OSError as error:  # of the disk; errors of the network do not get here
             run.stopped.set()
             fail(f"{error}; partial files are kept. {CONTINUE}")
@@ -735,7 +752,7 @@ def main(argv: list[str] | None = None) -> int:
             measure = partial(print_download_time, left=total - received)
             failed |= for_each_file(measure, wanted[-1:], run, "measuring")
         else:
-            run.progress = tqdm(total=total, initial=received, unit="B", unit_scale=True)
+            run.progress = ProgressBar(total=total, initial=received, unit="B", unit_scale=True)
             with logging_redirect_tqdm(), run.progress:
                 failed |= for_each_file(fetch_file, wanted, run, "downloading")
             print(f"{args.directory}: {len(files) - len(failed)} of {len(files)} files are complete")

@@ -440,6 +440,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+# ---- common: progress ------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(tqdm):
+    """A progress bar on a terminal; elsewhere, such as in a log file, a line a minute."""
+
+    def __init__(self, *args, **options):
+        seconds = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, mininterval=seconds, maxinterval=max(10, seconds), **options)
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], object]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: file.write(f"{line}\n") if line.strip() else None
+
+
 # ---- common: records -------------------------------------------------------------------------------------------------
 
 
@@ -2552,7 +2569,7 @@ def write_shards(job: Job, kind: str, shards: list[int], max_workers: int, show_
     if not shards:
         return
     workers = min(max_workers, len(shards))
-    progress = tqdm(total=len(shards), desc=kind, unit="shard", disable=not show_progress)
+    progress = ProgressBar(total=len(shards), desc=kind, unit="shard", disable=not show_progress)
     if workers == 1:
         for shard in shards:
             SHARD_WRITERS[kind](job, shard)
@@ -3233,6 +3250,10 @@ def main(argv: list[str] | None = None) -> int:
                 group = shard * output.settings["shard_size"] // rows_together
                 if group % state.num_processes == state.process_index:
                     mine.append(shard)
+            left = len(pending[kind])
+            logger.info(
+                "%s: %d of %d shards are left, workers: %d", kind, left, output.shards, workers * state.num_processes
+            )
             write_shards(job, kind, mine, workers, is_main)
         arrive()
         state.wait_for_everyone()

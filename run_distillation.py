@@ -127,8 +127,6 @@ PRELOADED += [f"transformers.models.whisper.{name}_whisper" for name in ("modeli
 CACHE_BLOCK = 32  # rows encoded together for the cache; fixed, because the last bits of a row depend on the batch size
 SAMPLE_STEPS = 3  # that a dry run times
 SAMPLE_ROWS = 16  # rows read from the start of a dataset as a sample of its inputs
-# Seconds between updates of a progress bar; in a log each update is a line.
-PROGRESS_SECONDS = 0.1 if sys.stderr.isatty() else 30.0
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what accelerate calls them
 LED_BY_LOSS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the held-out loss
 RECORD = "distillation.json"
@@ -480,6 +478,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file by `atomic_file`."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+# ---- common: progress ------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(tqdm):
+    """A progress bar on a terminal; elsewhere, such as in a log file, a line a minute."""
+
+    def __init__(self, *args, **options):
+        seconds = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, mininterval=seconds, maxinterval=max(10, seconds), **options)
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], object]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: file.write(f"{line}\n") if line.strip() else None
 
 
 # ---- common: records -------------------------------------------------------------------------------------------------
@@ -1069,6 +1084,13 @@ def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **optio
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     return accelerator
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called, for people: the model of a GPU, or how many threads of a CPU compute."""
+    if device.type == "cpu":
+        return f"CPU, threads: {torch.get_num_threads()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
@@ -2557,7 +2579,11 @@ def place_models(models: Models, args: argparse.Namespace, device: torch.device)
         encoder.to(getattr(torch, args.dtype))
     models.student.to(device)
     if args.gradient_checkpointing:
-        models.student.gradient_checkpointing_enable({"use_reentrant": False})
+        # `transformers` 5.23 has a new name for it, and warns of the old one.
+        enable = getattr(
+            models.student, "activation_checkpointing_enable", models.student.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     if args.torch_compile:
         for module in compiled:
             module.compile()
@@ -2720,10 +2746,10 @@ def fill_cache(rows: Rows, training: "Training") -> Path:
 # ---- held-out evaluation ---------------------------------------------------------------------------------------------
 
 
-def show_progress(title: str, accelerator: Accelerator, items: Sequence | None = None, **options) -> tqdm:
+def show_progress(title: str, accelerator: Accelerator, items: Sequence | None = None, **options) -> ProgressBar:
     """A progress bar of the main process, over items, or to be updated by the caller."""
     is_silent = items == [] or not accelerator.is_main_process
-    return tqdm(items, title, disable=is_silent, mininterval=PROGRESS_SECONDS, **options)
+    return ProgressBar(items, title, disable=is_silent, **options)
 
 
 def in_precision(module: nn.Module, accelerator: Accelerator) -> contextlib.AbstractContextManager:
@@ -3679,6 +3705,8 @@ def start_training(training: Training, start: Start, settings: dict) -> None:
     training.accelerator.wait_for_everyone()
     if not (args.output_dir / RECORD).exists():
         fail(f"--output_dir {args.output_dir} must be on a file system that all machines see")
+    device = device_name(training.accelerator.device)
+    logger.info("training %s: %s, %s, processes: %d", args.model_name_or_path, device, args.dtype, data.plan.processes)
     schedule = (data.total_steps, data.plan.steps_per_epoch, data.plan.batch_size)
     logger.info("%d rows; %d steps, %d an epoch, of %d rows", sum(data.plan.sizes), *schedule)
     prepare_training(training)

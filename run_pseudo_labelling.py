@@ -337,6 +337,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+# ---- common: progress ------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(tqdm):
+    """A progress bar on a terminal; elsewhere, such as in a log file, a line a minute."""
+
+    def __init__(self, *args, **options):
+        seconds = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, mininterval=seconds, maxinterval=max(10, seconds), **options)
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], object]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: file.write(f"{line}\n") if line.strip() else None
+
+
 # ---- common: records -------------------------------------------------------------------------------------------------
 
 
@@ -996,6 +1013,13 @@ def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **optio
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     return accelerator
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called, for people: the model of a GPU, or how many threads of a CPU compute."""
+    if device.type == "cpu":
+        return f"CPU, threads: {torch.get_num_threads()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
@@ -2538,19 +2562,32 @@ class Progress:
     """What the bar and the tracker of the main process show. It sees other processes' work by the shards they write."""
 
     accelerator: Accelerator
-    bar: tqdm
+    bar: ProgressBar
     elsewhere: list[Path]  # shards that other processes have yet to write
     started: float  # s
     clips: int = 0  # that this process has labelled
     seconds: float = 0.0  # of audio
 
 
-def start_progress(accelerator: Accelerator, split: LabelledSplit, pending: list[int]) -> Progress:
-    """Show the main process' bar, which begins at the rows of the shards that are complete."""
+def start_progress(teacher: Teacher, accelerator: Accelerator, split: LabelledSplit, pending: list[int]) -> Progress:
+    """Say what is labelled by what, and show the main process' bar, which begins at the rows of complete shards."""
+    args = teacher.args
+    logger.info(
+        "labelling %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
+        args.dataset_split_name,
+        args.dataset_name,
+        args.model_name_or_path,
+        device_name(accelerator.device),
+        args.dtype,
+        teacher.decoder.batch_size,
+        accelerator.num_processes,
+        len(pending),
+        len(split.shards),
+    )
     rows = split.settings["rows"]
     done = rows - count_rows(split, pending)
     is_main = accelerator.is_main_process
-    bar = tqdm(desc="labelling", total=rows, initial=done, unit=" clips", smoothing=0, disable=not is_main)
+    bar = ProgressBar(desc="labelling", total=rows, initial=done, unit=" clips", smoothing=0, disable=not is_main)
     elsewhere = [split.shards[shard] for shard in pending if is_main and shard % accelerator.num_processes]
     return Progress(accelerator, bar, elsewhere, time.monotonic())
 
@@ -2904,7 +2941,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # 5. Work. Each process labels every so many-th shard; they wait for each other only at the end.
         start_tracker(accelerator, args)
-        progress = start_progress(accelerator, split, pending)
+        progress = start_progress(teacher, accelerator, split, pending)
         mine = [shard for shard in pending if shard % accelerator.num_processes == accelerator.process_index]
         label_shards(teacher, dataset, place, split, mine, progress)
         arrive()

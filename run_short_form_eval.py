@@ -384,6 +384,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+# ---- common: progress ------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(tqdm):
+    """A progress bar on a terminal; elsewhere, such as in a log file, a line a minute."""
+
+    def __init__(self, *args, **options):
+        seconds = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, mininterval=seconds, maxinterval=max(10, seconds), **options)
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], object]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: file.write(f"{line}\n") if line.strip() else None
+
+
 # ---- common: records -------------------------------------------------------------------------------------------------
 
 
@@ -845,6 +862,13 @@ def start_accelerator(args: argparse.Namespace, handlers: Sequence = (), **optio
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     return accelerator
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called, for people: the model of a GPU, or how many threads of a CPU compute."""
+    if device.type == "cpu":
+        return f"CPU, threads: {torch.get_num_threads()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
@@ -2687,13 +2711,6 @@ def generate_tokens(
     return tokens.tolist()
 
 
-def device_name(device: torch.device) -> str:
-    """What a device is called, for people: the model of a GPU, or how many threads of a CPU compute."""
-    if device.type == "cpu":
-        return f"CPU, threads: {torch.get_num_threads()}"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[Recording]:
     """Give recordings their hypotheses, and yield each that has one; the longest first, which saves padding."""
     usable = [recording for recording in recordings if recording.waveform is not None]
@@ -2704,6 +2721,25 @@ def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[
             text = recogniser.tokenizer.decode(tokens, skip_special_tokens=True)
             group[number].hypothesis = text.strip()
             yield group[number]
+
+
+def tell_work(
+    accelerator: Accelerator, recogniser: Recogniser, shards: Iterable[Path], args: argparse.Namespace
+) -> None:
+    """Say what is transcribed by what, and how much of it is left."""
+    left = [path for path in shards if read_saved_shard(path) is None]
+    logger.info(
+        "transcribing %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
+        args.dataset_split_name,
+        args.dataset_name,
+        args.model_name_or_path,
+        device_name(accelerator.device),
+        args.dtype,
+        recogniser.short.batch_size,
+        accelerator.num_processes,
+        len(left),
+        len(list(shards)),
+    )
 
 
 def load_shards(
@@ -2726,7 +2762,7 @@ def predict(
     show_progress: bool = False,
 ) -> None:
     """Transcribe the recordings of each shard, and write the shard when it is complete."""
-    bar = tqdm(total=sum(map(len, shards.values())), unit="clip", disable=not show_progress)
+    bar = ProgressBar(desc="transcribing", total=sum(map(len, shards.values())), unit="clip", disable=not show_progress)
     with bar, ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
         is_first = True
         started = time.perf_counter()
@@ -3836,6 +3872,7 @@ def main(argv: list[str] | None = None) -> int:
     set_up_process(is_main)
     set_client_factory(make_hub_client)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     args.dtype = choose_dtype(args.dtype, accelerator.device)
 
     # 2. Refuse what can be refused.
@@ -3870,6 +3907,7 @@ def main(argv: list[str] | None = None) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         if is_main:
             write_record(directory / "settings.json", settings)
+        tell_work(accelerator, recogniser, shards, args)
         predict(load, missing, recogniser, args, show_progress=is_main)
         arrive()
         accelerator.wait_for_everyone()

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -79,6 +80,21 @@ def test_training_gives_the_same_student_either_way(directories, tmp_path):
     changed = {name for name in local if (local[name] != init[name]).any()}
     assert any(name.startswith("model.decoder") for name in changed)
     assert not any(name.startswith("model.encoder") for name in changed)
+
+
+def test_a_log_file_has_lines_of_the_stages_and_no_noise_of_libraries(finished):
+    printed = finished["printed"]
+    for noise in ("num_proc", "No files matched", "Fetching 0 files", "FutureWarning", "DeprecationWarning"):
+        assert noise not in printed
+    assert re.search(r"^labelling: 100%.* 24/24 ", printed, re.MULTILINE)  # a line, as there is no terminal
+    for line in (
+        r"labelling train of \S+reazonspeech_manual_dataloader.py with \S+: CPU, threads: \d+, float32, batches of 4, "
+        r"processes: 1; (\d+) of \1 shards are left",
+        r"filtered: (\d+) of \1 shards are left, workers: \d+",
+        r"training .*: CPU, threads: \d+, float32, processes: 1",
+        r"transcribing test of .*: CPU, .*, processes: 1; (\d+) of \1 shards are left",
+    ):
+        assert re.search(line, printed), line
 
 
 def test_every_held_out_clip_is_evaluated(directories):

@@ -18,6 +18,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 COLUMNS = 120
 COMMON = [
     "common",
+    "common: progress",
     "common: records",
     "common: the Hub",
     "common: repositories to push to",

@@ -111,7 +111,7 @@ def run_ours(options: argparse.Namespace, root: Path) -> dict:
     teacher = labelling.load_teacher(args, accelerator.device)
     split = labelling.plan_split(teacher, len(dataset), None)
     shards = list(range(len(split.shards)))
-    progress = labelling.start_progress(accelerator, split, shards)
+    progress = labelling.start_progress(teacher, accelerator, split, shards)
     result = timed(lambda: labelling.label_shards(teacher, dataset, place, split, shards, progress))
     rows = [row for path in split.shards for row in pq.read_table(path).to_pylist()]
     result["labels"] = {row["name"]: row["whisper_transcript"] for row in rows}
