@@ -1434,30 +1434,34 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
     """
     clips = {}  # by the names that a list may give them
     for path in paths:
-        stem = os.path.splitext(os.path.basename(path))[0]
         for directory in Path(path).parents:
-            name = f"{directory}/{stem}"
+            name = str(directory / Path(path).stem)
             clips[name] = None if name in clips else path
-    clips |= {os.path.splitext(path)[0]: path for path in paths}
+    for path in paths:
+        clips[os.path.splitext(path)[0]] = path  # the full name is that of no other
     texts = defaultdict(set)  # by the path of the clip
     for file in Path(place.base).rglob("*.txt"):
         if not (file.is_file() and file.resolve().is_relative_to(place.base)):
             continue
         content = file.read_text("utf-8-sig", errors="replace")
-        lines = map(LISTED_TEXT.fullmatch, content.splitlines())
-        pairs = [(file.stem, content), *((line[1] or line[2], line[3]) for line in lines if line)]
+        pairs = [(file.stem, content)]
+        for line in content.splitlines():
+            if listed := LISTED_TEXT.fullmatch(line):
+                pairs.append((listed[1] or listed[2], listed[3]))
         for name, text in pairs:
             path = unicodedata.normalize("NFC", str(file.parent / name.strip()))
             stem = os.path.splitext(path)[0] if is_audio(path) else path
             if clip := clips.get(stem):
                 texts[clip].add(text.strip())
-    found = [texts[path].pop() if len(texts[path]) == 1 else None for path in paths]
-    if not any(found):
+    column = [texts[path].pop() if len(texts[path]) == 1 else None for path in paths]
+    if not any(column):
         return dataset
-    if any("\ufffd" in text for text in found if text):
+    values = pa.array(column, pa.string())
+    if pc.any(pc.match_substring(values, "\ufffd")).as_py():
         raise ValueError(f"its .txt files are not UTF-8: {NOT_UTF8}")
-    logger.info("the texts of %d of %d audio files are in .txt files", len(found) - found.count(None), len(found))
-    return dataset.add_column("transcription", pa.array(found, pa.string()))
+    number = len(values) - values.null_count
+    logger.info("the texts of %d of %d audio files are in .txt files", number, len(values))
+    return dataset.add_column("transcription", values)
 
 
 def read_repository(
@@ -1554,7 +1558,6 @@ def open_dataset(
         elif path.suffix in MANIFESTS and not path.is_dir():
             (name,) = split_names(split)
             dataset = select_split({name: datasets.Dataset(read_table(str(path), path.suffix))}, split)
-            dataset = dataset.to_iterable_dataset() if streaming else dataset
         elif path.is_file():
             fail(f"{reference} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
         elif not is_repository(reference):

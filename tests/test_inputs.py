@@ -246,6 +246,13 @@ def test_a_text_of_which_nobody_can_say_whose_it_is_is_given_to_no_clip(tmp_path
     assert f"3 of 6 rows of {tmp_path} have no transcription" in caplog.text
 
 
+def test_a_link_to_a_text_elsewhere_is_not_followed(tmp_path):
+    write_clips(tmp_path / "data")
+    (tmp_path / "data" / "clip0.txt").symlink_to(write(tmp_path / "secret.txt", "a secret"))
+    write(tmp_path / "data" / "clip1.txt", "a text")
+    assert [text for text, *_ in opened(tmp_path / "data")] == [None, "a text", *[None] * 4]
+
+
 def test_txt_files_in_another_encoding_are_one_line(tmp_path):
     write_clips(tmp_path)
     write(tmp_path / "clip0.txt", TEXTS[0].encode("cp932"))
