@@ -1314,8 +1314,11 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
         raise ValueError(f"{path} is empty")
     fields = [(name.strip(), pa.string()) for name in rows[0]]
     columns = list(zip(*rows[1:], strict=True)) or [()] * len(fields)
-    table = pa.table(list(map(pa.array, columns)), pa.schema(fields))
-    return table.select([number for number, (name, _) in enumerate(fields) if name])  # of a spreadsheet, or an index
+    named = [number for number, (name, _) in enumerate(fields) if name]
+    for number in range(1, len(fields)):  # the first column may be an index of pandas
+        if number not in named and any(columns[number]):
+            raise ValueError(f"{path} has cells in column {number + 1}, which the header does not name")
+    return pa.table(list(map(pa.array, columns)), pa.schema(fields)).select(named)
 
 
 def read_cells(path: str, text: str, suffix: str) -> pa.Table:

@@ -450,6 +450,7 @@ MANIFESTS = {
     "list.json": '{{"audio_filepath": "wavs/clip0.flac", "transcription": "はい", "duration": 9}}\n'
     '{{"audio_filepath": "wavs/clip1.flac", "transcription": "007", "duration": 9}}\n',
     "excel.csv": "\ufeffpath;transcription;;\r\nwavs\\clip0.flac;はい, そう;;\r\nwavs\\clip1.flac;007;;\r\n;;;\r\n",
+    "pandas.csv": ",path,transcription\n0,wavs/clip0.flac,はい\n1,wavs/clip1.flac,007\n",
     "rows.json": '[{{"audio": "wavs/clip0.flac", "transcription": "はい"}},\n'
     '{{"audio": "wavs/clip1.flac", "transcription": "007"}}]',
 }
@@ -475,6 +476,7 @@ def test_the_tables_of_common_voice_name_files_in_clips(tmp_path):
     ("content", "said"),
     [
         ("audio,transcription\nx.wav,東京\n".encode("cp932"), "not UTF-8"),
+        ("audio,transcription,\nx.wav,東,京\n".encode(), "has cells in column 3, which the header does not name"),
         (b'{"audio": "a.wav", "text": "x", "offset": 3.0}', "parts of recordings"),
         (b"[1, 2]", "an object for each row"),
         (b"", "an object for each row"),
