@@ -1284,7 +1284,7 @@ def select_split(parts: dict[str, datasets.Dataset], split: str) -> datasets.Dat
     sizes = {name: len(part) for name, part in parts.items()}
     chosen = []
     for piece in datasets.ReadInstruction.from_spec(split).to_absolute(sizes):
-        chosen.append(parts[piece.splitname].select(range(piece.from_ or 0, piece.to or sizes[piece.splitname])))
+        chosen.append(parts[piece.splitname].select(range(piece.from_, piece.to)))
     return datasets.concatenate_datasets(chosen)
 
 

@@ -540,6 +540,12 @@ def test_splits_are_named_as_datasets_writes_them_and_files_stay_sane(student, t
     assert hold_out(student, tiny_teacher, root, tmp_path / "out", "--eval_split_name", "train.360[:1]+test[:1]") == 0
 
 
+@pytest.mark.parametrize("split", ["train[:0]", "train[:1%]", "train[50%:50%]"])
+def test_a_part_of_a_split_that_holds_no_row_is_empty_and_not_the_whole(split, tmp_path):
+    write_parquet(tmp_path / "train.parquet", audio=embedded(), transcription=TEXTS)
+    assert opened(tmp_path, split) == []
+
+
 def test_titles_of_split_expressions_are_names_of_splits_and_differ():
     expressions = ["train", "train.360", "a+b", "train[:10]", "train[10:]", "train[:10%]", "train[-10:]", "a[1:2]+b"]
     titles = [split_title(split) for split in expressions]
