@@ -291,6 +291,10 @@ class ProgressBar(tqdm):
             return tqdm.status_printer(file)
         return lambda line: file.write(f"{line}\n") if line.strip() else None
 
+    def moveto(self, lines: int) -> None:
+        if self.fp.isatty():
+            super().moveto(lines)
+
 
 # ---- common: records -------------------------------------------------------------------------------------------------
 
