@@ -1,6 +1,7 @@
 """What every script's command line promises: its flags, and one clear line for a mistake of the user."""
 
 import importlib
+import io
 import itertools
 import socket
 import sys
@@ -274,6 +275,21 @@ def test_an_environment_variable_shows_where_the_script_stopped(script, monkeypa
         importlib.import_module(script).fail("what went wrong")
     (record,) = caplog.records
     assert "test_an_environment_variable_shows_where_the_script_stopped" in record.stack_info
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_progress_bar_is_drawn_on_a_terminal_and_writes_lines_elsewhere(on_terminal, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: on_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    bars = importlib.import_module(DOWNLOADER)
+    for _ in bars.ProgressBar(range(2), "outer", file=stream):
+        for _ in bars.ProgressBar(range(3), "inner", file=stream):
+            pass
+    written = stream.getvalue()
+    assert ("\r" in written) == on_terminal
+    assert ("\x1b[A" in written) == on_terminal  # the cursor goes up to the outer bar
+    assert "outer: 100%" in written and "inner: 100%" in written
 
 
 @pytest.mark.parametrize(("script", "flag"), REFERENCES)
