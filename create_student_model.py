@@ -841,7 +841,7 @@ def find_student(save_dir: Path, settings: dict) -> bool:
     if RECORD not in present:
         fail(f"{save_dir} has a {present[0]} that this script did not write; --overwrite_output_dir replaces it")
     record = read_record(save_dir / RECORD)
-    if record is None:
+    if record is None:  # damaged: `is_undamaged` looks at the student itself
         return True
     refuse_other_settings(save_dir, record["settings"], settings)
     return record["status"] == "complete"
@@ -1009,6 +1009,7 @@ def push_student(save_dir: Path, repository: str, record: dict) -> None:
         files = [name for name in STUDENT_FILES if name != "README.md"]
         upload = functools.partial(api.upload_folder, repo_id=repository, folder_path=save_dir)
         for patterns in ([RECORD], files):  # the record says what the rest is, also if the push is cut off
+            # The training's record goes: it would tell of a model that is replaced here.
             push_again(functools.partial(upload, allow_patterns=patterns, delete_patterns=[TRAINING_RECORD]))
         local_card = read_card(save_dir / "README.md")
         push_card(repository, "model", lambda card: student_card(record, card or local_card), "Describe the student")

@@ -793,7 +793,7 @@ def read_tar(job: TarJob, problems: Problems) -> Iterator[dict]:
     path = job.tar
     texts = read_transcripts(job.tsv, job.line_ranges, problems)
     seen = set()
-    place = 0
+    place = 0  # the byte that errors name
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             size = path.stat().st_size
@@ -852,7 +852,7 @@ def tied_workers() -> Iterator[None]:
         if inside.is_set():
             threading.Thread(target=watch, daemon=True).start()
 
-    os.register_at_fork(after_in_child=tie)
+    os.register_at_fork(after_in_child=tie)  # for good: hence `inside`
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     inside.set()
     try:

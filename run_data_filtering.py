@@ -954,7 +954,7 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
 
 # ---- common: processes -----------------------------------------------------------------------------------------------
 
-SILENCE_SECONDS = 60
+SILENCE_SECONDS = 60  # without a sign of life, after which a process is named
 
 
 def counter(name: str, rank: int, step: int = 0) -> int:
@@ -982,7 +982,7 @@ def watch_processes() -> None:
 
 
 def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, int]]) -> list[int]:
-    """The silent ones of processes by their beats and arrivals a minute ago and now.
+    """Which processes are silent, by the beats and arrivals of each a minute ago and now.
 
     They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
     """
@@ -1140,7 +1140,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
-MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
+# Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
+MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
@@ -2134,8 +2135,8 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
     """For each row the first reason to drop it, or `KEPT`.
 
     A new reason needs a condition here, a flag in `parse_args`, and the name of that flag in `FILTER_ARGUMENTS`, so
-    that results with different values are not mixed. A limit on a score that the labelling stores needs only an entry
-    in `TEACHER_SCORES`.
+    that results with different values are not mixed; and in `UNUSABLE`, if no row with it could be trained on. A limit
+    on a score that the labelling stores needs only an entry in `TEACHER_SCORES` and one in `UNSCORED_LIMITS`.
     """
     metric = settings["metric"]
     limit = settings["max_ngram_repeats"]
@@ -2187,7 +2188,10 @@ def copy_from_others(
     source: str,
     column: str,
 ) -> tuple[dict, dict[int, Any]]:
-    """Notes and a column, by row, of the same shard at other thresholds, as far as it was made from the same source."""
+    """Notes and a column, by row, of the same shard at other thresholds, as far as it was made from the same `source`.
+
+    Clips and features have the same pattern, and are told apart by their `source`.
+    """
     notes = {}
     values = {}
     pattern = f"{job.results.name}.[cw]er_*/{output.settings['config']}/{output.shard_path(shard).name}"
@@ -2364,7 +2368,7 @@ def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> li
     windows = []
     shared = defaultdict(list)  # windows that may take more clips, by speaker
     for clip in sorted(clips, key=lambda clip: clip.order):
-        candidates = [] if clip.alone else shared[clip.speaker]
+        candidates = [] if clip.alone else shared[clip.speaker]  # no other clip looks into a list of its own
         fitting = []
         for window in candidates:
             tokens = clip.tokens + sum(other.tokens for other in window)
@@ -2406,7 +2410,7 @@ def place_body(body: TokenIds, start: int, samples: int, tokens: SpecialTokens) 
     text = [number for number, token in enumerate(body) if tokens.is_text(token)]
     if not text:
         return []
-    bounded = [zero, *body, tokens.timestamps[-1]]
+    bounded = [zero, *body, tokens.timestamps[-1]]  # in which the tokens of the body come one place later
     between = bounded[text[0] : text[-1] + 3]  # the text with the timestamps before and after it
     end = start + round(samples / TIMESTAMP_SAMPLES)
     placed = []
@@ -2451,7 +2455,7 @@ def join_ids(
     return joined_ids
 
 
-def window_samples(window: list[PackedClip]) -> np.ndarray:
+def window_audio(window: list[PackedClip]) -> np.ndarray:
     """The audio of a window, with silence between the clips, as 16-bit samples, which most corpora have."""
     samples = np.zeros(0, np.int16)
     for clip in window:
@@ -2495,7 +2499,7 @@ def window_row(
     body = []
     for clip in window:
         body += place_body(clip.body, clip.start, clip.samples, tokens)
-    samples = window_samples(window)
+    samples = window_audio(window)
     flac = io.BytesIO()
     soundfile.write(flac, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     return {
@@ -2957,7 +2961,7 @@ def load_job(args: argparse.Namespace) -> Job:
         logger.warning("%s has no normalizer.json: British and American spellings count as different", args.model)
     if (args.max_label_length or 0) > model.max_target_positions:
         fail(f"--max_label_length {args.max_label_length} is over the decoder's {model.max_target_positions} positions")
-    labelled = open_labelled(args)
+    labelled = open_labelled(args)  # which also sets `args.metric` and limits, for the settings
     settings = {
         "dataset": labelled.digest,
         "config": labelled.config,

@@ -994,7 +994,7 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
 
 # ---- common: processes -----------------------------------------------------------------------------------------------
 
-SILENCE_SECONDS = 60
+SILENCE_SECONDS = 60  # without a sign of life, after which a process is named
 
 
 def counter(name: str, rank: int, step: int = 0) -> int:
@@ -1022,7 +1022,7 @@ def watch_processes() -> None:
 
 
 def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, int]]) -> list[int]:
-    """The silent ones of processes by their beats and arrivals a minute ago and now.
+    """Which processes are silent, by the beats and arrivals of each a minute ago and now.
 
     They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
     """
@@ -1069,6 +1069,7 @@ def one_line_for_lost_processes() -> Iterator[None]:
 
 # ---- common: devices and trackers ------------------------------------------------------------------------------------
 
+# A tracker that accelerate does not know would go into `log_with` of `start_accelerator`.
 TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
 
 
@@ -1290,7 +1291,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
-MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
+# Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
+MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
@@ -2295,24 +2297,25 @@ class Plan:
         order = epoch_order(self.sizes, self.weights, self.seed, epoch)
         return order[number * self.batch_size :][: self.batch_size]
 
-    def starts(self, process: int) -> range:
-        """Where the micro-batches of a process start in a global batch."""
+    def offsets(self, process: int) -> range:
+        """Where the micro-batches of a process begin in a global batch."""
         return range(process * self.micro_batch_size, self.batch_size, self.processes * self.micro_batch_size)
 
     def micro_batches(self, first_step: int, last_step: int, process: int) -> Iterator[list[int]]:
         """The micro-batches of one process. If a short batch has none for it, it gets a row that is not counted."""
         for step in range(first_step, last_step):
             rows = self.rows(step)
-            for start in self.starts(process):
-                micro_batch = rows[start : start + self.micro_batch_size]
+            for offset in self.offsets(process):
+                micro_batch = rows[offset : offset + self.micro_batch_size]
                 yield micro_batch.tolist() or [int(rows[0])]
 
 
 def collate(examples: list[dict]) -> dict[str, Tensor]:
     """Stack rows, padded to a multiple of eight tokens.
 
-    Teacher and student both see the whole sequence but for its last token. `targets` is what follows the start token,
-    and `positions` where it is predicted, in all rows of the batch joined.
+    Teacher and student both see the whole sequence but for its last token. `targets` is what follows the start token:
+    the labels, shifted by one against these inputs. `positions` is where it is predicted, in all rows of the batch
+    joined.
     """
     tokens = pad_sequence([example["tokens"] for example in examples], batch_first=True)
     tokens = F.pad(tokens, (0, (1 - tokens.shape[1]) % 8))  # (rows, width + 1)
@@ -2476,7 +2479,10 @@ def hear_teacher(
     states: Tensor | None,
     batch: dict,
 ) -> Tensor | None:
-    """The teacher's hidden states, (tokens, width). If `encoder` is its own, the `states` serve it too."""
+    """The teacher's hidden states, (tokens, width).
+
+    `states` are the outputs of `encoder`. Where that is also the teacher's encoder, it does not run again.
+    """
     if models.teacher is None:
         return None
     if encoder is not models.teacher.model.encoder:
@@ -2488,7 +2494,7 @@ def hear_teacher(
 def run_frozen(models: Models, batch: dict) -> tuple[Tensor | None, Tensor | None]:
     """Run what is frozen; returns the student's encoder outputs, if they are frozen, and the teacher's hidden states.
 
-    Call it outside of autocast, which would compute the LayerNorms of a model in half precision in float32.
+    Call it outside of autocast. Under autocast the LayerNorms of a half-precision model would compute in float32.
     """
     if "states" in batch:  # from the cache
         return batch["states"], batch["teacher_hidden"]
@@ -2577,7 +2583,7 @@ def place_models(models: Models, args: argparse.Namespace, device: torch.device)
     compiled = [*models.trained.children()]
     if args.freeze_encoder:
         encoder.requires_grad_(False).eval()
-        models.frozen_weights = encoder.state_dict()
+        models.frozen_weights = encoder.state_dict()  # float32, as they are saved: the cast below makes others
     if models.teacher is not None:
         teacher = models.teacher.to(device).model
         compiled += [teacher.encoder, teacher.decoder]
@@ -3095,15 +3101,15 @@ def optimiser_step(training: Training, batches: Iterator[dict]) -> tuple[list[fl
     # DDP takes the mean over processes, and accelerate the mean over micro-batches. Ours is the mean over tokens.
     scale = accelerator.num_processes * args.gradient_accumulation_steps / num_tokens
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, processes to be stopped
-    for start in data.plan.starts(accelerator.process_index):
-        is_counted = start < len(rows)
+    for offset in data.plan.offsets(accelerator.process_index):
+        is_counted = offset < len(rows)
         batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
         arrive()
         # Dropout is seeded by the position in the data, so no random state has to be saved.
-        place = np.random.SeedSequence([args.seed, step, start])
-        torch.manual_seed(int(place.generate_state(1)[0]))
+        seeds = np.random.SeedSequence([args.seed, step, offset])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
         with accelerator.accumulate(training.wrapped):
-            frozen = run_frozen(models, batch)
+            frozen = run_frozen(models, batch)  # outside of autocast
             with accelerator.autocast():
                 loss, losses = training.wrapped(*frozen, models.teacher_head, batch)
             accelerator.backward(loss * (is_counted * scale))
@@ -3295,6 +3301,7 @@ def save_checkpoint(training: Training) -> None:
         write_atomically(partial / SCHEDULER, json.dumps(training.scheduler.state_dict()))
         hashes = finish_files(partial)
         settings = training.record["settings"]
+        # Last: it has the hashes of all other files, and without it a checkpoint does not count.
         write_record(partial / MANIFEST, {"state": asdict(state), "settings": settings, "files": hashes})
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         os.replace(partial, directory)

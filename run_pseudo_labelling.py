@@ -923,7 +923,7 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
 
 # ---- common: processes -----------------------------------------------------------------------------------------------
 
-SILENCE_SECONDS = 60
+SILENCE_SECONDS = 60  # without a sign of life, after which a process is named
 
 
 def counter(name: str, rank: int, step: int = 0) -> int:
@@ -951,7 +951,7 @@ def watch_processes() -> None:
 
 
 def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, int]]) -> list[int]:
-    """The silent ones of processes by their beats and arrivals a minute ago and now.
+    """Which processes are silent, by the beats and arrivals of each a minute ago and now.
 
     They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
     """
@@ -998,6 +998,7 @@ def one_line_for_lost_processes() -> Iterator[None]:
 
 # ---- common: devices and trackers ------------------------------------------------------------------------------------
 
+# A tracker that accelerate does not know would go into `log_with` of `start_accelerator`.
 TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
 
 
@@ -1219,7 +1220,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
-MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
+# Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
+MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
@@ -1912,20 +1914,21 @@ def timestamp_rules(
 ) -> None:
     """Whisper's rules for timestamps, applied to scores (rows, vocabulary) in place and without a look at any of them.
 
-    They are those of WhisperTimeStampLogitsProcessor behind the first token of a text.
+    They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on. Between two pieces
+    of text stand two timestamps, a pair: the end of one and the start of the next.
 
     Args:
         first_timestamp: id of <|0.00|>.
         last_is_time, before_is_time: whether the last token is a timestamp, and the one before it. (rows,)
         latest: the latest timestamp; the id before <|0.00|> where there is none. (rows,)
     """
-    opens = last_is_time & ~before_is_time
-    closes = last_is_time & before_is_time
-    lowest = latest + ~opens
-    scores[:, :end].masked_fill_(opens[:, None], -math.inf)  # either the end or the second timestamp of the pair
+    is_first = last_is_time & ~before_is_time  # of a pair
+    is_second = last_is_time & before_is_time
+    lowest = latest + ~is_first  # the second of a pair may repeat the first, any other timestamp is later
+    scores[:, :end].masked_fill_(is_first[:, None], -math.inf)  # either the end or the second timestamp of the pair
     times = scores[:, first_timestamp:]
     ids = torch.arange(first_timestamp, scores.shape[1], device=scores.device)
-    times.masked_fill_(closes[:, None] | (ids < lowest[:, None]), -math.inf)
+    times.masked_fill_(is_second[:, None] | (ids < lowest[:, None]), -math.inf)
     logprobs = scores.log_softmax(-1)
     time_logprob = logprobs[:, first_timestamp:].logsumexp(-1)
     best_text_logprob = logprobs[:, :first_timestamp].amax(-1)
@@ -2052,7 +2055,7 @@ class GreedyDecoder:
         slots.sequences[rows, : prefix_length + 1] = sequences
         slots.place[rows] = prefix_length
         slots.ended[rows] = (first == self.end) | (self.max_new_tokens == 1)
-        slots.before_is_time[rows] = True  # so the rules have it of a text of one token
+        slots.before_is_time[rows] = True  # which the rules take for granted where a text has one token
         if self.first_timestamp:
             slots.latest[rows] = first.clamp(min=self.first_timestamp - 1)
         layers = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
@@ -2326,6 +2329,7 @@ def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
     )
     model.to(device).eval()
     model.generation_config.max_length = None
+    # For `label_batch`. `choose_decoder` says the same to GreedyDecoder.
     model.generation_config.max_new_tokens = args.max_label_length - prefix_length
     return Teacher(args, model, extractor, tokenizer, vocabulary, prompt, prefix_length)
 
@@ -2443,7 +2447,10 @@ def settle_scores(args: argparse.Namespace, columns: list[str]) -> None:
 def open_speech(
     args: argparse.Namespace, streaming: bool = False
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Place]:
-    """The rows to label as Arrow tables, with undecoded audio and without earlier labels, and where their files lie."""
+    """The rows to label as Arrow tables, with undecoded audio and without earlier labels, and where their files lie.
+
+    Sets `args.scores`, where no flag does.
+    """
     dataset, place = open_dataset(
         args.dataset_name,
         args.dataset_config_name,

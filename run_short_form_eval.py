@@ -772,7 +772,7 @@ def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str |
 
 # ---- common: processes -----------------------------------------------------------------------------------------------
 
-SILENCE_SECONDS = 60
+SILENCE_SECONDS = 60  # without a sign of life, after which a process is named
 
 
 def counter(name: str, rank: int, step: int = 0) -> int:
@@ -800,7 +800,7 @@ def watch_processes() -> None:
 
 
 def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, int]]) -> list[int]:
-    """The silent ones of processes by their beats and arrivals a minute ago and now.
+    """Which processes are silent, by the beats and arrivals of each a minute ago and now.
 
     They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
     """
@@ -847,6 +847,7 @@ def one_line_for_lost_processes() -> Iterator[None]:
 
 # ---- common: devices and trackers ------------------------------------------------------------------------------------
 
+# A tracker that accelerate does not know would go into `log_with` of `start_accelerator`.
 TRACKERS = ["none", *sorted(set(LoggerType.list()) - {"all"})]
 
 
@@ -1068,7 +1069,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
-MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")  # `datasets` overlooks these
+# Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
+MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
@@ -1761,20 +1763,21 @@ def timestamp_rules(
 ) -> None:
     """Whisper's rules for timestamps, applied to scores (rows, vocabulary) in place and without a look at any of them.
 
-    They are those of WhisperTimeStampLogitsProcessor behind the first token of a text.
+    They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on. Between two pieces
+    of text stand two timestamps, a pair: the end of one and the start of the next.
 
     Args:
         first_timestamp: id of <|0.00|>.
         last_is_time, before_is_time: whether the last token is a timestamp, and the one before it. (rows,)
         latest: the latest timestamp; the id before <|0.00|> where there is none. (rows,)
     """
-    opens = last_is_time & ~before_is_time
-    closes = last_is_time & before_is_time
-    lowest = latest + ~opens
-    scores[:, :end].masked_fill_(opens[:, None], -math.inf)  # either the end or the second timestamp of the pair
+    is_first = last_is_time & ~before_is_time  # of a pair
+    is_second = last_is_time & before_is_time
+    lowest = latest + ~is_first  # the second of a pair may repeat the first, any other timestamp is later
+    scores[:, :end].masked_fill_(is_first[:, None], -math.inf)  # either the end or the second timestamp of the pair
     times = scores[:, first_timestamp:]
     ids = torch.arange(first_timestamp, scores.shape[1], device=scores.device)
-    times.masked_fill_(closes[:, None] | (ids < lowest[:, None]), -math.inf)
+    times.masked_fill_(is_second[:, None] | (ids < lowest[:, None]), -math.inf)
     logprobs = scores.log_softmax(-1)
     time_logprob = logprobs[:, first_timestamp:].logsumexp(-1)
     best_text_logprob = logprobs[:, :first_timestamp].amax(-1)
@@ -1901,7 +1904,7 @@ class GreedyDecoder:
         slots.sequences[rows, : prefix_length + 1] = sequences
         slots.place[rows] = prefix_length
         slots.ended[rows] = (first == self.end) | (self.max_new_tokens == 1)
-        slots.before_is_time[rows] = True  # so the rules have it of a text of one token
+        slots.before_is_time[rows] = True  # which the rules take for granted where a text has one token
         if self.first_timestamp:
             slots.latest[rows] = first.clamp(min=self.first_timestamp - 1)
         layers = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
@@ -2177,7 +2180,7 @@ def words_rule() -> Normaliser:
 
 
 def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -> Normaliser:
-    """The normaliser of a scorer. The default for each language is the rule of the filter and of training.
+    """The normaliser of a scorer. What --scorer is by default is the rule of the filter and of training.
 
     Raises ImportError where the scorer's package is not installed.
     """
@@ -2189,7 +2192,8 @@ def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -
         return words_rule()
     if scorer == "kotoba":  # the rule of the published Japanese figures, whatever the language
         return text_normaliser("ja", None)
-    if language in UNSPACED:  # Whisper's own rule keeps the spaces
+    # What is left is Whisper's own rule, for `whisper` and `characters`. It keeps the spaces that some texts have.
+    if language in UNSPACED:
         return lambda text: BasicTextNormalizer()(remove_bracketed(text)).strip()
     return text_normaliser(language, spellings)
 
@@ -2209,7 +2213,11 @@ class Scorer(NamedTuple):
 
 
 def make_scorers(headline: str, language: str, spellings: dict[str, str] | None) -> list[Scorer]:
-    """All scorers of a language, first the one of --scorer. One that lacks its package is left out with a warning."""
+    """All scorers of a language, first the one of --scorer. One that lacks its package is left out with a warning.
+
+    A new scorer needs its name and its unit here, its rule in `scoring_rule`, and in OPTIONAL_PACKAGES the package that
+    may be missing. To be the headline, it also needs to be a choice of --scorer.
+    """
     if language == "ja":
         names = ["kotoba", "reazon", "whisper", "readings", "words"]
     elif language in BY_CHARACTER:
@@ -2279,7 +2287,7 @@ def bootstrap(counts: np.ndarray) -> np.ndarray:
     """(clips, metrics, 4) `COUNTS` -> (draws, metrics) rates of clips drawn with replacement, with a fixed seed."""
     generator = np.random.default_rng(0)
     clips = len(counts)
-    counted = np.flatnonzero(counts.any(axis=(1, 2)))  # clips of other lengths than a group's have no counts
+    counted = np.flatnonzero(counts.any(axis=(1, 2)))  # clips that `summarise_lengths` has set to 0 change no total
     counts = counts[counted].astype(float)
     totals = []
     for _ in range(BOOTSTRAP_DRAWS):
@@ -2331,7 +2339,7 @@ def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
     prediction |= zip(CLIP_COLUMNS, by_character + by_word, strict=True)
     prediction["cer"] = round(100 * sum(by_character[:3]) / by_character[3], 2)
     prediction["runaway"] = len(normalised_hypothesis) > 2 * len(normalised_reference) + 10
-    counts = [by_character, by_word]
+    counts = [by_character, by_word]  # in the order of METRICS, then of the scorers
     for unit in ("characters", "words"):
         counts.append(count_errors(reference, hypothesis, unit))
     for scorer, scorer_texts in zip(scorers, texts, strict=True):
@@ -3542,7 +3550,8 @@ def score_other_engine(args: argparse.Namespace) -> None:
         clips, place = load_clips(args)
         refuse_empty_references(clips, args)
         load = functools.partial(load_recording, clips, place, args=args)
-        with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:  # the decoded length is the length
+        # Clips are decoded for their lengths and problems: headers may be wrong.
+        with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
             predictions = list(pool.map(lambda row: load([row]).prediction(), range(len(clips))))
         rows = match_rows(rows, [prediction["id"] for prediction in predictions])
     else:
