@@ -64,7 +64,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, gather_object
 from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList, resolve_pattern, sanitize_patterns
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -2542,10 +2542,10 @@ def find_pending(args: argparse.Namespace, split: LabelledSplit) -> list[int]:
 
 
 def find_damaged_shards(args: argparse.Namespace, split: LabelledSplit, accelerator: Accelerator) -> list[int]:
-    """The shards of this process whose content is damaged. That takes as long as reading all labelled audio."""
+    """The shards whose content is damaged. The processes share the reading, which is that of all labelled audio."""
     paths = split.shards[accelerator.process_index :: accelerator.num_processes]
     damaged = find_damaged(paths, args.dataloader_num_workers)
-    return [split.shards.index(path) for path in damaged]
+    return gather_object([split.shards.index(path) for path in damaged])
 
 
 def count_rows(split: LabelledSplit, shards: list[int]) -> int:

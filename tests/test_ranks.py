@@ -108,6 +108,15 @@ def test_a_process_of_the_labelling_labels_its_own_shards_and_no_others(tones, t
         assert [name for name in process["written"] if name.endswith(".parquet")] == [p.name for p in shards[rank::2]]
         assert process["encoded"] == sum(clips[rank::2])
 
+    content = bytearray(shards[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    shards[1].write_bytes(content)
+    processes = watch(run_pseudo_labelling, tmp_path / "process", *given, *flags)
+    assert [process["encoded"] for process in processes] == [0, 4]
+    assert processes[0]["written"].count("labelling.default.train.json") == 2  # as running, and as complete
+    record = json.loads((tmp_path / "out" / "labelling.default.train.json").read_text())
+    assert record["last_run"]["clips"] == 4
+
 
 def test_processes_of_the_training_share_the_held_out_rows_and_score_all_of_them(tones, tiny_teacher, tmp_path):
     init = initialise(tiny_teacher, tmp_path / "init")
