@@ -106,6 +106,16 @@ def test_every_legal_form_of_configs_still_finds_its_files(form, config, loaded,
     assert [Path(file).name for file in ours] == ["test-00000-of-00001.parquet"]
 
 
+def test_row_counts_of_what_is_replaced_leave_the_card_and_those_of_others_stay():
+    """`datasets` refuses a split whose number of rows is not the one in the card."""
+    ours = {"config_name": "tiny", "splits": [{"name": "train", "num_examples": 1}]}
+    theirs = {"config_name": "other", "splits": [{"name": "train", "num_examples": 2}]}
+    for infos, left in ((ours, None), ([ours, theirs], [theirs]), (theirs, [theirs])):
+        card = RepoCard(f"---\n{yaml.safe_dump({'dataset_info': infos})}---\n")
+        run_pseudo_labelling.list_split(card, "tiny", "train")
+        assert card.data["dataset_info"] == left
+
+
 def test_configs_of_no_legal_form_are_one_line():
     for configs in ("tiny", [{"config_name": "tiny", "data_files": [{"split": "train"}]}], ["tiny"]):
         with pytest.raises(SystemExit, match="`configs` of the dataset's card cannot be read") as error:

@@ -339,6 +339,16 @@ def test_the_statistics_are_those_of_the_clips(tiny, clips, capsys):
     }
 
 
+def test_a_clip_of_whole_seconds_is_counted_from_there_and_one_that_is_no_audio_from_0(data_dir, capsys):
+    five = io.BytesIO()
+    soundfile.write(five, [0.0] * 80_000, 16_000, format="FLAC")
+    members = [("000/five.flac", five.getvalue()), ("000/none.flac", b"x")]
+    write_download(data_dir / "tiny", "tiny", {0: members}, [f"{name}\tは" for name, _ in members])
+    assert loader.main(["-t", "tiny"]) == 0
+    counted = re.findall(r"^ *(\d+) to +\S+ s +1 ", capsys.readouterr().out, re.MULTILINE)
+    assert counted == ["0", "5"]
+
+
 def test_the_written_dataset_is_the_loaded_one(tiny, clips, tmp_path):
     out = tmp_path / "out"
     assert loader.main(["-t", "tiny", "--output_dir", str(out)]) == 0

@@ -1,5 +1,6 @@
 """Devices: training on a stand-in that refuses what a GPU refuses; precision, attention, and loader processes."""
 
+import argparse
 import json
 import logging
 import os
@@ -274,6 +275,17 @@ def test_a_compilation_that_fails_ends_with_one_line(student, tiny_teacher, labe
 
 
 # ---- loader processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", DECODING)
+def test_processes_on_a_cpu_share_its_cores_where_the_launcher_gave_each_one_thread(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for threads, expected in (("1", 2), ("3", 3)):  # the latter is a user's choice
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        torch.set_num_threads(int(threads))
+        script.start_accelerator(argparse.Namespace(report_to="none", output_dir=tmp_path))
+        assert torch.get_num_threads() == expected
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,12 @@ def test_after_a_fault_that_passes_the_bytes_are_right(faults, download, mirror,
     assert same(data_dir / "tiny" / "tiny.000.tar", world / "data" / "000.tar")
 
 
-def test_a_lost_connection_is_resumed_where_it_was_lost(download, mirror, world):
+@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"1"'}], ids=["by its ETag", "by its date, as its ETag is weak"])
+def test_a_lost_connection_is_resumed_where_it_was_lost(headers, download, mirror, world):
     size = (world / "data" / "000.tar").stat().st_size
-    mirror.fault("000.tar", cut_after=300_000)
-    mirror.fault("000.tar", cut_after=400_000)
+    mirror.fault("000.tar", cut_after=300_000, headers=headers)
+    mirror.fault("000.tar", cut_after=400_000, headers=headers)
+    mirror.fault("000.tar", headers=headers)
     assert download() == 0
     requests = mirror.requests("000.tar")
     assert [request.range for request in requests] == [None, "bytes=300000-", "bytes=700000-"]
@@ -409,6 +411,19 @@ def test_what_can_not_fit_is_refused_before_anything_is_fetched(download, mirror
     with pytest.raises(SystemExit, match=r"too small; free some space, choose another --data_dir"):
         download(*flags)
     assert mirror.requests(method="GET") == []
+
+
+def test_what_was_received_needs_no_room_any_more(download, mirror, world, monkeypatch):
+    mirror.fault("000.tar", cut_after=300_000)
+    assert download("--retries", "0") == 1
+    room = (world / "data" / "000.tar").stat().st_size - 300_000 + downloader.SPARE
+    disk = shutil.disk_usage(world)
+    for free in (room - 1, room):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: disk._replace(free=free))
+        if free < room:
+            with pytest.raises(SystemExit, match="too small"):
+                download()
+    assert download() == 0
 
 
 def command(mirror: MirrorServer, data_dir: Path, *flags: str) -> list[str]:

@@ -831,6 +831,10 @@ def test_the_report_adds_up_and_the_card_tells_it(rows, teacher, filtered):
     kept = [score[1] <= 10 for score in scores]
     assert report["clips"] == [60, sum(kept)]
     assert report["characters"] == [sum(lengths), sum(n for n, keep in zip(lengths, kept, strict=True) if keep)]
+    errors = [n * score[1] / 100 for n, score in zip(lengths, scores, strict=True)]
+    wrong = sum(count for count, keep in zip(errors, kept, strict=True) if keep)
+    assert wrong > 0
+    assert report["cer_of_kept"] == pytest.approx(100 * wrong / report["characters"][1], abs=1e-3)
     assert report["hours"][0] == pytest.approx(sum(seconds) / 3600, abs=1e-3)
     assert report["reasons"] == {"score over the threshold": 60 - sum(kept), "kept": sum(kept)}
     for which, metric in enumerate(("wer", "cer")):

@@ -276,6 +276,8 @@ def test_audio_and_texts_are_read_from_the_columns_that_are_named(tiny_teacher, 
     assert read_labels(found) == read_labels(expected)
     assert [row["sound"]["bytes"] for row in read_rows(found)] == [clip["audio"] for clip in clips[:3]]
 
+    # Another threshold has the same texts, but not this audio.
+    filter_clips(tiny_teacher, misplaced, "--cer_threshold", 10, "--text_column_name", "sentence")
     filter_clips(tiny_teacher, misplaced, "--audio_column_name", "sound", "--text_column_name", "sentence")
     kept = read_rows(misplaced.with_name("misplaced.wer_10.0"))
     assert [row["audio"]["bytes"] for row in kept] == [clip["audio"] for clip in clips[:3]]
@@ -446,6 +448,20 @@ def test_labelling_reports_to_the_project_that_is_named_every_so_many_batches(ti
     found = events(tmp_path / "out" / "my-labels")
     assert found["clips"] == [(2, 2.0), (4, 4.0), (6, 6.0)]
     assert [step for step, _ in found["clips_per_second"]] == [2, 4, 6]
+
+
+def test_the_speed_that_labelling_reports_is_of_this_run_alone(tiny_teacher, clips, tmp_path):
+    """Clips and hours of audio are both by the same time, so that this shortens out of their ratio."""
+    data = write_dataset(tmp_path / "data", speech(clips, 6))
+    flags = ["--language", "ja", "--max_label_length", 8, "--per_device_eval_batch_size", 1, "--shard_size", 2]
+    label(tiny_teacher, data, tmp_path / "out", *flags)
+    (tmp_path / "out" / "default" / "train-00002-of-00003.parquet").unlink()
+    tracker = ("--report_to", "tensorboard", "--wandb_project", "again", "--logging_steps", 2)
+    label(tiny_teacher, data, tmp_path / "out", *flags, *tracker)
+    found = events(tmp_path / "out" / "again")
+    (_, clips_rate), (_, audio_rate) = found["clips_per_second"][-1], found["audio_hours_per_hour"][-1]
+    seconds = sum(len(samples_of(clip["audio"])) / 16_000 for clip in clips[4:6])
+    assert clips_rate / audio_rate == pytest.approx(2 / seconds, rel=1e-4)
 
 
 def test_the_evaluation_reports_its_rates_to_the_project_that_is_named(tiny_teacher, spoken, tmp_path):

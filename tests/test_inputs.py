@@ -675,12 +675,12 @@ def test_every_stage_leaves_out_the_same_clips_of_a_zoo_for_the_same_reasons(stu
 
 
 def test_a_dataset_s_paths_reach_no_file_outside_of_it_in_any_stage(student, tiny_teacher, tmp_path, caplog):
-    secret = write(tmp_path / "secret.wav", encoded(noise(1), format="WAV"))
+    secret = write(tmp_path / "data.wav", encoded(noise(1), format="WAV"))  # begins as the dataset's directory
     root = tmp_path / "data"
     write(root / "inside.flac", clip(0))
     (root / "link.wav").symlink_to(secret)
     os.mkfifo(root / "fifo.wav")
-    hostile = [str(secret), "../secret.wav", "link.wav", "fifo.wav", "/proc/kmsg", "/dev/zero", f"file://{secret}"]
+    hostile = [str(secret), "../data.wav", "link.wav", "fifo.wav", "/proc/kmsg", "/dev/zero", f"file://{secret}"]
     hostile += [f"zip://x::{secret}", f"zip://x::file://{secret}::inside.flac", "http://127.0.0.1:9/x.wav"]
     paths = ["inside.flac", *hostile]
     columns = {"name": paths, "audio": [{"bytes": None, "path": path} for path in paths]}
@@ -745,7 +745,8 @@ def test_an_audio_folder_on_the_hub_is_read(hub, tmp_path):
 def test_other_speech_in_the_same_place_is_noticed_and_a_copy_is_not_other_speech(kind, tiny_teacher, tmp_path):
     def fill(root: Path, pitch: float) -> None:
         samples = 0.2 * np.sin(2 * np.pi * pitch * np.arange(16_000) / 16_000)
-        content = encoded(samples, format="WAV")  # of the same size at every pitch
+        samples[:4_000] = 0
+        content = encoded(samples, format="WAV")  # of the same size at every pitch, and with the same beginning
         if kind == "embedded":
             write_parquet(root / "train.parquet", audio=[{"bytes": content, "path": "a.wav"}], transcription=["x"])
         else:

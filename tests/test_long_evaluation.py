@@ -114,6 +114,13 @@ def test_windows_are_drawn_by_seed(windows, tiny_teacher, loaded, tmp_path):
     assert drawn[0] != drawn[1]
 
 
+def test_silences_are_drawn_by_seed_and_by_clip():
+    drawn = [[len(evaluation.silence(row, seed)) for row in range(20)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1]
+    assert drawn[1] != drawn[2]
+    assert all(len(set(lengths)) > 10 and max(lengths) < evaluation.MAX_SILENCE for lengths in drawn)
+
+
 def test_clips_that_no_window_can_use_are_counted_by_name(tiny_teacher, loaded, clips, tmp_path):
     rows = [row(clip["name"], clip["audio"], clip["transcription"]) for clip in clips[:4]]
     rows += [row("silent", clips[4]["audio"], "。"), row("cut", clips[5]["audio"][:60], "はい")]

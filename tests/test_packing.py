@@ -1,5 +1,6 @@
 """run_data_filtering.py --concatenate_audio: which clips share a window, what it holds and how it is labelled."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import librosa
 import numpy as np
@@ -310,6 +312,24 @@ def test_two_workers_give_the_bytes_of_one(packed, arguments, tmp_path, small_sh
     results = [contents(*(root / name for name in (CUT, PACKED, VECTORS))) for root in (tmp_path, packed)]
     assert results[0] == results[1]
     assert len(results[0]) == 5 + 3 + 3
+
+
+def test_clips_that_share_windows_are_filtered_by_the_process_that_packs_them(
+    packed, arguments, tmp_path, small_shards, monkeypatch
+):
+    """Of two processes one after the other, so that neither finds shards of the other."""
+
+    def run_as(rank: int) -> int:
+        state = Mock(num_processes=2, process_index=rank, is_main_process=rank == 0)
+        state.main_process_first = contextlib.nullcontext
+        monkeypatch.setattr(script, "PartialState", lambda **_: state)
+        return script.main(arguments(tmp_path))
+
+    with pytest.raises(SystemExit, match=r"shard 2 of \S+ is missing"):
+        run_as(0)
+    assert run_as(1) == 0
+    results = [contents(*(root / name for name in (CUT, PACKED, VECTORS))) for root in (tmp_path, packed)]
+    assert results[0] == results[1]
 
 
 def test_what_is_missing_is_made_again_and_nothing_else(packed, arguments, tmp_path, small_shards):

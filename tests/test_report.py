@@ -74,6 +74,14 @@ def test_predictions_of_another_engine_are_scored_by_id_as_those_of_a_model(
     assert read_predictions(tmp_path / "out") == read_predictions(evaluated)
 
 
+def test_a_table_with_excels_byte_order_mark_is_scored_by_its_ids(evaluated, dataset_flags, tmp_path):
+    rows = [{"id": row["id"], "hypothesis": row["hypothesis"]} for row in read_predictions(evaluated)]
+    table = write_rows(tmp_path / "engine.csv", rows[::-1])
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    metrics = score(table, tmp_path / "out", *dataset_flags)
+    assert metrics["details"] == read_metrics(evaluated)["details"]
+
+
 def test_predictions_without_ids_are_taken_in_their_order(evaluated, dataset_flags, tmp_path):
     rows = [{"text": row["hypothesis"]} for row in read_predictions(evaluated)]
     metrics = score(write_rows(tmp_path / "engine.csv", rows), tmp_path / "out", *dataset_flags)

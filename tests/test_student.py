@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import shutil
@@ -819,10 +820,11 @@ def test_without_push_to_hub_nothing_is_sent(hub, tiny_teacher, tmp_path):
 def test_the_right_to_push_is_checked_before_the_work(hub, tiny_teacher, tmp_path, capsys, monkeypatch):
     flags = ["--teacher_checkpoint", tiny_teacher, "--save_dir", tmp_path / "init", "--push_to_hub"]
     assert "--hub_model_id" in refused(capsys, *flags)
-    for token in ("hf_read", "hf_wrong"):
+    HfApi().create_repo("acme/readable-init")
+    for token, repository in itertools.product(("hf_read", "hf_wrong"), ("acme/forbidden", "acme/readable-init")):
         monkeypatch.setenv("HF_TOKEN", token)
-        message = refused(capsys, *flags, "--hub_model_id", "acme/forbidden")
-        assert "acme/forbidden" in message
+        message = refused(capsys, *flags, "--hub_model_id", repository)
+        assert repository in message
         assert "hf auth" in message
         assert token not in message
     assert not list(tmp_path.iterdir())

@@ -202,7 +202,9 @@ class Handler(BaseHTTPRequestHandler):
         condition = None if unconditional else self.headers.get("If-Range")
         if not match or not any(match.groups()):
             return None
-        if condition is not None and condition not in (headers.get("ETag"), headers.get("Last-Modified")):
+        validators = (headers.get("ETag"), headers.get("Last-Modified"))
+        # A weak ETag matches nothing (section 13.1.5).
+        if condition is not None and (condition not in validators or condition.startswith("W/")):
             return None
         first, last = match.groups()
         if not first:
