@@ -56,6 +56,8 @@ import tempfile
 import threading
 import time
 import unicodedata
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -1153,6 +1155,8 @@ LOADING_ERRORS = (
     *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
     *(pa.ArrowException, datasets.exceptions.DatasetsError),
 )
+# Of a file that a row names; the third to the fifth come from a zip that is damaged, or that lacks it.
+READING_ERRORS = (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, httpx.HTTPError)
 
 
 class Place(NamedTuple):
@@ -1529,7 +1533,7 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
             size = file.seek(0, os.SEEK_END)
             file.seek(size // 2)
             return size, file.read(SAMPLED_BYTES)
-    except (Unreadable, OSError, ValueError, KeyError, httpx.HTTPError):
+    except (Unreadable, *READING_ERRORS):
         return None
 
 
@@ -1684,7 +1688,7 @@ def read_audio(audio: dict | None, place: Place) -> bytes:
                 return file.read()
         except FileNotFoundError:
             raise Unreadable(f"file not found: {audio['path']}") from None
-        except (OSError, ValueError, KeyError, httpx.HTTPError) as error:
+        except READING_ERRORS as error:
             raise Unreadable(f"cannot read {audio['path']}: {first_line(error)}") from None
     if not audio or not audio["bytes"]:
         raise Unreadable("no audio")

@@ -42,6 +42,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1233,6 +1234,8 @@ LOADING_ERRORS = (
     *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
     *(pa.ArrowException, datasets.exceptions.DatasetsError),
 )
+# Of a file that a row names; the third to the fifth come from a zip that is damaged, or that lacks it.
+READING_ERRORS = (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, httpx.HTTPError)
 
 
 class Place(NamedTuple):
@@ -1609,7 +1612,7 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
             size = file.seek(0, os.SEEK_END)
             file.seek(size // 2)
             return size, file.read(SAMPLED_BYTES)
-    except (Unreadable, OSError, ValueError, KeyError, httpx.HTTPError):
+    except (Unreadable, *READING_ERRORS):
         return None
 
 
@@ -1764,7 +1767,7 @@ def read_audio(audio: dict | None, place: Place) -> bytes:
                 return file.read()
         except FileNotFoundError:
             raise Unreadable(f"file not found: {audio['path']}") from None
-        except (OSError, ValueError, KeyError, httpx.HTTPError) as error:
+        except READING_ERRORS as error:
             raise Unreadable(f"cannot read {audio['path']}: {first_line(error)}") from None
     if not audio or not audio["bytes"]:
         raise Unreadable("no audio")

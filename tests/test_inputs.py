@@ -681,7 +681,12 @@ def test_a_dataset_s_paths_reach_no_file_outside_of_it_in_any_stage(student, tin
     (root / "link.wav").symlink_to(secret)
     os.mkfifo(root / "fifo.wav")
     hostile = [str(secret), "../data.wav", "link.wav", "fifo.wav", "/proc/kmsg", "/dev/zero", f"file://{secret}"]
-    hostile += [f"zip://x::{secret}", f"zip://x::file://{secret}::inside.flac", "http://127.0.0.1:9/x.wav"]
+    hostile += [
+        "zip://x::inside.flac",
+        f"zip://x::{secret}",
+        f"zip://x::file://{secret}::inside.flac",
+        "http://127.0.0.1:9/x.wav",
+    ]
     paths = ["inside.flac", *hostile]
     columns = {"name": paths, "audio": [{"bytes": None, "path": path} for path in paths]}
     columns |= {
