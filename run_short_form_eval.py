@@ -2537,7 +2537,10 @@ def load_recording(
         if pieces:
             pieces.append(silence(row, args.seed))
         pieces.append(clip.waveform)
-        names.append(str(values.get("id") or audio.get("path") or row))
+        name = values.get("id")
+        if name in (None, ""):
+            name = audio.get("path") or row
+        names.append(str(name))
         references.append(text or "")
         seconds += clip.seconds
     return Recording(

