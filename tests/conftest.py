@@ -51,6 +51,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
+import reazonspeech_manual_dataloader as loader  # noqa: E402
 from tests.sandbox.corpus import build_corpus, cache_directory  # noqa: E402
 from tests.sandbox.mirror import MirrorServer  # noqa: E402
 from tests.sandbox.teachers import cached_whisper  # noqa: E402
@@ -69,6 +70,7 @@ def fresh_process():
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP)
     }
     threads = torch.get_num_threads()
+    sys.modules[loader.__name__] = loader  # a stage that was given its path has put another copy there
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
