@@ -1,7 +1,7 @@
 # A machine with NVIDIA GPUs. The CUDA libraries come with torch; the host needs only the driver and its container toolkit.
 #
 #   docker build -t kotoba-whisper-training .
-#   docker run --gpus all --ipc host -v "$PWD:/work" -v "$HOME/.cache:/root/.cache" -it kotoba-whisper-training bash
+#   docker run --gpus all --ipc host -v "$PWD:/data" -v "$HOME/.cache:/root/.cache" -it kotoba-whisper-training bash
 #
 # The container starts in the current directory, and the scripts are in /opt/kotoba-whisper. Downloads, models and the
 # login of `hf auth login` are those of the host's ~/.cache. --ipc host gives the data loader's processes the shared
@@ -19,4 +19,4 @@ RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt
 COPY *.py kotoba_whisper_training_v1.0.sh LICENSE ./
 
 ENV PATH="/opt/kotoba-whisper:${PATH}"
-WORKDIR /work
+WORKDIR /data

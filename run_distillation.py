@@ -1232,7 +1232,8 @@ def find_files(
     builder = datasets.load_dataset_builder(location, config)
     kind = type(builder).__module__.rpartition(".")[2]
     has_card = directory and (directory / "README.md").exists()  # which may say what to read
-    audio = set(filter(is_audio, resolve_pattern("**", location))) if directory else set()
+    may_be_audio = directory and kind in ("audiofolder", "csv", "json", "text")  # not a repository of many shards
+    audio = set(filter(is_audio, resolve_pattern("**", location))) if may_be_audio else set()
     if audio and (kind == "text" or (kind in ("csv", "json") and not has_card)):
         # These files lie beside audio, which is what counts.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)

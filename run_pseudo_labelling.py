@@ -1160,7 +1160,8 @@ def find_files(
     builder = datasets.load_dataset_builder(location, config)
     kind = type(builder).__module__.rpartition(".")[2]
     has_card = directory and (directory / "README.md").exists()  # which may say what to read
-    audio = set(filter(is_audio, resolve_pattern("**", location))) if directory else set()
+    may_be_audio = directory and kind in ("audiofolder", "csv", "json", "text")  # not a repository of many shards
+    audio = set(filter(is_audio, resolve_pattern("**", location))) if may_be_audio else set()
     if audio and (kind == "text" or (kind in ("csv", "json") and not has_card)):
         # These files lie beside audio, which is what counts.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
@@ -1871,6 +1872,25 @@ def halved(batch_size: int, reason: str) -> int:
     logger.warning("out of memory: batches of %d for the rest of the run", batch_size)
     torch.cuda.empty_cache()
     return batch_size
+
+
+def tell_work(
+    work: str, args: argparse.Namespace, accelerator: Accelerator, batch_size: int, left: int, shards: int
+) -> None:
+    """Say which clips are decoded by what, and how many shards of them are left. `work` is what is done to them."""
+    logger.info(
+        "%s %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
+        work,
+        args.dataset_split_name,
+        args.dataset_name,
+        args.model_name_or_path,
+        device_name(accelerator.device),
+        args.dtype,
+        batch_size,
+        accelerator.num_processes,
+        left,
+        shards,
+    )
 
 
 class BatchDecoder:
@@ -2591,19 +2611,8 @@ class Progress:
 
 def start_progress(teacher: Teacher, accelerator: Accelerator, split: LabelledSplit, pending: list[int]) -> Progress:
     """Say what is labelled by what, and show the main process' bar, which begins at the rows of complete shards."""
-    args = teacher.args
-    logger.info(
-        "labelling %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
-        args.dataset_split_name,
-        args.dataset_name,
-        args.model_name_or_path,
-        device_name(accelerator.device),
-        args.dtype,
-        teacher.decoder.batch_size,
-        accelerator.num_processes,
-        len(pending),
-        len(split.shards),
-    )
+    left = (len(pending), len(split.shards))
+    tell_work("labelling", teacher.args, accelerator, teacher.decoder.batch_size, *left)
     rows = split.settings["rows"]
     done = rows - count_rows(split, pending)
     is_main = accelerator.is_main_process

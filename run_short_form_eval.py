@@ -85,7 +85,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, gather_object
 from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList, resolve_pattern
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -1010,7 +1010,8 @@ def find_files(
     builder = datasets.load_dataset_builder(location, config)
     kind = type(builder).__module__.rpartition(".")[2]
     has_card = directory and (directory / "README.md").exists()  # which may say what to read
-    audio = set(filter(is_audio, resolve_pattern("**", location))) if directory else set()
+    may_be_audio = directory and kind in ("audiofolder", "csv", "json", "text")  # not a repository of many shards
+    audio = set(filter(is_audio, resolve_pattern("**", location))) if may_be_audio else set()
     if audio and (kind == "text" or (kind in ("csv", "json") and not has_card)):
         # These files lie beside audio, which is what counts.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
@@ -1721,6 +1722,25 @@ def halved(batch_size: int, reason: str) -> int:
     logger.warning("out of memory: batches of %d for the rest of the run", batch_size)
     torch.cuda.empty_cache()
     return batch_size
+
+
+def tell_work(
+    work: str, args: argparse.Namespace, accelerator: Accelerator, batch_size: int, left: int, shards: int
+) -> None:
+    """Say which clips are decoded by what, and how many shards of them are left. `work` is what is done to them."""
+    logger.info(
+        "%s %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
+        work,
+        args.dataset_split_name,
+        args.dataset_name,
+        args.model_name_or_path,
+        device_name(accelerator.device),
+        args.dtype,
+        batch_size,
+        accelerator.num_processes,
+        left,
+        shards,
+    )
 
 
 class BatchDecoder:
@@ -2746,25 +2766,6 @@ def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[
             text = recogniser.tokenizer.decode(tokens, skip_special_tokens=True)
             group[number].hypothesis = text.strip()
             yield group[number]
-
-
-def tell_work(
-    accelerator: Accelerator, recogniser: Recogniser, shards: Iterable[Path], args: argparse.Namespace
-) -> None:
-    """Say what is transcribed by what, and how much of it is left."""
-    left = [path for path in shards if read_saved_shard(path) is None]
-    logger.info(
-        "transcribing %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
-        args.dataset_split_name,
-        args.dataset_name,
-        args.model_name_or_path,
-        device_name(accelerator.device),
-        args.dtype,
-        recogniser.short.batch_size,
-        accelerator.num_processes,
-        len(left),
-        len(list(shards)),
-    )
 
 
 def load_shards(
@@ -3928,12 +3929,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         share = list(shards)[accelerator.process_index :: accelerator.num_processes]
         missing = {path: shards[path] for path in share if read_saved_shard(path) is None}
+        left = gather_object(list(missing))  # of all processes
 
         # 5. Work.
         directory.mkdir(parents=True, exist_ok=True)
         if is_main:
             write_record(directory / "settings.json", settings)
-        tell_work(accelerator, recogniser, shards, args)
+        tell_work("transcribing", args, accelerator, recogniser.short.batch_size, len(left), len(shards))
         predict(load, missing, recogniser, args, show_progress=is_main)
         arrive()
         accelerator.wait_for_everyone()

@@ -116,6 +116,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def plain_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The recipe's loss per token, of whole float32 logits (clips, tokens, vocabulary); labels of -100 do not count."""
+    ce_weight, kl_weight, temperature = WEIGHTS
+    ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    teacher_probs = (teacher_logits / temperature).softmax(dim=-1)
+    log_probs = (logits / temperature).log_softmax(dim=-1)
+    divergence = teacher_probs * (teacher_probs.log() - log_probs)
+    kl = (divergence.sum(-1) * (labels >= 0)).sum() / (labels >= 0).sum()
+    return ce_weight * ce + kl_weight * temperature**2 * kl
+
+
 def serve_baseline(root: Path, dtype: str) -> None:
     """The recipe as it was: one step for each line of standard input."""
     from transformers import WhisperForConditionalGeneration
@@ -138,7 +149,6 @@ def serve_baseline(root: Path, dtype: str) -> None:
         tokens = torch.tensor(row["labels"])
         inputs[i, : len(tokens) - 1], labels[i, : len(tokens) - 1] = tokens[:-1], tokens[1:]
     features, labels, inputs = features.to(device, compute), labels.to(device), inputs.to(device)
-    ce_weight, kl_weight, temperature = WEIGHTS
     answer(ready=True)
     for _ in sys.stdin:
         synchronise()
@@ -148,12 +158,7 @@ def serve_baseline(root: Path, dtype: str) -> None:
                 states = teacher.model.encoder(features)
                 teacher_logits = teacher(encoder_outputs=states, decoder_input_ids=inputs).logits.float()
             logits = student(encoder_outputs=states, decoder_input_ids=inputs).logits.float()
-        ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        teacher_probs = (teacher_logits / temperature).softmax(dim=-1)
-        log_probs = (logits / temperature).log_softmax(dim=-1)
-        divergence = teacher_probs * (teacher_probs.log() - log_probs)
-        kl = (divergence.sum(-1) * (labels >= 0)).sum() / (labels >= 0).sum()
-        loss = ce_weight * ce + kl_weight * temperature**2 * kl
+        loss = plain_loss(logits, teacher_logits, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

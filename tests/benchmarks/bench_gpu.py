@@ -50,6 +50,7 @@ import create_student_model as creation
 import run_distillation as distillation
 import run_pseudo_labelling as labelling
 import run_short_form_eval as evaluation
+from tests.benchmarks.bench_distillation import plain_loss
 from tests.sandbox import teachers
 
 SECTIONS = {  # seconds that each may take
@@ -486,11 +487,7 @@ def plain_training(world: World) -> float:
                 states = teacher.model.encoder(features)  # the student's are the same
                 expected = teacher(encoder_outputs=states, decoder_input_ids=inputs).logits.float()
             logits = student(encoder_outputs=states, decoder_input_ids=inputs).logits.float()
-        ce_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        soft = (expected / 2).log_softmax(-1)
-        divergence = torch.nn.functional.kl_div((logits / 2).log_softmax(-1), soft, reduction="none", log_target=True)
-        kl_loss = 4 * (divergence.sum(-1) * (labels != -100)).sum() / (labels != -100).sum()
-        (0.8 * ce_loss + kl_loss).backward()
+        plain_loss(logits, expected, labels).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()

@@ -14,12 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def benchmark(name: str, *flags) -> str:
-    """What a benchmark prints."""
-    command = [sys.executable, "-m", f"tests.benchmarks.bench_{name}", *map(str, flags)]
+def run_module(name: str, *flags) -> str:
+    """What a module of the benchmarks prints, which must succeed."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{name}", *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def benchmark(name: str, *flags) -> str:
+    return run_module(f"bench_{name}", *flags)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +61,11 @@ def test_the_acceptance_of_a_gpu_runs_on_a_cpu_and_finds_equal_labels():
 
 
 def test_the_study_of_recipes_runs_to_its_table_and_measures_nothing_twice(tiny_teacher, tmp_path):
-    command = [sys.executable, "-m", "tests.benchmarks.study", "--directory", tmp_path, "--teacher", tiny_teacher]
-    command += ["--clips", 16, "--held_out", 3, "--noises", 3, "--steps", 2, "--batch_size", 2, "--dtype", "float32"]
-    command += ["--recipes", "unfiltered"]  # what a random teacher says passes no filter
+    flags = ["--clips", 16, "--held_out", 3, "--noises", 3, "--steps", 2, "--batch_size", 2, "--dtype", "float32"]
+    flags += ["--recipes", "unfiltered"]  # what a random teacher says passes no filter
     logs = []
     for _ in range(2):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_module("study", "--directory", tmp_path, "--teacher", tiny_teacher, *flags)
         logs.append((tmp_path / "log.txt").read_text(encoding="utf-8"))
     assert logs[1] == logs[0]  # of all stages that were run
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
