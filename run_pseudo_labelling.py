@@ -84,7 +84,6 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizerFast,
 )
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
@@ -1825,7 +1824,8 @@ def pad_window(features: torch.Tensor) -> torch.Tensor:
 
 MOST_CLIPS = 128  # per batch by default; the arithmetic of a larger one takes as long per clip
 FEWEST_SLOTS = 8  # that a step computes on a GPU; fewer would not be faster
-CHECK_STEPS = 8  # decoder steps between two looks at which clips have ended, for which the host waits for a GPU
+ENCODED_TOGETHER = 16  # clips; a GPU takes as long per clip for more
+CHECK_STEPS = 4  # decoder steps between two looks at which clips have ended, for which the host waits for a GPU
 PLAIN_SETTINGS = {  # of a generation config: names and rules that GreedyDecoder follows, directly or by `generate`
     *("alignment_heads", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "eos_token_id"),
     *("forced_decoder_ids", "is_multilingual", "lang_to_id", "language", "max_initial_timestamp_index"),
@@ -1855,9 +1855,9 @@ def fitting_batch(model: WhisperForConditionalGeneration, max_length: int, num_b
     audio = position * config.max_source_positions
     text = position * max_length
     scores = 6 * 4 * config.vocab_size  # in float32, and what is computed of them
-    # A quarter of the clips is encoded at a time; the widest states of the encoder are there some four times.
+    # At most a quarter of the clips is encoded at a time; the widest states of the encoder are there some four times.
     states = 4 * config.max_source_positions * config.encoder_ffn_dim * model.dtype.itemsize
-    clip = num_beams * (audio + text + scores) + (audio + states) / 4
+    clip = num_beams * (audio + text + scores) + states / 4
     free, _ = torch.cuda.mem_get_info(model.device)
     number = min(MOST_CLIPS, max(1, int(0.9 * free / clip)))
     logger.info("--per_device_eval_batch_size is not set: %d, for %.1f GB of free memory", number, free / 1e9)
@@ -1958,6 +1958,16 @@ def timestamp_rules(
     scores[:, :first_timestamp].masked_fill_((time_logprob > best_text_logprob)[:, None], -math.inf)
 
 
+def prompt_ids(rules: GenerationConfig, language: str | None, task: str | None, return_timestamps: bool) -> list:
+    """The tokens before a text, as `generate` puts them there. None is in the place of a language to be detected."""
+    ids = [rules.decoder_start_token_id]
+    if rules.is_multilingual:
+        ids += [rules.lang_to_id[f"<|{language}|>"] if language else None, rules.task_to_id[task]]
+    if not return_timestamps:
+        ids.append(rules.no_timestamps_token_id)
+    return ids
+
+
 def attend(
     attention: WhisperAttention,
     hidden: torch.Tensor,
@@ -2001,9 +2011,8 @@ class Slots:
 class GreedyDecoder:
     """Greedy decoding of many clips of at most 30 s, whose step is one CUDA graph where there is a GPU.
 
-    `generate` starts each clip: prompt, language and first token are its own. All further steps work in fixed memory
-    and ask nothing of the host, which looks every few steps which clips have ended; the next ones take their slots.
-    Where float32 computes, each sequence is what `generate` gives for the clip alone.
+    All steps work in fixed memory and ask nothing of the host, which looks every few steps which clips have ended; the
+    next ones take their slots. Where float32 computes, each sequence is what `generate` gives for the clip alone.
     """
 
     def __init__(
@@ -2012,22 +2021,28 @@ class GreedyDecoder:
         extractor: WhisperFeatureExtractor,
         batch_size: int,
         max_new_tokens: int,
-        **options,
+        return_timestamps: bool,
+        language: str | None = None,
+        task: str | None = None,
     ):
-        """`options` are language, task and `return_timestamps` for `generate`."""
+        """Without a language, a multilingual model detects that of each clip. An English-only one takes no task."""
         self.model = model
         self.extractor = extractor
         self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
-        self.options = options
         rules = model.generation_config
+        self.prompt = prompt_ids(rules, language, task, return_timestamps)
+        self.length = len(self.prompt) + max_new_tokens
         self.end = rules.eos_token_id
-        self.first_timestamp = rules.no_timestamps_token_id + 1 if options["return_timestamps"] else None
-        never = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-        never[rules.suppress_tokens or []] = True
-        if self.first_timestamp:
-            never[rules.no_timestamps_token_id] = True
-        self.never = never.to(model.device)
+        self.first_timestamp = rules.no_timestamps_token_id + 1 if return_timestamps else None
+        self.never = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
+        self.never[rules.suppress_tokens or []] = True
+        self.never_first = torch.zeros_like(self.never)
+        self.never_first[rules.begin_suppress_tokens or []] = True
+        if return_timestamps:
+            self.never[rules.no_timestamps_token_id] = True
+            self.never_first[: self.first_timestamp] = True
+            if rules.max_initial_timestamp_index is not None:
+                self.never_first[self.first_timestamp + rules.max_initial_timestamp_index + 1 :] = True
         self.on_gpu = model.device.type == "cuda"
         self.forget()
 
@@ -2036,20 +2051,19 @@ class GreedyDecoder:
         self.slots: Slots | None = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of slots that a step computes
 
-    def make_slots(self, prefix_length: int) -> Slots:
+    def make_slots(self) -> Slots:
         """Memory for as many clips as a batch has."""
         config = self.model.config
         heads = config.decoder_attention_heads
-        length = prefix_length + self.max_new_tokens
         new = functools.partial(torch.zeros, device=self.model.device)
 
         def memory(positions: int) -> torch.Tensor:
             size = config.d_model // heads
             return new(self.batch_size, heads, positions, size, dtype=self.model.dtype)
 
-        positions = (length, length, config.max_source_positions, config.max_source_positions)
+        positions = (self.length, self.length, config.max_source_positions, config.max_source_positions)
         return Slots(
-            sequences=new(self.batch_size, length, dtype=torch.long),
+            sequences=new(self.batch_size, self.length, dtype=torch.long),
             place=new(self.batch_size, dtype=torch.long),
             ended=torch.ones(self.batch_size, dtype=torch.bool, device=self.model.device),
             before_is_time=new(self.batch_size, dtype=torch.bool),
@@ -2057,36 +2071,27 @@ class GreedyDecoder:
             keys_values=[tuple(map(memory, positions)) for _ in range(config.decoder_layers)],
         )
 
-    def start(self, waveforms: list[np.ndarray], targets: list[int]) -> None:
-        """Encode clips, and put their prompts, first tokens, keys and values into these slots."""
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        sequences = self.model.generate(
-            encoder_outputs=encode(self.model, self.extractor, waveforms),
-            past_key_values=cache,
-            max_new_tokens=1,
-            num_beams=1,
-            do_sample=False,
-            force_unique_generate_call=True,  # one window, and the whole sequence with prefix and end token
-            **self.options,
-        )
-        prefix_length = sequences.shape[1] - 1
+    def start(self, states: BaseModelOutput, targets: list[int]) -> None:
+        """Put the prompts of clips, and the keys and values of their audio, into these slots."""
+        prompts = torch.tensor([[token or 0 for token in self.prompt]] * len(targets), device=self.model.device)
+        if None in self.prompt:
+            rules = self.model.generation_config
+            languages = self.model.detect_language(encoder_outputs=states, generation_config=rules)
+            prompts[:, self.prompt.index(None)] = languages
         if self.slots is None:
-            self.slots = self.make_slots(prefix_length)
+            self.slots = self.make_slots()
         slots = self.slots
         rows = torch.tensor(targets, device=self.model.device)
-        first = sequences[:, -1]
-        slots.sequences[rows, : prefix_length + 1] = sequences
-        slots.place[rows] = prefix_length
-        slots.ended[rows] = (first == self.end) | (self.max_new_tokens == 1)
-        slots.before_is_time[rows] = True  # which the rules take for granted where a text has one token
+        slots.sequences[rows, : len(self.prompt)] = prompts
+        slots.place[rows] = 0
+        slots.ended[rows] = False
         if self.first_timestamp:
-            slots.latest[rows] = first.clamp(min=self.first_timestamp - 1)
-        layers = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
-        for memory, (text, audio) in zip(slots.keys_values, layers, strict=True):
-            memory[0][rows, :, :prefix_length] = text.keys
-            memory[1][rows, :, :prefix_length] = text.values
-            memory[2][rows] = audio.keys
-            memory[3][rows] = audio.values
+            slots.latest[rows] = self.first_timestamp - 1
+        audio = states.last_hidden_state
+        for layer, (_, _, keys, values) in zip(self.model.model.decoder.layers, slots.keys_values, strict=True):
+            shape = (len(targets), audio.shape[1], keys.shape[1], keys.shape[3])
+            keys[rows] = layer.encoder_attn.k_proj(audio).view(shape).transpose(1, 2)
+            values[rows] = layer.encoder_attn.v_proj(audio).view(shape).transpose(1, 2)
 
     def next_logits(self, slots: Slots, token: torch.Tensor) -> torch.Tensor:
         """Put the last tokens (slots,) into the decoder; the logits (slots, vocabulary) of the next ones."""
@@ -2108,20 +2113,26 @@ class GreedyDecoder:
         return self.model.proj_out(decoder.layer_norm(hidden))[:, 0].float()
 
     def step(self, slots: Slots) -> None:
-        """One more token for each clip that has not ended. A CUDA graph forbids to ask the host for anything here."""
-        place = slots.place[:, None]
-        token = slots.sequences.gather(1, place)[:, 0]
+        """One more token for each clip that has not ended; those of its prompt are in their places already.
+
+        A CUDA graph forbids to ask the host for anything here.
+        """
+        token = slots.sequences.gather(1, slots.place[:, None])[:, 0]
         scores = self.next_logits(slots, token).masked_fill_(self.never, -math.inf)
+        is_first = slots.place == len(self.prompt) - 1  # the next token is the first of the text
+        scores.masked_fill_(is_first[:, None] & self.never_first, -math.inf)
         if self.first_timestamp:
             last_is_time = token >= self.first_timestamp
-            state = (last_is_time, slots.before_is_time, slots.latest)
-            timestamp_rules(scores, self.first_timestamp, self.end, *state)
-            slots.before_is_time.copy_(torch.where(slots.ended, slots.before_is_time, last_is_time))
-        chosen = torch.where(slots.ended, token, scores.argmax(-1))
-        slots.latest.copy_(torch.maximum(slots.latest, chosen))
+            timestamp_rules(scores, self.first_timestamp, self.end, last_is_time, slots.before_is_time, slots.latest)
+            # Where a text has one token, the rules take it for granted that a timestamp is before it.
+            slots.before_is_time.copy_(torch.where(slots.ended, slots.before_is_time, last_is_time | is_first))
         slots.place.add_(~slots.ended)
-        slots.sequences.scatter_(1, slots.place[:, None], chosen[:, None])
-        slots.ended.logical_or_((chosen == self.end) | (slots.place == slots.sequences.shape[1] - 1))
+        place = slots.place[:, None]
+        is_given = slots.ended | (slots.place < len(self.prompt))
+        chosen = torch.where(is_given, slots.sequences.gather(1, place)[:, 0], scores.argmax(-1))
+        slots.latest.copy_(torch.maximum(slots.latest, chosen))
+        slots.sequences.scatter_(1, place, chosen[:, None])
+        slots.ended.logical_or_((chosen == self.end) | (slots.place == self.length - 1))
 
     def capture(self, slots: Slots) -> torch.cuda.CUDAGraph | None:
         """Record a step as a CUDA graph; None where that fails, and steps are then launched kernel by kernel.
@@ -2168,19 +2179,28 @@ class GreedyDecoder:
             else:
                 self.step(slots)
 
+    def encode_group(
+        self, waveforms: dict[int, np.ndarray], numbers: Iterator[int]
+    ) -> tuple[list[int], BaseModelOutput | None]:
+        """The numbers of the next clips, which start together, and their states."""
+        size = min(ENCODED_TOGETHER, math.ceil(self.batch_size / 4))
+        group = list(itertools.islice(numbers, size))
+        return group, encode(self.model, self.extractor, [waveforms[clip] for clip in group]) if group else None
+
     def decode_in_slots(self, waveforms: dict[int, np.ndarray]) -> Iterator[tuple[int, list[int]]]:
         """`decode` without the halving."""
-        group = math.ceil(self.batch_size / 4)  # clips that start together
-        waiting = list(waveforms)
+        numbers = iter(list(waveforms))
+        waiting, states = self.encode_group(waveforms, numbers)
         clips: dict[int, int] = {}  # by slot
         while waiting or clips:
             free = [slot for slot in range(self.batch_size) if slot not in clips]
-            while waiting and len(free) >= min(group, len(waiting)):
-                starting = waiting[:group]
-                targets = free[: len(starting)]
-                self.start([waveforms[clip] for clip in starting], targets)
-                clips |= dict(zip(targets, starting, strict=True))
-                del waiting[:group], free[: len(starting)]
+            while waiting and len(free) >= len(waiting):
+                targets = free[: len(waiting)]
+                self.start(states, targets)
+                clips |= dict(zip(targets, waiting, strict=True))
+                del free[: len(waiting)]
+                # Ahead of their time, so that a GPU has work while the host looks which clips have ended.
+                waiting, states = self.encode_group(waveforms, numbers)
             if not waiting:
                 self.close_ranks(clips)
             self.run(1 + max(clips))

@@ -26,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -79,7 +80,7 @@ def sizes(tiny: bool) -> argparse.Namespace:
         return argparse.Namespace(**shape, clips=8, seconds=3.0, limit=16, batches=[2], plain=4, train=2, steps=4)
     shape = {"width": 1280, "layers": 32, "heads": 20, "mels": 128}
     return argparse.Namespace(
-        **shape, clips=1536, seconds=5.8, limit=128, batches=[None, 16], plain=64, train=16, steps=16
+        **shape, clips=1536, seconds=5.8, limit=128, batches=[None, 16], plain=64, train=16, steps=24
     )
 
 
@@ -159,13 +160,19 @@ def make_waveforms(number: int, mean_seconds: float) -> list[np.ndarray]:
     return waveforms
 
 
+def encode_flac(waveform: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, waveform, 16000, format="FLAC")
+    return file.getvalue()
+
+
 def make_dataset(world: World) -> None:
     """The clips as FLAC in a local dataset directory."""
+    with ThreadPoolExecutor() as pool:
+        files = list(pool.map(encode_flac, make_waveforms(world.size.clips, world.size.seconds)))
     rows = []
-    for number, waveform in enumerate(make_waveforms(world.size.clips, world.size.seconds)):
-        file = io.BytesIO()
-        soundfile.write(file, waveform, 16000, format="FLAC")
-        rows.append({"audio": {"bytes": file.getvalue(), "path": f"{number}.flac"}, "text": "音声"})
+    for number, file in enumerate(files):
+        rows.append({"audio": {"bytes": file, "path": f"{number}.flac"}, "text": "音声"})
     features = datasets.Features({"audio": datasets.Audio(sampling_rate=16000), "text": datasets.Value("string")})
     directory = world.root / "speech" / "default"
     directory.mkdir(parents=True)
@@ -190,12 +197,18 @@ def end_texts(script, limit: int) -> None:
     class Ending(script.GreedyDecoder):
         """The lengths of the texts are in a further entry of `keys_values`, so they go where their clips go."""
 
-        def start(self, waveforms: list[np.ndarray], targets: list[int]) -> None:
-            lengths = torch.tensor([text_length(len(waveform), limit) for waveform in waveforms], device=DEVICE)
+        def encode_group(self, waveforms: dict[int, np.ndarray], numbers: Iterator[int]) -> tuple:
+            group, states = super().encode_group(waveforms, numbers)
+            if group:
+                states.lengths = [text_length(len(waveforms[clip]), limit) for clip in group]
+            return group, states
+
+        def start(self, states, targets: list[int]) -> None:
             known = self.slots.keys_values.pop() if self.slots else None
-            super().start(waveforms, targets)
+            super().start(states, targets)
             known = known or (torch.zeros(self.batch_size, dtype=torch.long, device=DEVICE),)
-            known[0][targets] = lengths + int(self.slots.place[targets[0]]) - 1  # place of the last token but the end
+            # The place of the last token but the end.
+            known[0][targets] = torch.tensor(states.lengths, device=DEVICE) + len(self.prompt) - 1
             self.slots.keys_values.append(known)
 
         def next_logits(self, slots, token: torch.Tensor) -> torch.Tensor:
@@ -439,11 +452,9 @@ def training_data(directory: Path, teacher: Path, mels: int, rows: int, packed: 
 
 def training_rate(entries: list[dict], batch_size: int) -> float:
     """Samples a second behind the first quarter of the steps, by the entries of metrics.jsonl, one a step."""
-    steps = [entry for entry in entries if "samples_per_second" in entry]
-    samples = [entry["step"] * batch_size for entry in steps]
-    seconds = [number / entry["samples_per_second"] for number, entry in zip(samples, steps, strict=True)]
-    first = len(steps) // 4
-    return (samples[-1] - samples[first]) / (seconds[-1] - seconds[first])
+    rates = [entry["samples_per_second"] for entry in entries if "samples_per_second" in entry]
+    rates = rates[len(rates) // 4 :]  # each is that of its own step
+    return batch_size * len(rates) / sum(batch_size / rate for rate in rates)
 
 
 def train(student: Path, teacher: Path, data: Path, output: Path, *flags) -> None:
