@@ -412,3 +412,28 @@ def test_a_language_has_one_meaning_however_it_is_written(stage, language, world
     assert stage(world.teacher, world, tmp_path / "code") == stage(
         world.teacher, world, tmp_path / "other", ("--language", language)
     )
+
+
+# ---- how the encoder computes ----
+
+
+def test_the_encoder_keeps_its_states_row_by_row_and_computes_what_transformers_does(tiny_teacher):
+    script = stages.run_pseudo_labelling
+    config = script.load_config(tiny_teacher)
+    rules = script.load_generation_config(tiny_teacher, config, script.load_tokenizer(tiny_teacher).get_vocab())
+    ours = script.load_whisper(tiny_teacher, rules).eval()
+    stock = WhisperForConditionalGeneration.from_pretrained(tiny_teacher).eval()
+    layouts = {}
+    for model in (ours, stock):
+        for layer in model.model.encoder.layers:
+            layer.self_attn_layer_norm.register_forward_hook(
+                lambda norm, inputs, output, model=model: layouts.setdefault(model, []).append(
+                    inputs[0].is_contiguous()
+                )
+            )
+    features = torch.randn(2, config.num_mel_bins, 3000, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        states = [model.model.encoder(features).last_hidden_state for model in (ours, stock)]
+    assert torch.equal(*states)
+    assert all(layouts[ours])
+    assert not any(layouts[stock])  # once it does by itself, ours need not do it
