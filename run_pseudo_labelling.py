@@ -1118,7 +1118,8 @@ WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's
     "filtering": "run_data_filtering.py",
 }
 
-SPLIT_IN_NAME = re.compile(rf"(^|[-._ 0-9])({'|'.join(itertools.chain(*SPLIT_KEYWORDS.values()))})[-._ 0-9]")
+SPLIT_WORDS = "|".join(itertools.chain(*SPLIT_KEYWORDS.values()))
+SPLIT_IN_NAME = re.compile(f"(^|[-._ 0-9])({SPLIT_WORDS})[-._ 0-9]")  # as `datasets` finds splits in names of files
 
 
 def split_names(split: str) -> list[str]:
@@ -1130,8 +1131,9 @@ def split_title(split: str) -> str:
     """A split expression as a name for files and splits: `train[10%:]+test` becomes train.10pct_to_and_test."""
     if re.fullmatch(r"\w+(\.\w+)*", split):
         return split
-    readable = {"[": ".", "]": "", ":": "_to_", "%": "pct", "+": "_and_", "-": "minus"}
-    title = re.sub(r"[^\w.]", "_", split.replace(" ", "").translate(str.maketrans(readable)))
+    readable = {" ": "", "[": ".", "]": "", ":": "_to_", "%": "pct", "+": "_and_", "-": "minus"}
+    title = split.translate(str.maketrans(readable))
+    title = re.sub(r"[^\w.]", "_", title)
     return title.replace("__", "_").replace("._", ".").strip("_")
 
 
@@ -1160,21 +1162,23 @@ def find_files(
     directory = local_directory(reference)
     location = str(directory.resolve() if directory else reference)
     builder = datasets.load_dataset_builder(location, config)
-    kind = type(builder).__module__.rpartition(".")[2]
     has_card = directory and (directory / "README.md").exists()  # which may say what to read
-    may_be_audio = directory and kind in ("audiofolder", "csv", "json", "text")  # not a repository of many shards
-    audio = set(filter(is_audio, resolve_pattern("**", location))) if may_be_audio else set()
-    if audio and (kind == "text" or (kind in ("csv", "json") and not has_card)):
-        # These files lie beside audio, which is what counts.
+    beside_audio = ("text",) if has_card else ("csv", "json", "text")  # which counts more than these
+    audio = set()
+    if directory and builder.name in ("audiofolder", *beside_audio):  # not a repository of many shards
+        audio = set(filter(is_audio, resolve_pattern("**", location)))
+    if audio and builder.name in beside_audio:
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
     files_by_split = builder.config.data_files or {}
     if isinstance(builder, AudioFolder) and not has_card:
         files = set(itertools.chain(*files_by_split.values()))
-        if audio - files and all(SPLIT_IN_NAME.search(os.path.basename(file)) for file in files):
+        names = map(os.path.basename, files)
+        if audio - files and all(map(SPLIT_IN_NAME.search, names)):
             # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
             builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
             files_by_split = builder.config.data_files
-        name_left_out(audio.difference(*files_by_split.values()), "that lie in the directory of no split")
+        left_out = audio.difference(*files_by_split.values())
+        name_left_out(left_out, "that lie in the directory of no split")
     available = ", ".join(map(str, files_by_split))
     found = {}
     for name in split_names(split):
@@ -1193,15 +1197,17 @@ def refuse_unfinished(reference: str, config: str, split: str, files: list[str])
     """
     directory = local_directory(reference)
     writer = "the command that writes it"
-    for stage, script in WRITERS.items() if directory else ():
-        record = directory / f"{stage}.{config}.{split}.json"
-        if record.exists():
-            writer = f"{script} with the same flags"
-            if (read_record(record) or {}).get("status") != "complete":
-                fail(f"{reference} is not finished, says {record.name}: run {writer} again")
-    for file in files if directory else ():
-        if file.endswith(".parquet") and read_footer(Path(file)) is None:
-            fail(f"{file} is damaged: run {writer} again")
+    if directory:
+        for stage, script in WRITERS.items():
+            path = directory / f"{stage}.{config}.{split}.json"
+            if path.exists():
+                writer = f"{script} with the same flags"
+                record = read_record(path)
+                if record is None or record.get("status") != "complete":
+                    fail(f"{reference} is not finished, says {path.name}: run {writer} again")
+        for file in files:
+            if file.endswith(".parquet") and read_footer(Path(file)) is None:
+                fail(f"{file} is damaged: run {writer} again")
     refuse_missing_shards(reference, split, files, writer)
 
 
@@ -1210,14 +1216,15 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
     numbers = defaultdict(set)  # by export: several may make up a split
     for file in files:
         if shard := re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.parquet", file):
-            numbers[shard[1], int(shard[3])].add(int(shard[2]))
-    for (export, total), there in numbers.items():
-        if len(there) == total:
+            export, number, total = shard.groups()
+            numbers[export, int(total)].add(int(number))
+    for (export, total), present in numbers.items():
+        if len(present) == total:
             continue
-        problem = f"{reference} has {len(there)} of {total} shards of {split}"
-        with fsspec.open(f"{export}-{min(there):05d}-of-{total:05d}.parquet") as file:
+        problem = f"{reference} has {len(present)} of {total} shards of {split}"
+        with fsspec.open(f"{export}-{min(present):05d}-of-{total:05d}.parquet") as file:
             if b"kotoba" in (pq.read_metadata(file).metadata or {}):
-                lost = min(set(range(total)) - there)
+                lost = min(set(range(total)) - present)
                 fail(f"{problem}, -{lost:05d}-of-{total:05d} is missing: run {writer} again")
         logger.warning("%s by their names: is it complete?", problem)
 
