@@ -1237,8 +1237,9 @@ PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests;
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
-# A line of a list of texts: `NAME<tab>text`, `NAME|text`, `NAME text` or `NAME:text`
-LISTED_TEXT = re.compile(r"(?:([^\t|]+)[\t|]|([^\s:]+)[ :])([^\t|]*)")
+# The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`
+LISTED_TEXT = re.compile(r"([^\t|]+)[\t|]([^\t|]*)")
+SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*)")
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
 LOADING_ERRORS = (
     *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
@@ -1322,28 +1323,34 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
     rows = []
     try:
         for cells in reader:
-            if rows and any(cells) and len(cells) != len(rows[0]):
+            if not any(cells):
+                continue
+            if rows and len(cells) != len(rows[0]):
                 advice = f"; quote texts that have a {delimiter!r}" if len(cells) > len(rows[0]) else ""
                 raise csv.Error(f"it has {len(cells)} cells, the header {len(rows[0])}{advice}")
-            if any(cells):
-                rows.append(cells)
+            rows.append(cells)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows:
         raise ValueError(f"{path} is empty")
-    fields = [(name.strip(), pa.string()) for name in rows[0]]
-    columns = list(zip(*rows[1:], strict=True)) or [()] * len(fields)
-    named = [number for number, (name, _) in enumerate(fields) if name]
-    for number in range(1, len(fields)):  # the first column may be an index of pandas
-        if number not in named and any(columns[number]):
+    header = [name.strip() for name in rows[0]]
+    columns = list(zip(*rows[1:], strict=True)) or [()] * len(header)
+    names = []
+    arrays = []
+    for number, name in enumerate(header):
+        if name:
+            names.append(name)
+            arrays.append(pa.array(columns[number], pa.string()))
+        elif number > 0 and any(columns[number]):  # the first column may be an index of pandas
             raise ValueError(f"{path} has cells in column {number + 1}, which the header does not name")
-    return pa.table(list(map(pa.array, columns)), pa.schema(fields)).select(named)
+    return pa.table(arrays, names)
 
 
 def read_cells(path: str, text: str, suffix: str) -> pa.Table:
     """The table of a .csv or .tsv file, whose header tells the delimiter. Only a .tsv may do without quoting."""
     header = text.lstrip().partition("\n")[0]
-    delimiter = next((mark for mark in ("\t,;|" if suffix == ".tsv" else ",;\t|") if mark in header), ",")
+    marks = "\t,;|" if suffix == ".tsv" else ",;\t|"
+    delimiter = next((mark for mark in marks if mark in header), ",")
     try:
         return parse_cells(path, text, delimiter, csv.QUOTE_MINIMAL)
     except ValueError:
@@ -1362,7 +1369,8 @@ def read_table(path: str, suffix: str) -> pa.Table:
     if suffix in (".csv", ".tsv"):
         return read_cells(path, text, suffix)
     rows = []
-    lines = [text] if suffix == ".json" and text.lstrip().startswith("[") else text.split("\n")
+    is_array = suffix == ".json" and text.lstrip().startswith("[")
+    lines = [text] if is_array else text.split("\n")
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line) if line.strip() else []
@@ -1389,10 +1397,13 @@ def select_split(parts: dict[str, datasets.Dataset], split: str) -> datasets.Dat
 def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of some files, by the loader `kind` of `datasets`, or by our own where that would change texts."""
     if kind in ("csv", "json"):
-        tables = [read_table(file, os.path.splitext(file.removesuffix(".gz"))[1]) for file in files]
+        tables = []
+        for file in files:
+            suffix = os.path.splitext(file.removesuffix(".gz"))[1]
+            tables.append(read_table(file, suffix))
         return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive"))
-    is_local = not place.base.startswith("hf://")
-    if is_local and kind == "parquet" and not any(pq.read_metadata(file).num_rows for file in files):
+    is_local_parquet = kind == "parquet" and not place.base.startswith("hf://")
+    if is_local_parquet and not any(pq.read_metadata(file).num_rows for file in files):
         return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
     if kind == "audiofolder":
         return load_folder(files, place, **options)
@@ -1400,18 +1411,22 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
     # configuration holds all splits.
     if kind == "parquet":
         options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    patterns = list(map(glob.escape, files))
     try:
-        part = datasets.load_dataset(kind, data_files=list(map(glob.escape, files)), split="train", **options)
+        part = datasets.load_dataset(kind, data_files=patterns, split="train", **options)
     except datasets.exceptions.DatasetGenerationError:
-        if is_local and kind == "parquet" and (damaged := find_damaged(list(map(Path, files)), threads=1)):
+        paths = list(map(Path, files))
+        if is_local_parquet and (damaged := find_damaged(paths, threads=1)):
             fail(f"{damaged[0]} is damaged: run the command that wrote it again")
         raise
     if kind != "webdataset":
         return part
     part = part.remove_columns("__url__")  # which names a directory of this machine
-    if isinstance(part.features.get("json"), dict):
-        for name in sorted(set(part.features["json"]) - {"audio", *part.column_names}):
-            part = part.add_column(name, pc.struct_field(part.data.column("json"), name))
+    fields = part.features.get("json")
+    if isinstance(fields, dict):
+        for name in sorted(set(fields) - {"audio", *part.column_names}):
+            values = pc.struct_field(part.data.column("json"), name)
+            part = part.add_column(name, values)
     return part
 
 
@@ -1420,9 +1435,12 @@ def load_folder(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of an audio folder, with the metadata above it where there is none in it."""
     has_metadata = any(os.path.basename(file) in METADATA for file in files)
-    candidates = [] if has_metadata else [f"{place.base}/{name}" for name in METADATA]
-    above = list(filter(os.path.exists, candidates))
-    data_files = DataFilesDict(train=files + DataFilesList.from_patterns(list(map(glob.escape, above))))
+    above = []
+    if not has_metadata:
+        candidates = [f"{place.base}/{name}" for name in METADATA]
+        above = list(filter(os.path.exists, candidates))
+    patterns = list(map(glob.escape, above))
+    data_files = DataFilesDict(train=files + DataFilesList.from_patterns(patterns))
     # With other names than the default, so that nothing comes from a cache that `datasets` filled in its own way.
     builder = AudioFolder(data_files=data_files, metadata_filenames=METADATA)
     is_local = not place.base.startswith("hf://")
@@ -1442,11 +1460,16 @@ def load_folder(
 
 def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], is_shared: bool) -> datasets.Dataset:
     """Name the files of an audio folder that are in no row. `is_shared`: the rows are those of all splits."""
-    there = {unicodedata.normalize("NFC", file) for file in files}
-    name_left_out(set(filter(is_audio, there)).difference(paths), "that no row of the metadata names")
+    present = {unicodedata.normalize("NFC", file) for file in files}
+    audio = set(filter(is_audio, present))
+    name_left_out(audio.difference(paths), "that no row of the metadata names")
     if not is_shared:
         return dataset
-    return dataset.select([row for row, path in enumerate(paths) if path in there or not os.path.exists(path)])
+    rows = []
+    for row, path in enumerate(paths):
+        if path in present or not os.path.exists(path):  # other files are those of another split
+            rows.append(row)
+    return dataset.select(rows)
 
 
 def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
@@ -1458,7 +1481,7 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
     for path in paths:
         for directory in Path(path).parents:
             name = str(directory / Path(path).stem)
-            clips[name] = None if name in clips else path
+            clips[name] = None if name in clips else path  # of two clips, nobody can say whose it is
     for path in paths:
         clips[os.path.splitext(path)[0]] = path  # the full name is that of no other
     texts = defaultdict(set)  # by the path of the clip
@@ -1466,24 +1489,25 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
         if not (file.is_file() and file.resolve().is_relative_to(place.base)):
             continue
         content = file.read_text("utf-8-sig", errors="replace")
-        pairs = [(file.stem, content)]
+        named_texts = [(file.stem, content)]
         for line in content.splitlines():
-            if listed := LISTED_TEXT.fullmatch(line):
-                pairs.append((listed[1] or listed[2], listed[3]))
-        for name, text in pairs:
+            if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line):
+                named_texts.append(listed.groups())
+        for name, text in named_texts:
             path = unicodedata.normalize("NFC", str(file.parent / name.strip()))
             stem = os.path.splitext(path)[0] if is_audio(path) else path
             if clip := clips.get(stem):
                 texts[clip].add(text.strip())
-    column = [texts[path].pop() if len(texts[path]) == 1 else None for path in paths]
-    if not any(column):
+    column = []
+    for path in paths:
+        column.append(texts[path].pop() if len(texts[path]) == 1 else None)
+    present = [text for text in column if text is not None]
+    if not any(present):
         return dataset
-    values = pa.array(column, pa.string())
-    if pc.any(pc.match_substring(values, "\ufffd")).as_py():
+    if any("\ufffd" in text for text in present):
         raise ValueError(f"its .txt files are not UTF-8: {NOT_UTF8}")
-    number = len(values) - values.null_count
-    logger.info("the texts of %d of %d audio files are in .txt files", number, len(values))
-    return dataset.add_column("transcription", values)
+    logger.info("the texts of %d of %d audio files are in .txt files", len(present), len(column))
+    return dataset.add_column("transcription", column)
 
 
 def read_repository(
@@ -1492,20 +1516,19 @@ def read_repository(
     """A split of a local directory or a Hub id, by the loader that `datasets` chooses, and where its files lie."""
     builder, files = find_files(reference, config, split)
     directory = local_directory(reference)
-    kind = type(builder).__module__.rpartition(".")[2]
     place = Place(os.path.realpath(directory) if directory else builder.base_path, is_confined=True)
     parts = {}
     for name, paths in files.items():
         options = {"num_proc": min(num_proc, len(paths))} if num_proc > 1 else {}
-        if streaming and split == name and kind != "webdataset":  # whose columns change their order
+        if streaming and split == name and builder.name != "webdataset":  # whose columns change their order
             options = {"streaming": True}
-        parts[name] = load_part(kind, paths, place, **options)
-    if kind == "audiofolder" and not directory:
+        parts[name] = load_part(builder.name, paths, place, **options)
+    if builder.name == "audiofolder" and not directory:
         place = Place("", is_confined=False)  # the loader has found and downloaded the files itself
     return parts[split] if split in parts else select_split(parts, split), place
 
 
-def find_audio(reference: str, dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
+def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
     """The rows with undecoded audio in the named column. Without the flag, any other that is the only one will do."""
     if audio_column not in (dataset.column_names or []):
         if audio_column != "audio":  # the default
@@ -1513,39 +1536,44 @@ def find_audio(reference: str, dataset: datasets.Dataset, audio_column: str) -> 
         features = dataset.features or {}
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
         if not found:
-            found = [name for name in PATH_COLUMNS if features.get(name) == datasets.Value("string")][:1]
+            paths = [name for name in PATH_COLUMNS if features.get(name) == datasets.Value("string")]
+            found = paths[:1]
         if len(found) != 1:
             return dataset
-        logger.info("the audio is in the column %s", found[0])
-        return find_audio(reference, dataset, found[0]).rename_column(found[0], audio_column)
+        (name,) = found
+        logger.info("the audio is in the column %s", name)
+        return find_audio(dataset, name).rename_column(name, audio_column)
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
     stored = dataset.features and dataset.features[audio_column]
     if isinstance(stored, dict) and "array" in stored and isinstance(dataset, datasets.Dataset):
-        return dataset.cast(datasets.Features({**dataset.features, audio_column: undecoded}))  # bit by bit
+        features = datasets.Features({**dataset.features, audio_column: undecoded})
+        return dataset.cast(features)  # some rows at a time, unlike `cast_column`
     return dataset.cast_column(audio_column, undecoded)
 
 
-def find_texts(reference: str, dataset: datasets.Dataset, flag: str, column: str | None) -> datasets.Dataset:
+def find_texts(reference: str, dataset: datasets.Dataset, column: str | None) -> datasets.Dataset:
     """The rows with the names of classes in a column of texts. Fails where it holds something else."""
     feature = dataset.features.get(column)
     if feature is None or isinstance(dataset, datasets.IterableDataset):
         return dataset
-    values = dataset.data.column(column)
+    stored = dataset.data.column(column)
+    values = stored
     if isinstance(feature, datasets.ClassLabel):
-        numbers = values.combine_chunks()
-        values = pa.array(feature.names).take(pc.if_else(pc.less(numbers, 0), None, numbers))  # -1 is no class
+        numbers = stored.combine_chunks()
+        numbers = pc.if_else(pc.less(numbers, 0), None, numbers)  # -1 is no class
+        values = pa.array(feature.names).take(numbers)
     elif feature == datasets.Value("null"):
-        values = pa.nulls(len(values), pa.string())
+        values = pa.nulls(len(stored), pa.string())
     elif feature not in (datasets.Value("string"), datasets.Value("large_string")):
-        fail(f"{column!r} (--{flag}) of {reference} is not text: it has the type {values.type}")
+        fail(f"{column!r} (--text_column_name) of {reference} is not text: it has the type {stored.type}")
     try:
         values.validate(full=True)
     except pa.ArrowInvalid as error:
-        fail(f"{column!r} (--{flag}) of {reference} is not text in UTF-8: {first_line(error)}")
+        fail(f"{column!r} (--text_column_name) of {reference} is not text in UTF-8: {first_line(error)}")
     empty = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(values, "")), "")
     if number := pc.sum(empty).as_py():
         logger.warning("%d of %d rows of %s have no %s", number, len(values), reference, column)
-    if isinstance(feature, datasets.Value) and feature.dtype != "null":
+    if values is stored:
         return dataset
     order = dataset.column_names
     return dataset.remove_columns(column).add_column(column, values).select_columns(order)
@@ -1589,14 +1617,14 @@ def open_dataset(
             dataset = select_split(parts, split)
         else:
             dataset, place = read_repository(reference, config, split, num_proc, streaming)
-        dataset = find_audio(reference, dataset, audio_column)
+        dataset = find_audio(dataset, audio_column)
     except LOADING_ERRORS as error:
         hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
         if glob.has_magic(reference):
             hint = ". `datasets` takes the characters *, ? and [ of its path for a pattern: rename the directory"
         cause = first_line(error.__cause__ or error)
         fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
-    return find_texts(reference, dataset, "text_column_name", text_column), place
+    return find_texts(reference, dataset, text_column), place
 
 
 def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
