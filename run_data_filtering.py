@@ -1585,21 +1585,24 @@ def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, co
     middle of clips: of all, or of some 100,000 where there are more.
     """
     digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
-    step = math.ceil(len(dataset) / SAMPLED_ROWS) or 1
+    step = max(1, math.ceil(len(dataset) / SAMPLED_ROWS))
     batch_size = 10_000
     stored = dataset.select_columns([audio_column, *columns]).with_format("arrow")
     for start in range(0, len(dataset), batch_size):
         rows = stored[start : start + batch_size]
         contents = pc.struct_field(rows[audio_column], "bytes")
         paths = pc.struct_field(rows[audio_column], "path")
-        texts = rows.drop_columns(audio_column).to_pydict()
-        digest.update(json.dumps([pc.binary_length(contents).to_pylist(), texts], default=str).encode())
+        sizes = pc.binary_length(contents).to_pylist()
+        others = rows.drop_columns(audio_column).to_pydict()
+        digest.update(json.dumps([sizes, others], default=str).encode())
         for row in range(-start % step, len(rows), step):
             content = contents[row].as_buffer()
             if content is not None:
-                digest.update(content[len(content) // 2 :][:SAMPLED_BYTES])
+                middle = len(content) // 2
+                digest.update(content[middle : middle + SAMPLED_BYTES])
             elif path := paths[row].as_py():
-                digest.update(repr(sample_file(path, place)).encode())
+                sample = sample_file(path, place)
+                digest.update(repr(sample).encode())
     return digest.hexdigest()[:16]
 
 
@@ -1617,9 +1620,9 @@ MP3_RATES = 40  # the highest bit rate of an MP3, by the lowest
 class Clip(NamedTuple):
     """A decoded clip, or the problem why there is none."""
 
-    waveform: np.ndarray | None  # mono float32 at 16 kHz
-    samples: int  # of the whole clip at 16 kHz, also where the waveform is cut
-    seconds: float  # of the whole clip
+    waveform: np.ndarray | None = None  # mono float32 at 16 kHz
+    samples: int = 0  # of the whole clip at 16 kHz, also where the waveform is cut
+    seconds: float = 0.0  # of the whole clip
     problem: str | None = None
 
 
@@ -1644,8 +1647,9 @@ def open_stream(content: bytes) -> Stream:
     if content.startswith(b"RIFF"):  # a WAV that was written to a pipe: its length was to be filled in later
         content = content[:4096].replace(b"data\0\0\0\0", b"data\xff\xff\xff\xff", 1) + content[4096:]
     stream = Stream(io.BytesIO(content))
-    if stream.format == "MP3" and not any(name in content[:65536] for name in (b"Xing", b"Info", b"VBRI")):
-        stream = Stream(Lengthened(content))
+    tells_length = re.search(b"Xing|Info|VBRI", content[:65536])  # in the first frame of an MP3
+    if stream.format == "MP3" and not tells_length:
+        return Stream(Lengthened(content))
     return stream
 
 
@@ -1656,13 +1660,17 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
     number of samples that are read at a time; large blocks are faster, and of small ones damage takes less with it.
     """
     if not content:
-        return Clip(None, 0, 0.0, "no audio")
-    kept, frames, problem = [], 0, "zero length"
+        return Clip(problem="no audio")
+    kept = []
+    frames = 0
+    problem = "zero length"
     try:
         with open_stream(content) as file:
             rate = file.samplerate
             if not 1000 <= rate <= 1_000_000:
-                return Clip(None, 0, 0.0, f"a sampling rate of {rate} Hz")
+                return Clip(problem=f"a sampling rate of {rate} Hz")
+            # A second more than what is heard, so that resampling sees what follows the cut.
+            needed = math.inf if whole else (WINDOW_SECONDS + 1) * rate
             while True:
                 expected = max(DAMAGED_BLOCK, file.frames - frames)  # of which the header may know nothing
                 block_frames = max(1, min(expected, block_size // file.channels))
@@ -1670,9 +1678,8 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
                 if not len(block):
                     break
                 if not np.isfinite(block).all():
-                    return Clip(None, 0, 0.0, "samples that are not finite numbers")
-                # A second more than what is heard, so that resampling sees what follows the cut.
-                if whole or frames < (WINDOW_SECONDS + 1) * rate:
+                    return Clip(problem="samples that are not finite numbers")
+                if frames < needed:
                     kept.append(block.mean(axis=1))
                 frames += len(block)
     except soundfile.LibsndfileError as error:
@@ -1682,7 +1689,7 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
         if error.code == UNKNOWN_FORMAT:
             problem += ". Convert it, for example: ffmpeg -i FILE -ar 16000 FILE.flac"
     if not frames:
-        return Clip(None, 0, 0.0, problem)
+        return Clip(problem=problem)
     waveform = np.concatenate(kept)
     if rate != SAMPLING_RATE:
         waveform = librosa.resample(waveform, orig_sr=rate, target_sr=SAMPLING_RATE)
@@ -1694,16 +1701,23 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
 def find_file(path: str, place: Place) -> str:
     """Where a file lies that a row names. Raises Unreadable where it is not there, or must not be read."""
     inner, separator, file = path.rpartition("::")  # zip://clip.flac::/data/train.zip
-    if "://" in file and not place.is_confined:
+    is_url = "://" in file
+    if is_url and not place.is_confined:
         return path
-    is_foreign = "://" in file or (separator and ("::" in inner or not inner.startswith("zip://")))
+    is_in_zip = inner.startswith("zip://") and "::" not in inner
+    is_foreign = is_url or (separator and not is_in_zip)
     if place.base.startswith("hf://"):
         name = os.path.normpath(file)
         if is_foreign or os.path.isabs(name) or name.startswith(".."):
             raise Unreadable(f"not in the dataset: {path}")
         return f"{place.base}/{name}"
-    forms = [file, file.replace("\\", "/"), *(unicodedata.normalize(form, file) for form in ("NFC", "NFD"))]
-    forms += [f"clips/{file}"]  # as in Common Voice, beside the table
+    forms = [
+        file,
+        file.replace("\\", "/"),
+        unicodedata.normalize("NFC", file),
+        unicodedata.normalize("NFD", file),
+        f"clips/{file}",  # as in Common Voice, beside the table
+    ]
     found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
     full = next(filter(os.path.exists, found), found[0])
     root = re.sub(r"/snapshots/[^/]+$", "", place.base)  # the Hub's cache links to blobs beside its snapshots
@@ -1736,7 +1750,7 @@ def load_clip(audio: dict | None, place: Place, whole: bool = False) -> Clip:
     try:
         return decode_clip(read_audio(audio, place), whole)
     except Unreadable as error:
-        return Clip(None, 0, 0.0, str(error))
+        return Clip(problem=str(error))
 
 
 def filled_frames(samples: int) -> int:
@@ -1774,7 +1788,8 @@ def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, dev
 def pad_window(features: torch.Tensor) -> torch.Tensor:
     """(..., mels, frames) -> (..., mels, 3000): the last frame repeated, as all padded frames of a clip are equal."""
     missing = WINDOW_FRAMES - features.shape[-1]
-    return torch.cat([features, features[..., -1:].expand(*features.shape[:-1], missing)], dim=-1)
+    padding = features[..., -1:].expand(*features.shape[:-1], missing)
+    return torch.cat([features, padding], dim=-1)
 
 
 # ---- common: text ----------------------------------------------------------------------------------------------------
