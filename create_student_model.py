@@ -319,7 +319,7 @@ def read_record(path: Path) -> dict | None:
     except OSError as error:  # it may be whole
         fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
     except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
-        record, checksum = {}, ""
+        record = None
     if not record or (checksum is not None and checksum != record_checksum(record)):
         logger.warning("%s is damaged: it does not count", path)
         return None
@@ -488,10 +488,16 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     api = HfApi()
 
     def push() -> None:
-        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
         head = api.repo_info(repository, repo_type=repo_type).sha
         text = update(download_card(repository, repo_type, head))
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+        api.upload_file(
+            repo_id=repository,
+            repo_type=repo_type,
+            path_or_fileobj=text.encode(),
+            path_in_repo="README.md",
+            parent_commit=head,
+            commit_message=message,
+        )
 
     push_again(push)
 

@@ -324,7 +324,7 @@ def read_record(path: Path) -> dict | None:
     except OSError as error:  # it may be whole
         fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
     except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
-        record, checksum = {}, ""
+        record = None
     if not record or (checksum is not None and checksum != record_checksum(record)):
         logger.warning("%s is damaged: it does not count", path)
         return None
@@ -493,10 +493,16 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     api = HfApi()
 
     def push() -> None:
-        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
         head = api.repo_info(repository, repo_type=repo_type).sha
         text = update(download_card(repository, repo_type, head))
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+        api.upload_file(
+            repo_id=repository,
+            repo_type=repo_type,
+            path_or_fileobj=text.encode(),
+            path_in_repo="README.md",
+            parent_commit=head,
+            commit_message=message,
+        )
 
     push_again(push)
 
@@ -592,19 +598,22 @@ def list_split(card: RepoCard, config: str, split: str) -> None:
         configs = {entry.get("config_name", "default"): entry for entry in card.data.get("configs") or []}
         entry = configs.setdefault(config, {"config_name": config})
         directory = entry.pop("data_dir", None)
-        files = sanitize_patterns(entry.get("data_files") or ({"train": f"{directory}/**"} if directory else {}))
+        default = {"train": f"{directory}/**"} if directory else {}
+        files = sanitize_patterns(entry.get("data_files") or default)
     except (ValueError, TypeError, AttributeError) as error:
         fail(f"`configs` of the dataset's card cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
     files.pop(split, None)
     files[split] = [f"{config}/{split}-*"]
     entry["data_files"] = []
     for name, patterns in files.items():
-        entry["data_files"].append({"split": name, "path": patterns[0] if len(patterns) == 1 else patterns})
+        path = patterns[0] if len(patterns) == 1 else patterns
+        entry["data_files"].append({"split": name, "path": path})
     card.data["configs"] = list(configs.values())
     infos = card.data.get("dataset_info") or []
     infos = infos if isinstance(infos, list) else [infos]
-    # Row counts of earlier contents, on which `datasets` would insist.
-    card.data["dataset_info"] = [info for info in infos if info.get("config_name", "default") != config] or None
+    # Without those of this configuration: row counts of earlier contents, on which `datasets` would insist.
+    others = [info for info in infos if info.get("config_name", "default") != config]
+    card.data["dataset_info"] = others or None
 
 
 def write_card(directory: Path, update: Callable[[RepoCard | None], str]) -> None:
@@ -624,12 +633,17 @@ def push_dataset(
         update: gives the new text of the card for the one on the Hub, None where there is none.
         message: of the commits.
     """
-    api, target = HfApi(), {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
+    api = HfApi()
 
     def push_files() -> None:
-        ignored = [".*", "*.partial"]
         api.upload_folder(
-            folder_path=directory, allow_patterns=patterns, delete_patterns=patterns, ignore_patterns=ignored, **target
+            repo_id=repository,
+            repo_type="dataset",
+            folder_path=directory,
+            allow_patterns=patterns,
+            delete_patterns=patterns,
+            ignore_patterns=[".*", "*.partial"],
+            commit_message=message,
         )
 
     try:

@@ -531,7 +531,7 @@ def read_record(path: Path) -> dict | None:
     except OSError as error:  # it may be whole
         fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
     except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
-        record, checksum = {}, ""
+        record = None
     if not record or (checksum is not None and checksum != record_checksum(record)):
         logger.warning("%s is damaged: it does not count", path)
         return None
@@ -700,10 +700,16 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     api = HfApi()
 
     def push() -> None:
-        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
         head = api.repo_info(repository, repo_type=repo_type).sha
         text = update(download_card(repository, repo_type, head))
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+        api.upload_file(
+            repo_id=repository,
+            repo_type=repo_type,
+            path_or_fileobj=text.encode(),
+            path_in_repo="README.md",
+            parent_commit=head,
+            commit_message=message,
+        )
 
     push_again(push)
 
@@ -1031,11 +1037,15 @@ def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, i
 
     They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
     """
-    stopped = {rank for rank, (beats, _) in now.items() if rank in earlier and earlier[rank][0] == beats}
     arrivals = {rank: count for rank, (_, count) in now.items()}
-    if arrivals == {rank: count for rank, (_, count) in earlier.items()}:
-        stopped |= {rank for rank, count in arrivals.items() if count < max(arrivals.values())}
-    return sorted(stopped)
+    earlier_arrivals = {rank: count for rank, (_, count) in earlier.items()}
+    silent = []
+    for rank, (beats, count) in now.items():
+        has_stopped = rank in earlier and earlier[rank][0] == beats
+        is_behind = arrivals == earlier_arrivals and count < max(arrivals.values())
+        if has_stopped or is_behind:
+            silent.append(rank)
+    return silent
 
 
 def name_silent_processes() -> None:
@@ -1049,10 +1059,12 @@ def name_silent_processes() -> None:
             counter("beats", own_rank, 1)
             if beat % 6:
                 continue
-            running = [rank for rank in range(torch.distributed.get_world_size()) if not counter("left", rank)]
-            now = {rank: (counter("beats", rank), counter("arrivals", rank)) for rank in running}
+            now = {}  # beats and arrivals of the processes that have not ended
+            for rank in range(torch.distributed.get_world_size()):
+                if not counter("left", rank):
+                    now[rank] = (counter("beats", rank), counter("arrivals", rank))
             silent = find_silent(earlier, now)
-            speaker = min((rank for rank in running if rank not in silent), default=None)
+            speaker = min(now.keys() - silent, default=None)
             if silent and silent != named and own_rank == speaker:
                 numbers = ", ".join(map(str, silent))
                 logger.warning("process %s has been silent for a minute, and the others wait for it", numbers)

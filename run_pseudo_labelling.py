@@ -386,7 +386,7 @@ def read_record(path: Path) -> dict | None:
     except OSError as error:  # it may be whole
         fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
     except (ValueError, AttributeError, TypeError):  # it is not JSON, or not an object
-        record, checksum = {}, ""
+        record = None
     if not record or (checksum is not None and checksum != record_checksum(record)):
         logger.warning("%s is damaged: it does not count", path)
         return None
@@ -555,10 +555,16 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
     api = HfApi()
 
     def push() -> None:
-        target = {"repo_id": repository, "repo_type": repo_type, "commit_message": message}
         head = api.repo_info(repository, repo_type=repo_type).sha
         text = update(download_card(repository, repo_type, head))
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", parent_commit=head, **target)
+        api.upload_file(
+            repo_id=repository,
+            repo_type=repo_type,
+            path_or_fileobj=text.encode(),
+            path_in_repo="README.md",
+            parent_commit=head,
+            commit_message=message,
+        )
 
     push_again(push)
 
@@ -680,19 +686,22 @@ def list_split(card: RepoCard, config: str, split: str) -> None:
         configs = {entry.get("config_name", "default"): entry for entry in card.data.get("configs") or []}
         entry = configs.setdefault(config, {"config_name": config})
         directory = entry.pop("data_dir", None)
-        files = sanitize_patterns(entry.get("data_files") or ({"train": f"{directory}/**"} if directory else {}))
+        default = {"train": f"{directory}/**"} if directory else {}
+        files = sanitize_patterns(entry.get("data_files") or default)
     except (ValueError, TypeError, AttributeError) as error:
         fail(f"`configs` of the dataset's card cannot be read: {first_line(error)}. Correct it. {CONTINUE}")
     files.pop(split, None)
     files[split] = [f"{config}/{split}-*"]
     entry["data_files"] = []
     for name, patterns in files.items():
-        entry["data_files"].append({"split": name, "path": patterns[0] if len(patterns) == 1 else patterns})
+        path = patterns[0] if len(patterns) == 1 else patterns
+        entry["data_files"].append({"split": name, "path": path})
     card.data["configs"] = list(configs.values())
     infos = card.data.get("dataset_info") or []
     infos = infos if isinstance(infos, list) else [infos]
-    # Row counts of earlier contents, on which `datasets` would insist.
-    card.data["dataset_info"] = [info for info in infos if info.get("config_name", "default") != config] or None
+    # Without those of this configuration: row counts of earlier contents, on which `datasets` would insist.
+    others = [info for info in infos if info.get("config_name", "default") != config]
+    card.data["dataset_info"] = others or None
 
 
 def write_card(directory: Path, update: Callable[[RepoCard | None], str]) -> None:
@@ -712,12 +721,17 @@ def push_dataset(
         update: gives the new text of the card for the one on the Hub, None where there is none.
         message: of the commits.
     """
-    api, target = HfApi(), {"repo_id": repository, "repo_type": "dataset", "commit_message": message}
+    api = HfApi()
 
     def push_files() -> None:
-        ignored = [".*", "*.partial"]
         api.upload_folder(
-            folder_path=directory, allow_patterns=patterns, delete_patterns=patterns, ignore_patterns=ignored, **target
+            repo_id=repository,
+            repo_type="dataset",
+            folder_path=directory,
+            allow_patterns=patterns,
+            delete_patterns=patterns,
+            ignore_patterns=[".*", "*.partial"],
+            commit_message=message,
         )
 
     try:
@@ -958,11 +972,15 @@ def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, i
 
     They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
     """
-    stopped = {rank for rank, (beats, _) in now.items() if rank in earlier and earlier[rank][0] == beats}
     arrivals = {rank: count for rank, (_, count) in now.items()}
-    if arrivals == {rank: count for rank, (_, count) in earlier.items()}:
-        stopped |= {rank for rank, count in arrivals.items() if count < max(arrivals.values())}
-    return sorted(stopped)
+    earlier_arrivals = {rank: count for rank, (_, count) in earlier.items()}
+    silent = []
+    for rank, (beats, count) in now.items():
+        has_stopped = rank in earlier and earlier[rank][0] == beats
+        is_behind = arrivals == earlier_arrivals and count < max(arrivals.values())
+        if has_stopped or is_behind:
+            silent.append(rank)
+    return silent
 
 
 def name_silent_processes() -> None:
@@ -976,10 +994,12 @@ def name_silent_processes() -> None:
             counter("beats", own_rank, 1)
             if beat % 6:
                 continue
-            running = [rank for rank in range(torch.distributed.get_world_size()) if not counter("left", rank)]
-            now = {rank: (counter("beats", rank), counter("arrivals", rank)) for rank in running}
+            now = {}  # beats and arrivals of the processes that have not ended
+            for rank in range(torch.distributed.get_world_size()):
+                if not counter("left", rank):
+                    now[rank] = (counter("beats", rank), counter("arrivals", rank))
             silent = find_silent(earlier, now)
-            speaker = min((rank for rank in running if rank not in silent), default=None)
+            speaker = min(now.keys() - silent, default=None)
             if silent and silent != named and own_rank == speaker:
                 numbers = ", ".join(map(str, silent))
                 logger.warning("process %s has been silent for a minute, and the others wait for it", numbers)
