@@ -507,6 +507,8 @@ def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: 
         is_private = api.repo_info(repo_id, repo_type=repo_type).private
     except HUB_ERRORS as error:
         hub_fail(f"preparing the {repo_type} repository {repository}", error)
+    except KeyError as error:  # `create_repo` takes every 409 to say where the repository is
+        fail(f"preparing the {repo_type} repository {repository}: the Hub's answer lacks {error}. {CONTINUE}")
     if repo_type == "dataset" and private and not is_private:
         fail(
             f"the dataset repository {repo_id} is public, so everybody would hear its audio: make it private, choose "

@@ -800,6 +800,17 @@ def test_a_push_that_fails_is_done_by_the_same_command_again(whole, tiny_teacher
     assert pulled["whisper_transcript"][:] == labels(whole)
 
 
+def test_a_conflict_without_an_address_is_one_line_and_the_same_command_goes_on(tiny_teacher, loaded, tmp_path, hub):
+    flags = arguments(tiny_teacher, loaded, tmp_path, "--max_samples", 2, "--hub_model_id", "acme/label-conflict")
+    hub.fault("/api/repos/create", method="POST", status=409)
+    with pytest.raises(
+        SystemExit, match=r"repository acme/label-conflict: the Hub's answer lacks 'url'\. Run the same"
+    ):
+        script.main(flags)
+    assert script.main(flags) == 0
+    assert len(datasets.load_dataset("acme/label-conflict", "tiny", split="train")) == 2
+
+
 @pytest.mark.parametrize("token", ["hf_read", "hf_wrong", None])
 def test_a_token_that_cannot_write_is_found_before_any_work(tiny_teacher, tmp_path, hub, monkeypatch, token):
     script.HfApi().create_repo("acme/label-token", repo_type="dataset", private=False, exist_ok=True)
