@@ -2951,13 +2951,14 @@ def has_valid_texts(parquet: pq.ParquetFile, text_column: str, path: str) -> boo
     """Whether the texts of a parquet file are UTF-8."""
     with naming_damage(path):
         texts = parquet.read([text_column])
-    with contextlib.suppress(pa.ArrowInvalid):
+    try:
         texts.validate(full=True)
-        return True
-    return False
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
-def find_references(args: argparse.Namespace, available: list[str]) -> None:
+def settle_references(args: argparse.Namespace, available: list[str]) -> None:
     """Decide in `args` whether labels are compared with references, or have to be judged without.
 
     Another column of texts is not taken for missing references: it may be what --text_column_name should name.
@@ -3009,13 +3010,13 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
         directory = local_directory(args.dataset_name) or "/nowhere"
         place = Place(os.path.realpath(directory), is_confined=True)
         available = pq.ParquetFile(paths[0]).schema_arrow.names
-        find_references(args, available)
+        settle_references(args, available)
         columns = find_columns(args, available)
     else:
         dataset, place = open_dataset(args.dataset_name, args.dataset_config_name, args.split, args.audio_column_name)
         row_groups = []
         rows = len(dataset)
-        find_references(args, dataset.column_names)
+        settle_references(args, dataset.column_names)
         dataset = find_texts(args.dataset_name, dataset, args.text_column_name)
         columns = find_columns(args, dataset.column_names)
         others = [column for role, column in columns.items() if role != "audio"]

@@ -2096,7 +2096,14 @@ def held_out_source(args: argparse.Namespace) -> Source:
     """The held-out dataset, in the first of the given languages and tasks."""
     language = (args.language or "").split("+")[0] or None
     task = args.task.split("+")[0]
-    return Source(args.eval_dataset_name, args.eval_dataset_config_name, args.eval_split_name, language, task, True)
+    return Source(
+        args.eval_dataset_name,
+        args.eval_dataset_config_name,
+        args.eval_split_name,
+        language,
+        task,
+        is_held_out=True,
+    )
 
 
 def open_split(source: Source, args: argparse.Namespace) -> tuple[datasets.Dataset, Place, pa.Table]:
@@ -2110,11 +2117,17 @@ def open_split(source: Source, args: argparse.Namespace) -> tuple[datasets.Datas
             files = files_by_split[source.split]
             filesystem, _ = fsspec.url_to_fs(files[0])
             parquet = pyarrow.dataset.dataset(files, filesystem=filesystem)
-            small = set(parquet.schema.names) - {"input_features", args.audio_column_name}
-            table = parquet.to_table(columns=list(small))
+            large = ("input_features", args.audio_column_name)
+            table = parquet.to_table(columns=[name for name in parquet.schema.names if name not in large])
             place = Place(os.path.realpath(builder.base_path), is_confined=True)
             return datasets.Dataset(table), place, parquet.head(SAMPLE_ROWS)
-    dataset, place = open_dataset(*source[:3], args.audio_column_name, num_proc=args.preprocessing_num_workers)
+    dataset, place = open_dataset(
+        source.reference,
+        source.config,
+        source.split,
+        args.audio_column_name,
+        num_proc=args.preprocessing_num_workers,
+    )
     return dataset, place, dataset.with_format("arrow")[:SAMPLE_ROWS]
 
 
@@ -2130,10 +2143,10 @@ def scan_labels(column: pa.ChunkedArray, start_id: int) -> tuple[np.ndarray, np.
     is_start = pc.equal(pc.list_flatten(column), start_id)  # in all labels joined
     hits = pc.indices_nonzero(is_start).to_numpy().astype(np.int64)
     ends = np.cumsum(lengths)
+    begins = ends - lengths
     rows = np.searchsorted(ends, hits, side="right")
-    positions = hits - (ends - lengths)[rows]
     starts = lengths.copy()
-    np.minimum.at(starts, rows, positions)
+    np.minimum.at(starts, rows, hits - begins[rows])
     return lengths, starts
 
 
@@ -2333,9 +2346,9 @@ def epoch_order(
     drawn = []
     first_row = 0
     for size, count in zip(sizes, counts, strict=True):
-        rounds = [rng.permutation(size) for _ in range(math.ceil(count / size))]
-        rows = np.concatenate([np.empty(0, int), *rounds])
-        drawn.append(first_row + rows[:count])
+        for missing in range(count, 0, -size):  # each time, all rows of the dataset or as many as are missing
+            rows = rng.permutation(size)
+            drawn.append(first_row + rows[:missing])
         first_row += size
     return rng.permutation(np.concatenate(drawn))
 
@@ -3326,7 +3339,9 @@ def train(training: Training) -> int:
             num_clips = 0
 
         paused = time.monotonic()
-        is_best = (state.step % args.eval_steps == 0 or is_last) and evaluate_training(training)
+        is_best = False
+        if state.step % args.eval_steps == 0 or is_last:
+            is_best = evaluate_training(training)
         if is_best or is_stopped or is_last or state.step % args.save_steps == 0:
             save_checkpoint(training)
             if accelerator.is_main_process and not is_last:

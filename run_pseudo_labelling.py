@@ -2706,8 +2706,7 @@ class Progress:
 
 def start_progress(teacher: Teacher, accelerator: Accelerator, split: LabelledSplit, pending: list[int]) -> Progress:
     """Say what is labelled by what, and show the main process' bar, which begins at the rows of complete shards."""
-    left = (len(pending), len(split.shards))
-    tell_work("labelling", teacher.args, accelerator, teacher.decoder.batch_size, *left)
+    tell_work("labelling", teacher.args, accelerator, teacher.decoder.batch_size, len(pending), len(split.shards))
     rows = split.settings["rows"]
     done = rows - count_rows(split, pending)
     is_main = accelerator.is_main_process
@@ -2979,7 +2978,7 @@ def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str
     clips = 0
     seconds = 0.0
     size = 0  # bytes
-    more = ""
+    prefix = ""  # of the figures of an input that is not read to its end
     deadline = time.monotonic() + PLAN_SECONDS
     dataset, place = open_speech(args, streaming=True)
     for table in dataset.iter(teacher.decoder.batch_size):
@@ -2991,20 +2990,21 @@ def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str
             if row.clip.problem is None:
                 size += len(row.values[args.audio_column_name]["bytes"])
         if time.monotonic() > deadline:
-            more = "more than "
+            prefix = "more than "
             break
-    print(f"input: {args.dataset_name}, {more}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+    print(f"input: {args.dataset_name}, {prefix}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
 
     earlier: dict = {}
-    for path in present_shards(args)[:1]:
-        earlier = (read_notes(path) or {}).get("settings", {})
-    if more:
+    if present := present_shards(args):
+        notes = read_notes(present[0]) or {}
+        earlier = notes.get("settings", {})
+    if prefix:
         clips = earlier.get("rows", clips)
     split = plan_split(teacher, clips, earlier.get("dataset_digest"))  # the digest would need every row
     pending = find_pending(args, split)
     left = count_rows(split, pending)
-    print(f"done: {len(split.shards) - len(pending)} of {more}{len(split.shards)} shards")
-    print(f"left: {more}{left:,} clips")
+    print(f"done: {len(split.shards) - len(pending)} of {prefix}{len(split.shards)} shards")
+    print(f"left: {prefix}{left:,} clips")
     print(f"writes: {args.output_dir}")
     print(f"pushes: {pushes}")
     waveforms = [row.clip.waveform for row in first_batch if row.clip.problem is None]
@@ -3014,7 +3014,7 @@ def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str
     rate = measure_rate(teacher, waveforms)
     needed = timedelta(seconds=round(left / rate / num_processes))
     device = teacher.model.device.type
-    print(f"time: {more or 'about '}{needed} with {num_processes} processes on {device}, {rate:.1f} clips/s each")
+    print(f"time: {prefix or 'about '}{needed} with {num_processes} processes on {device}, {rate:.1f} clips/s each")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------

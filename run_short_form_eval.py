@@ -2403,7 +2403,9 @@ def bootstrap(counts: np.ndarray) -> np.ndarray:
 def summarise(counts: np.ndarray, names: Iterable[str]) -> dict[str, dict]:
     """(clips, metrics, 4) `COUNTS` -> for each metric, the rate in per cent, its 95 % interval and the counts."""
     summaries = {}
-    for name, totals, drawn_rates in zip(names, counts.sum(axis=0), bootstrap(counts).T, strict=True):
+    all_totals = counts.sum(axis=0)  # (metrics, 4)
+    all_drawn_rates = bootstrap(counts).T  # (metrics, draws)
+    for name, totals, drawn_rates in zip(names, all_totals, all_drawn_rates, strict=True):
         summary = {"rate": None, "low": None, "high": None}
         if totals[3]:
             low, high = np.nanpercentile(drawn_rates, [2.5, 97.5]).tolist()
@@ -2840,8 +2842,10 @@ def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[
     usable = [recording for recording in recordings if recording.waveform is not None]
     usable.sort(key=lambda recording: len(recording.waveform), reverse=True)
     number_long = sum(is_long(recording.waveform) for recording in usable)
-    for decoder, group in ((recogniser.long, usable[:number_long]), (recogniser.short, usable[number_long:])):
-        for number, tokens in decoder.decode(recording.waveform for recording in group):
+    groups = [(recogniser.long, usable[:number_long]), (recogniser.short, usable[number_long:])]
+    for decoder, group in groups:
+        waveforms = (recording.waveform for recording in group)
+        for number, tokens in decoder.decode(waveforms):
             text = recogniser.tokenizer.decode(tokens, skip_special_tokens=True)
             group[number].hypothesis = text.strip()
             yield group[number]
@@ -2974,13 +2978,13 @@ def paired_difference(first: np.ndarray, other: np.ndarray) -> dict[str, float]:
     Returns the difference in percentage points, both ends of its 95 % interval, and the two-sided p-value.
     """
     both = np.stack([first, other], axis=1)  # (clips, 2, 4)
-    rates = error_rate(both.sum(axis=0)).tolist()
+    first_rate, other_rate = error_rate(both.sum(axis=0)).tolist()
     drawn_rates = bootstrap(both)  # (draws, 2)
     drawn = drawn_rates[:, 1] - drawn_rates[:, 0]
     low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
     fewer = min(np.sum(drawn <= 0), np.sum(drawn >= 0)).item()
     p = 2 * (1 + fewer) / (1 + BOOTSTRAP_DRAWS)
-    return {"difference": rates[1] - rates[0], "low": low, "high": high, "p": min(1.0, p)}
+    return {"difference": other_rate - first_rate, "low": low, "high": high, "p": min(1.0, p)}
 
 
 def compare_with(first: Evaluation, other: Evaluation) -> dict[str, dict]:
@@ -3403,16 +3407,15 @@ def page_data(evaluations: list[Evaluation]) -> dict:
     titles = scorer_titles(metrics)
     scorers = [metrics["scorer"]]
     scorers += [name for name in ("readings", "words") if name in titles]
+    is_comparison = len(models) > 1
+    labels = ["widest difference", *models] if is_comparison else [titles[name] for name in scorers]
     clips = []
     for versions in find_versions(evaluations):
-        if len(models) > 1:
+        if is_comparison:
             rates = compared_rates(versions, models)
         else:
             rates = [clip_rate(versions[0][1], name) for name in scorers]
         clips.append(page_clip(versions, rates))
-    labels = [titles[name] for name in scorers]
-    if len(models) > 1:
-        labels = ["widest difference", *models]
     columns = [{"label": f"{label} %", "digits": 0} for label in labels]
     columns += [{"label": "characters", "digits": 0}, {"label": "seconds", "digits": 1}]
     if any(clip["figures"][-1] is not None for clip in clips):
@@ -3535,7 +3538,8 @@ def read_prediction_rows(path: Path) -> list[dict]:
             if path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+                delimiter = "\t" if path.suffix == ".tsv" else ","
+                rows = list(csv.DictReader(file, delimiter=delimiter))
     except (OSError, ValueError, csv.Error) as error:
         fail(f"cannot read --predictions {path}: {first_line(error)}")
     if not rows or not all(isinstance(row, dict) for row in rows):
