@@ -561,6 +561,21 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(whole, tiny_tea
     assert not (tmp_path / "new").exists()
 
 
+def test_a_dry_run_without_the_time_to_read_all_of_the_input_says_so(
+    whole, tiny_teacher, loaded, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(script, "PLAN_SECONDS", 0)
+    script.main(arguments(tiny_teacher, loaded, tmp_path / "new", *TWELVE, "--dry_run"))
+    told = capsys.readouterr().out
+    assert f"input: {loaded}, more than 3 clips, " in told
+    assert "done: 0 of more than 1 shards\nleft: more than 3 clips\n" in told
+    assert "time: more than 0:00:0" in told
+    output = shutil.copytree(whole, tmp_path / "out")  # whose shards have noted the number of rows
+    (output / "tiny" / "train-00001-of-00004.parquet").unlink()
+    script.main(arguments(tiny_teacher, loaded, output, *TWELVE, "--dry_run"))
+    assert "done: 3 of more than 4 shards\nleft: more than 3 clips\n" in capsys.readouterr().out
+
+
 def test_an_input_with_missing_shards_is_refused(whole, tiny_teacher, tmp_path):
     source = shutil.copytree(whole, tmp_path / "in")
     (source / "tiny" / "train-00002-of-00004.parquet").unlink()
