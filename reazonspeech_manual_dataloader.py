@@ -434,9 +434,9 @@ def prepare_repository(repository: str, repo_type: str, private: bool, dry_run: 
         if dry_run:
             account = api.whoami()
             repo_id = repository if "/" in repository else f"{account['name']}/{repository}"
-            owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+            organisations = [organisation["name"] for organisation in account.get("orgs", [])]
             if not api.repo_exists(repo_id, repo_type=repo_type):
-                if repo_id.split("/")[0] not in owners:
+                if repo_id.split("/")[0] not in (account["name"], *organisations):
                     fail(f"{account['name']} cannot create {repo_id}: it belongs to somebody else")
                 return repo_id, visibilities[private]
         else:
@@ -482,7 +482,9 @@ def check_cards(
 ) -> None:
     """Try, before the work, what will be done with the cards that are there."""
     try:
-        cards = [read_card(directory / "README.md"), download_card(repository, repo_type) if repository else None]
+        cards = [read_card(directory / "README.md")]
+        if repository:
+            cards.append(download_card(repository, repo_type))
     except HUB_ERRORS as error:
         hub_fail(f"reading the cards of {directory} and {repository}", error)
     for card in filter(None, cards):

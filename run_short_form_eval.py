@@ -764,7 +764,9 @@ def language_code(language: str) -> str:
 
 def prompt_arguments(reference: str, vocabulary: dict[str, int], language: str | None, task: str) -> dict[str, str]:
     """Language and task as `generate` takes them; none for an English-only model, where they are an error."""
-    codes = [code for code in LANGUAGES if f"<|{code}|>" in vocabulary] if is_multilingual(vocabulary) else ["en"]
+    codes = ["en"]
+    if is_multilingual(vocabulary):
+        codes = [code for code in LANGUAGES if f"<|{code}|>" in vocabulary]
     if language is not None and language not in codes:
         fail(f"--language {language}: {reference} has no such language, only {', '.join(sorted(codes))}")
     if not is_multilingual(vocabulary):
@@ -2160,8 +2162,6 @@ def remove_bracketed(text: str) -> str:
     such a bracket becomes another mark, which they treat alike. Long gaps, another such case, are shortened.
     """
     for opening, closing, pattern in (("<[", ">]", r"[<\[][^>\]]*[>\]]"), ("(", ")", r"\([^)]+\)")):
-        if not any(mark in text for mark in opening):
-            continue
         end = max(text.rfind(mark) for mark in closing) + 1
         rest = text[end:]
         for mark in opening:
@@ -2528,7 +2528,8 @@ def score_predictions(predictions: list[dict], scorers: list[Scorer]) -> dict:
     if not counted:
         fail(NOTHING_TO_SCORE)
     counts = np.array(counted)  # (clips, metrics, 4)
-    overall = summarise(counts, [*METRICS, *(scorer.name for scorer in scorers)])
+    names = [scorer.name for scorer in scorers]
+    overall = summarise(counts, [*METRICS, *names])
     runaways = sum(prediction.get("runaway", False) for prediction in usable)
     metrics = {name: overall[name]["rate"] for name in METRICS}
     return metrics | {
