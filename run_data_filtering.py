@@ -1334,9 +1334,11 @@ def read_table(path: str, suffix: str) -> pa.Table:
 def select_split(parts: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
     """The rows that a split expression such as `train[:10%]+test` names."""
     sizes = {name: len(part) for name, part in parts.items()}
+    instruction = datasets.ReadInstruction.from_spec(split)
     chosen = []
-    for piece in datasets.ReadInstruction.from_spec(split).to_absolute(sizes):
-        chosen.append(parts[piece.splitname].select(range(piece.from_, piece.to)))
+    for piece in instruction.to_absolute(sizes):
+        rows = range(piece.from_, piece.to)
+        chosen.append(parts[piece.splitname].select(rows))
     return datasets.concatenate_datasets(chosen)
 
 
