@@ -818,9 +818,7 @@ def test_a_push_that_fails_is_done_by_the_same_command_again(whole, tiny_teacher
 def test_a_conflict_without_an_address_is_one_line_and_the_same_command_goes_on(tiny_teacher, loaded, tmp_path, hub):
     flags = arguments(tiny_teacher, loaded, tmp_path, "--max_samples", 2, "--hub_model_id", "acme/label-conflict")
     hub.fault("/api/repos/create", method="POST", status=409)
-    with pytest.raises(
-        SystemExit, match=r"acme/label-conflict: the Hub's answer lacks 'url'\. Run"
-    ):
+    with pytest.raises(SystemExit, match=r"acme/label-conflict: the Hub's answer lacks 'url'\. Run"):
         script.main(flags)
     assert script.main(flags) == 0
     assert len(datasets.load_dataset("acme/label-conflict", "tiny", split="train")) == 2
