@@ -371,6 +371,15 @@ def test_the_written_dataset_is_the_loaded_one(tiny, clips, tmp_path):
     }
 
 
+def test_the_record_and_the_statistics_name_the_lines_that_belong_to_no_tar(data_dir, tmp_path, capsys):
+    lines = ["000/clip.flac\tは", "something else", "000/no_tab.flac"]
+    write_download(data_dir / "tiny", "tiny", {0: [("000/clip.flac", b"x")]}, lines)
+    assert loader.main(["-t", "tiny", "--output_dir", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "loading.tiny.train.json").read_text())
+    assert sorted(record["problems"]["malformed lines"]) == ["tiny.tiny.tsv line 2", "tiny.tiny.tsv line 3"]
+    assert "left out: 2 malformed lines (" in capsys.readouterr().out
+
+
 def test_the_shards_do_not_depend_on_the_number_of_processes_or_on_interruptions(small, tmp_path):
     for workers in ("1", "3"):
         out = str(tmp_path / workers)

@@ -1200,6 +1200,19 @@ def test_a_checkpoint_can_be_named_and_starting_afresh_needs_leave(run, command,
     assert metrics(tmp_path / "on", "step") == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_may_go_back_to_a_checkpoint_of_its_own_which_stays(run, command, uninterrupted, tmp_path):
+    output = shutil.copytree(uninterrupted, tmp_path / "out")
+    back = ("--resume_from_checkpoint", output / "checkpoint-4-epoch-1")
+    with pytest.raises(SystemExit, match=r"holds later results \(checkpoint-6-epoch-1\)"):
+        script.main(command("out", *back))
+    (output / "checkpoint-6-epoch-1" / "optimizer.bin").unlink()  # so that it has to be made again
+    run("out", *back, "--overwrite_output_dir")
+    assert checkpoint_names(output) == checkpoint_names(uninterrupted)
+    assert (output / "checkpoint-6-epoch-1" / "optimizer.bin").exists()
+    assert metrics(output) == metrics(uninterrupted)
+    assert_equal_weights(output, uninterrupted)
+
+
 def test_a_run_goes_on_with_its_batches_cut_into_other_micro_batches(run, uninterrupted, tmp_path):
     interrupt(uninterrupted, tmp_path / "out", keep=2)
     output = run("out", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)

@@ -253,6 +253,14 @@ def test_a_lost_connection_is_resumed_where_it_was_lost(headers, download, mirro
     assert sum(request.sent for request in requests) == size
 
 
+def test_a_connection_that_becomes_a_trickle_after_a_good_start_is_replaced(download, mirror, data_dir, world):
+    original = world / "data" / "000.tar"
+    mirror.fault("000.tar", rate=400, rate_after=original.stat().st_size - 4000)
+    assert download("--timeout", "0.5") == 0
+    assert len(mirror.requests("000.tar")) > 1
+    assert same(data_dir / "tiny" / "tiny.000.tar", original)
+
+
 def test_a_file_that_changed_since_is_not_stitched(download, mirror, data_dir, tmp_path):
     mirror.root = write_world(tmp_path / "changing", {0: 100}, 5000)
     tar = mirror.root / "data" / "000.tar"

@@ -1,6 +1,7 @@
 """run_data_filtering.py: what it keeps, the labels and features it stores, and that nothing is lost on the way."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -802,6 +803,18 @@ def test_results_of_other_labels_are_not_reused(source, rows, run, tmp_path, mon
     assert contents(*(tmp_path / name for name in names)) == contents(*(tmp_path / "fresh" / name for name in names))
 
 
+def test_the_audio_of_another_dataset_of_the_same_name_and_texts_is_not_reused(rows, source, filtered, run, tmp_path):
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    other = [row | {"audio": tone(1 + number / 100)} for number, row in enumerate(rows)]
+    dataset = labelled(tmp_path / "other" / "speech", other, files=3)
+    assert run(dataset, *SAME[2:], "--cer_threshold", 40, "--skip_logmel", output=tmp_path) == 0
+    heard = {row["name"]: row["audio"] for row in other}
+    kept = read(tmp_path / "speech.cer_40.0", columns=("audio", "input_length"))
+    assert len(kept) > 30
+    assert {row["audio"]["bytes"] for row in kept} <= set(heard.values())
+    assert min(row["input_length"] for row in kept) >= 16_000
+
+
 def test_features_that_an_overwritten_filter_left_behind_are_not_reused(source, filtered, run, tmp_path):
     shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
     shorter = ("--max_duration_in_seconds", 3)
@@ -853,6 +866,19 @@ def test_the_report_adds_up_and_the_card_tells_it(rows, teacher, filtered):
         assert "(filtering.tiny.train.png)" in card
         assert (filtered / name / "filtering.tiny.train.png").read_bytes().startswith(b"\x89PNG")
     assert "float16" in (filtered / NAMES[1] / "README.md").read_text()
+
+
+def test_other_thresholds_count_the_clips_that_the_threshold_alone_decides_on(teacher, run, tmp_path):
+    rows = []
+    for label, seconds in itertools.product(("東京に行く", "大阪で待つよ"), (1, 0.1)):
+        texts = {"transcription": "東京に行く", "whisper_transcript": teacher.label(label)}
+        rows.append({"name": f"{seconds} {label}", "audio": tone(seconds), **texts})
+    dataset = labelled(tmp_path / "speech", rows)
+    assert run(dataset, "--cer_threshold", 10, "--min_duration_in_seconds", 0.5, "--skip_logmel") == 0
+    report = record(tmp_path / "speech.cer_10.0")["report"]
+    assert report["reasons"] == {"shorter than the minimum": 2, "kept": 1, "score over the threshold": 1}
+    assert set(report["other_thresholds"]["cer"].values()) == {1}
+    assert (sum(report["score_histogram"]), report["score_histogram"][0]) == (2, 1)
 
 
 def test_the_card_keeps_what_others_wrote_and_replaces_its_own_section(source, filtered, run, tmp_path):

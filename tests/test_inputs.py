@@ -540,6 +540,13 @@ def test_splits_are_named_as_datasets_writes_them_and_files_stay_sane(student, t
     assert hold_out(student, tiny_teacher, root, tmp_path / "out", "--eval_split_name", "train.360[:1]+test[:1]") == 0
 
 
+def test_spaces_around_the_plus_of_a_split_expression_change_nothing(tmp_path):
+    for number, split in enumerate(("train", "test")):
+        write_parquet(tmp_path / f"{split}.parquet", audio=embedded(2), transcription=TEXTS[2 * number :][:2])
+    assert [text for text, *_ in opened(tmp_path, "train + test[:1]")] == TEXTS[:3]
+    assert split_title("train + test[:1]") == split_title("train+test[:1]")
+
+
 @pytest.mark.parametrize("split", ["train[:0]", "train[:1%]", "train[50%:50%]"])
 def test_a_part_of_a_split_that_holds_no_row_is_empty_and_not_the_whole(split, tmp_path):
     write_parquet(tmp_path / "train.parquet", audio=embedded(), transcription=TEXTS)

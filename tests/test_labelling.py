@@ -387,6 +387,14 @@ def test_audio_that_cannot_be_used_is_left_out_and_named(tiny_teacher, clips, tm
     assert (found["rows_in"], found["rows_out"], found["unusable_rows"]) == (10, 4, 6)
 
 
+def test_rows_without_an_id_or_a_file_are_named_by_their_numbers_in_the_dataset(tiny_teacher, clips, tmp_path):
+    audio = [clips[0]["audio"], b"no audio", clips[1]["audio"], b"no audio", b"no audio"]
+    source = dataset_of([{"name": "", "audio": content} for content in audio], tmp_path / "in")
+    flags = arguments(tiny_teacher, source, tmp_path / "out", "--shard_size", 2)
+    assert script.main([flag for flag in flags if flag not in ("--id_column_name", "name")]) == 0
+    assert [name for name, _ in record(tmp_path / "out")["unusable"]] == ["row 1", "row 3", "row 4"]
+
+
 def test_a_dataset_without_any_usable_audio_ends_with_an_error(tiny_teacher, tmp_path):
     source = dataset_of([{"name": "a", "audio": b"x"}], tmp_path / "in")
     with pytest.raises(SystemExit, match="none of the 1 clips"):

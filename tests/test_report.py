@@ -461,6 +461,17 @@ def test_the_page_of_a_comparison_has_a_row_per_clip_with_all_models_side_by_sid
     assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
+def test_the_page_of_a_comparison_tells_wrong_clips_and_runaways_apart(tmp_path):
+    texts = {"right": "はい", "wrong": "いいえ", "runaway": "はい" * 20}
+    rows = [{"id": name, "reference": "はい", "text": text} for name, text in texts.items()]
+    score(write_rows(tmp_path / "engine.csv", rows), tmp_path / "engine")
+    score(write_rows(tmp_path / "other.csv", rows), tmp_path / "other")
+    compared = [str(tmp_path / "engine"), str(tmp_path / "other")]
+    assert evaluation.main(["--compare", *compared, "--output_dir", str(tmp_path / "both")]) == 0
+    kinds = {clip["id"]: clip["kinds"] for clip in read_page(tmp_path / "both" / "comparison.html")["clips"]}
+    assert kinds == {"right": [], "wrong": ["wrong"], "runaway": ["runaway", "wrong"]}
+
+
 def test_comparing_what_is_no_evaluation_or_an_old_one_is_a_clear_error(evaluated, tmp_path):
     with pytest.raises(SystemExit, match=r"has no metric\.<split>\.json"):
         evaluation.main(["--compare", str(tmp_path)])

@@ -53,7 +53,8 @@ class Fault:
     cut_after: int | None = None  # lose the connection after so many bytes of body
     stall: float = 0.0  # fall silent for so many seconds ...
     stall_after: int = 0  # ... after so many bytes of body
-    rate: float | None = None  # bytes a second
+    rate: float | None = None  # bytes a second ...
+    rate_after: int = 0  # ... after so many bytes of body
     wrong_length: int | None = None  # state this length; the body is the right one, cut where it is longer
     no_length: bool = False  # state no length: the end of the connection is the end of the body
     corrupt_at: int | None = None  # invert the byte at this offset of the file
@@ -230,7 +231,10 @@ class Handler(BaseHTTPRequestHandler):
         end = min(length, stated)
         while self.record.sent < end:
             sent = self.record.sent
-            stops = [end, sent + (int(fault.rate / 20) + 1 if fault.rate else BLOCK)]
+            is_slow = fault.rate and sent >= fault.rate_after
+            stops = [end, sent + (int(fault.rate / 20) + 1 if is_slow else BLOCK)]
+            if sent < fault.rate_after:
+                stops.append(fault.rate_after)
             if fault.cut_after is not None:
                 stops.append(fault.cut_after)
             if fault.stall and sent < fault.stall_after:
@@ -246,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
                 block = self.corrupted(fault, body.read(min(stops) - sent), start + sent)
             self.wfile.write(block)
             self.record.sent += len(block)
-            if fault.rate:
+            if is_slow:
                 time.sleep(len(block) / fault.rate)
         if self.record.sent != stated or fault.no_length:
             self.close_connection = True  # the client still waits for bytes that will not come
