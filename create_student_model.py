@@ -577,7 +577,13 @@ def refuse_damaged_model(directory: Path) -> None:
             hashes.setdefault(name, []).append(hashed)
     for name, expected in hashes.items():
         path = directory / name
-        if path.suffix in (".safetensors", ".json", ".txt") and path.exists() and file_hash(path) not in expected:
+        if path.suffix not in (".safetensors", ".json", ".txt") or not path.exists():
+            continue
+        try:
+            hashed = file_hash(path)
+        except OSError as error:  # it may be whole
+            fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+        if hashed not in expected:
             fail(
                 f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
                 "it is, delete student.json or distillation.json beside it"
@@ -881,6 +887,7 @@ def refuse_other_model(repository: str, settings: dict) -> None:
 def can_be_read(path: Path) -> bool:
     """Whether a student's file is there and has the format that its name says."""
     try:
+        path.open("rb").close()  # safetensors says of a file that it may not read that there is none
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
                 return True
@@ -890,6 +897,8 @@ def can_be_read(path: Path) -> bool:
         return bool(text) and "\0" not in text
     except (FileNotFoundError, SafetensorError, ValueError):
         return False
+    except OSError as error:  # it may be whole
+        fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
 
 
 def is_undamaged(save_dir: Path, expected: str) -> bool:

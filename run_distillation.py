@@ -841,7 +841,13 @@ def refuse_damaged_model(directory: Path) -> None:
             hashes.setdefault(name, []).append(hashed)
     for name, expected in hashes.items():
         path = directory / name
-        if path.suffix in (".safetensors", ".json", ".txt") and path.exists() and file_hash(path) not in expected:
+        if path.suffix not in (".safetensors", ".json", ".txt") or not path.exists():
+            continue
+        try:
+            hashed = file_hash(path)
+        except OSError as error:  # it may be whole
+            fail(f"cannot read {path}: {error.strerror}. {CONTINUE}")
+        if hashed not in expected:
             fail(
                 f"{path} is damaged, or was changed: run the command that wrote it again, or, if it is meant to be as "
                 "it is, delete student.json or distillation.json beside it"

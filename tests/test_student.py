@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 import create_student_model as script
+from tests.sandbox.chaos import UNPRIVILEGED
 
 CONVERTER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
 JAPANESE = {"language": "ja", "task": "transcribe", "max_new_tokens": 16}
@@ -872,3 +873,30 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny_teacher, s
     assert snapshot(student) == before
     assert not (tmp_path / "new").exists()
     assert not HfApi().repo_exists("acme/plan-student")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors"])
+def test_a_file_that_cannot_be_read_just_now_is_named_and_nothing_is_made_again(tiny_teacher, tmp_path, name):
+    student = tmp_path / "init"
+    flags = ["--teacher_checkpoint", tiny_teacher, "--save_dir", student]
+    assert script.main(list(map(str, flags))) == 0
+    before = snapshot(student)
+    (student / name).chmod(0)
+    labelling = [
+        "--model_name_or_path",
+        student,
+        "--dataset_name",
+        "none",
+        "--output_dir",
+        tmp_path,
+        "--language",
+        "ja",
+    ]
+    for stage, given in (("create_student_model.py", flags), ("run_pseudo_labelling.py", labelling)):
+        command = [*(UNPRIVILEGED if os.geteuid() == 0 else []), sys.executable, stage, *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(script.__file__).parent)
+        assert done.returncode == 1
+        assert f"cannot read {student / name}: Permission denied. Run the same" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    (student / name).chmod(0o644)
+    assert snapshot(student) == before

@@ -3,6 +3,7 @@
     make demo                        through a Hub on this machine
     make demo DEMO_ARGS=--local      through local directories, without any Hub
     make demo DEMO_ARGS="--teacher openai/whisper-small"
+    make demo DEMO_ARGS="--clips 600 --directory demo/600"
 
 Builds a small Japanese corpus and whisper-base, serves the corpus as ReazonSpeech's host does, starts a Hub, and runs
 kotoba_whisper_training_v1.0.sh in that world. What is there from an earlier run is used again.
@@ -25,7 +26,7 @@ from tests.sandbox.mirror import MirrorServer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "kotoba_whisper_training_v1.0.sh"
-CLIPS = {"000": 200, "fff": 30}  # to train on, and held out
+HELD_OUT = 30  # clips
 TOKEN, ORGANISATION = "hf_demo", "demo"
 
 # What differs from v1.0: the sizes, a filter that keeps enough of so few clips, and no prompts from strangers.
@@ -117,6 +118,7 @@ def say(text: str) -> None:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--directory", type=Path, default=ROOT / "demo", help="where everything goes")
+    parser.add_argument("--clips", type=int, default=200, help="how many to train on (default: 200)")
     parser.add_argument("--local", action="store_true", help="hand over through local directories, without a Hub")
     parser.add_argument("--teacher", help="Hub id or path of a Whisper (default: the sandbox's own whisper-base)")
     args = parser.parse_args(argv)
@@ -124,8 +126,8 @@ def main(argv=None) -> int:
     directory = args.directory.expanduser().absolute() / ("local" if args.local else "hub")
     directory.mkdir(parents=True, exist_ok=True)
 
-    say(f"speak {sum(CLIPS.values())} Japanese sentences into a small ReazonSpeech")
-    corpus = build_corpus(cache_directory() / "corpus-demo", CLIPS)
+    say(f"speak {args.clips + HELD_OUT} Japanese sentences into a small ReazonSpeech")
+    corpus = build_corpus(cache_directory() / f"corpus-demo-{args.clips}", {"000": args.clips, "fff": HELD_OUT})
     print(corpus)
     if args.teacher is None:
         say("fetch and convert openai/whisper-base")
