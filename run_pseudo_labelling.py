@@ -1934,7 +1934,9 @@ def other_rules(config: GenerationConfig) -> set[str]:
     return unknown
 
 
-def fitting_batch(model: WhisperForConditionalGeneration, max_length: int, num_beams: int, on_cpu: int) -> int:
+def fitting_batch(
+    model: WhisperForConditionalGeneration, max_length: int, num_beams: int, by_generate: bool, on_cpu: int
+) -> int:
     """How many clips a GPU's free memory holds while they become texts of `max_length` tokens, at most MOST_CLIPS."""
     if model.device.type != "cuda":
         return on_cpu
@@ -1943,9 +1945,10 @@ def fitting_batch(model: WhisperForConditionalGeneration, max_length: int, num_b
     audio = position * config.max_source_positions
     text = position * max_length
     scores = 6 * 4 * config.vocab_size  # in float32, and what is computed of them
-    # At most a quarter of the clips is encoded at a time; the widest states of the encoder are there some four times.
+    # The widest states of the encoder are there some four times, of the clips that are encoded at a time.
     states = 4 * config.max_source_positions * config.encoder_ffn_dim * model.dtype.itemsize
-    clip = num_beams * (audio + text + scores) + states / 4
+    encoded = 1 if by_generate else 1 / 4  # GreedyDecoder encodes at most a quarter of them
+    clip = num_beams * (audio + text + scores) + encoded * states
     free, _ = torch.cuda.mem_get_info(model.device)
     number = min(MOST_CLIPS, max(1, int(0.9 * free / clip)))
     logger.info("--per_device_eval_batch_size is not set: %d, for %.1f GB of free memory", number, free / 1e9)
@@ -2469,10 +2472,12 @@ def choose_decoder(teacher: Teacher) -> GreedyDecoder | BatchDecoder:
     """What decodes clips: `generate`, where GreedyDecoder does not know the rules or the scores that are asked for."""
     args = teacher.args
     model = teacher.model
+    num_beams = args.generation_num_beams
+    by_generate = num_beams > 1 or args.scores or bool(other_rules(model.generation_config))
     batch_size = args.per_device_eval_batch_size
     if batch_size is None:
-        batch_size = fitting_batch(model, args.max_label_length, args.generation_num_beams, CPU_BATCH)
-    if args.generation_num_beams > 1 or args.scores or other_rules(model.generation_config):
+        batch_size = fitting_batch(model, args.max_label_length, num_beams, by_generate, CPU_BATCH)
+    if by_generate:
         return BatchDecoder(batch_size, functools.partial(label_batch, teacher))
     max_new_tokens = args.max_label_length - teacher.prefix_length
     options = {**teacher.prompt, "return_timestamps": args.return_timestamps}

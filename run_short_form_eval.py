@@ -1765,7 +1765,9 @@ def other_rules(config: GenerationConfig) -> set[str]:
     return unknown
 
 
-def fitting_batch(model: WhisperForConditionalGeneration, max_length: int, num_beams: int, on_cpu: int) -> int:
+def fitting_batch(
+    model: WhisperForConditionalGeneration, max_length: int, num_beams: int, by_generate: bool, on_cpu: int
+) -> int:
     """How many clips a GPU's free memory holds while they become texts of `max_length` tokens, at most MOST_CLIPS."""
     if model.device.type != "cuda":
         return on_cpu
@@ -1774,9 +1776,10 @@ def fitting_batch(model: WhisperForConditionalGeneration, max_length: int, num_b
     audio = position * config.max_source_positions
     text = position * max_length
     scores = 6 * 4 * config.vocab_size  # in float32, and what is computed of them
-    # At most a quarter of the clips is encoded at a time; the widest states of the encoder are there some four times.
+    # The widest states of the encoder are there some four times, of the clips that are encoded at a time.
     states = 4 * config.max_source_positions * config.encoder_ffn_dim * model.dtype.itemsize
-    clip = num_beams * (audio + text + scores) + states / 4
+    encoded = 1 if by_generate else 1 / 4  # GreedyDecoder encodes at most a quarter of them
+    clip = num_beams * (audio + text + scores) + encoded * states
     free, _ = torch.cuda.mem_get_info(model.device)
     number = min(MOST_CLIPS, max(1, int(0.9 * free / clip)))
     logger.info("--per_device_eval_batch_size is not set: %d, for %.1f GB of free memory", number, free / 1e9)
@@ -2792,13 +2795,16 @@ def make_decoders(
     batch_size: int | None,
 ) -> tuple[GreedyDecoder | BatchDecoder, BatchDecoder]:
     """The decoders of audio of at most 30 s, and of audio over 30 s. `options` are arguments of `generate`."""
+    num_beams = options["num_beams"]
+    is_assisted = "assistant_model" in options
+    is_greedy = num_beams == 1 and not is_assisted and not other_rules(model.generation_config)
     if batch_size is None:
         max_length = options["max_new_tokens"] + PROMPT_TOKENS
-        batch_size = fitting_batch(model, max_length, options["num_beams"], CPU_BATCH)
-    if "assistant_model" in options:
+        batch_size = fitting_batch(model, max_length, num_beams, not is_greedy, CPU_BATCH)
+    if is_assisted:
         batch_size = 1  # assisted `generate` takes one clip at a time
     by_generate = BatchDecoder(batch_size, functools.partial(generate_tokens, model, extractor, options))
-    if options["num_beams"] > 1 or "assistant_model" in options or other_rules(model.generation_config):
+    if not is_greedy:
         return by_generate, by_generate
     greedy_options = options.copy()
     del greedy_options["num_beams"]

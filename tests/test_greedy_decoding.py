@@ -334,13 +334,22 @@ LARGE_V3 = {"d_model": 1280, "encoder_ffn_dim": 5120, "decoder_layers": 32, "voc
 
 
 @pytest.mark.parametrize(
-    ("free", "layers", "beams", "number"),
-    [(80e9, 32, 1, 128), (24e9, 32, 1, 76), (24e9, 32, 5, 15), (24e9, 2, 1, 128), (1e8, 32, 1, 1)],
+    ("free", "layers", "beams", "by_generate", "number"),
+    [
+        (80e9, 32, 1, False, 128),
+        (24e9, 32, 1, False, 76),
+        (24e9, 32, 1, True, 65),  # which encodes all clips of a batch at a time
+        (24e9, 32, 5, False, 15),
+        (24e9, 2, 1, False, 128),
+        (1e8, 32, 1, False, 1),
+    ],
 )
-def test_the_batch_that_fits_follows_from_free_memory_and_shape(monkeypatch, caplog, free, layers, beams, number):
+def test_the_batch_that_fits_follows_from_free_memory_and_shape(
+    monkeypatch, caplog, free, layers, beams, by_generate, number
+):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
     config = WhisperConfig(**LARGE_V3 | {"decoder_layers": layers})
     model = types.SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
-    assert script.fitting_batch(model, 128, beams, 16) == number
+    assert script.fitting_batch(model, 128, beams, by_generate, 16) == number
     model.device = torch.device("cpu")
-    assert script.fitting_batch(model, 128, beams, 16) == 16
+    assert script.fitting_batch(model, 128, beams, by_generate, 16) == 16

@@ -882,16 +882,7 @@ def test_a_file_that_cannot_be_read_just_now_is_named_and_nothing_is_made_again(
     assert script.main(list(map(str, flags))) == 0
     before = snapshot(student)
     (student / name).chmod(0)
-    labelling = [
-        "--model_name_or_path",
-        student,
-        "--dataset_name",
-        "none",
-        "--output_dir",
-        tmp_path,
-        "--language",
-        "ja",
-    ]
+    labelling = ["--model_name_or_path", student, "--dataset_name", "none", "--output_dir", tmp_path / "out"]
     for stage, given in (("create_student_model.py", flags), ("run_pseudo_labelling.py", labelling)):
         command = [*(UNPRIVILEGED if os.geteuid() == 0 else []), sys.executable, stage, *map(str, given)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(script.__file__).parent)

@@ -463,11 +463,10 @@ def training_data(directory: Path, teacher: Path, mels: int, rows: int, packed: 
     return directory
 
 
-def training_rate(entries: list[dict], batch_size: int) -> float:
+def training_rate(entries: list[dict]) -> float:
     """Samples a second behind the first quarter of the steps, by the entries of metrics.jsonl, one a step."""
     rates = [entry["samples_per_second"] for entry in entries if "samples_per_second" in entry]
-    rates = rates[len(rates) // 4 :]  # each is that of its own step
-    return batch_size * len(rates) / sum(batch_size / rate for rate in rates)
+    return statistics.harmonic_mean(rates[len(rates) // 4 :])  # as all steps have as many samples
 
 
 def train(student: Path, teacher: Path, data: Path, output: Path, *flags) -> None:
@@ -490,7 +489,7 @@ def measure_training(world: World, kind: str, *more) -> tuple[float, float]:
     entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(output)
     losses = [entry["loss"] for entry in entries if "loss" in entry]
-    return training_rate(entries, size.train), losses[-1]
+    return training_rate(entries), losses[-1]
 
 
 def plain_training(world: World) -> float:

@@ -69,6 +69,7 @@ SMALL = {
     "DATASET_NAME": "chain",
     "MODEL_NAME": "chain-student",
     "SHARD_SIZE": "8",
+    "DTYPE": "float32",
     "LABEL_BATCH": "4",
     "TIMESTAMP_PROBABILITY": "0.5",
     "CONDITION_ON_PREV_PROBABILITY": "0.5",
