@@ -240,6 +240,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "has none; unset = text or transcription",
     )
     add(
+        "--train_on_silence",
+        **switch,
+        help="take rows without a text for silence or noise, on which the student learns to say nothing, instead of "
+        "leaving them out; only where labels are made from texts",
+    )
+    add(
         "--language",
         help="language code or name of the labels that are made from texts and of what is held out; joined by +, one "
         "for each training dataset and the first for what is held out; unset = the models get no language token",
@@ -2210,7 +2216,7 @@ class Rows(Dataset):
         self.select_rows(labels.data.column(0), models.tokenizer, args)
 
     def make_labels(self, tokenizer: WhisperTokenizerFast, args: argparse.Namespace) -> list[list[int]]:
-        """Labels from the texts, in the teacher's form without timestamps; an empty one where text is missing."""
+        """Labels from the texts, in the teacher's form without timestamps; an empty one for rows to leave out."""
         logger.info("%s: labels are made from its column %s", self.name, self.text_column)
         vocabulary = tokenizer.get_vocab()
         prompt = prompt_arguments(args.model_name_or_path, vocabulary, self.source.language, self.source.task)
@@ -2221,8 +2227,11 @@ class Rows(Dataset):
         labels = []
         for text in self.dataset[self.text_column]:
             label = []
+            if text is None and args.train_on_silence:
+                text = ""
             # An empty text is silence where it is held out; in training it may be missing.
-            if text is not None and (self.source.is_held_out or text.strip()):
+            may_be_empty = self.source.is_held_out or args.train_on_silence
+            if text is not None and (may_be_empty or text.strip()):
                 text_ids = tokenizer.encode(text, add_special_tokens=False)
                 label = [*prefix_ids, *text_ids, tokenizer.eos_token_id]
             labels.append(label)

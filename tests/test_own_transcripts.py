@@ -123,6 +123,18 @@ def test_rows_without_text_are_counted_and_left_out(clips, student, tmp_path):
     assert list(record["rows_left_out"].values()) == [{"no label": 1}]
 
 
+def test_rows_without_text_can_be_silence(clips, student, monkeypatch, tmp_path):
+    """Their label is a text of no characters: they are trained on, and nothing is left out."""
+    texts = ["", None, "はい"]
+    rows = [{**clip, "transcription": text} for clip, text in zip(clips, texts, strict=False)]
+    noise = stages.write_dataset(tmp_path / "noise", rows)
+    seen = labels_seen(student, noise, monkeypatch, tmp_path, "--train_on_silence")
+    nothing = ["<|startoftranscript|>", "<|ja|>", "<|transcribe|>", "<|notimestamps|>", "<|endoftext|>"]
+    assert [label == nothing for label in seen].count(True) == 2
+    record = json.loads((tmp_path / "out" / "distillation.json").read_text())
+    assert list(record["rows_left_out"].values()) == [{}]
+
+
 def test_a_dataset_without_labels_and_texts_is_refused(clips, student, tmp_path):
     rows = [{"audio": clip["audio"], "sentence": clip["transcription"]} for clip in clips[:2]]
     dataset = stages.write_dataset(tmp_path / "speech", rows)
@@ -134,13 +146,13 @@ def test_a_dataset_without_labels_and_texts_is_refused(clips, student, tmp_path)
 # ---- several datasets ----
 
 
-def label_starts(student: Path, sources: str, monkeypatch, tmp_path: Path, *flags) -> list[list[str]]:
-    """The first three tokens of the labels that a training step sees, by row."""
+def labels_seen(student: Path, sources: str, monkeypatch, tmp_path: Path, *flags) -> list[list[str]]:
+    """The tokens of the labels that a training step sees, by row."""
     seen = []
     collate = script.collate
 
     def note(examples):
-        seen.extend(example["tokens"][:3].tolist() for example in examples)
+        seen.extend(example["tokens"].tolist() for example in examples)
         return collate(examples)
 
     monkeypatch.setattr(script, "collate", note)
@@ -156,7 +168,7 @@ def test_datasets_of_several_languages_tasks_and_kinds_mix(speech, as_labels, st
     translated = Path(shutil.copytree(speech, tmp_path / "translated"))
     sources = f"{as_labels}+{english}+{translated}"
     flags = ("--language", "en+English+JA", "--task", "translate+transcribe+translate")
-    starts = label_starts(student, sources, monkeypatch, tmp_path, *flags)
+    starts = [label[:3] for label in labels_seen(student, sources, monkeypatch, tmp_path, *flags)]
     japanese = ["<|startoftranscript|>", "<|ja|>"]
     assert starts == sorted([ENGLISH] * 2 + [[*japanese, "<|transcribe|>"]] * 4 + [[*japanese, "<|translate|>"]] * 4)
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())

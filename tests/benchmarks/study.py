@@ -29,6 +29,7 @@ from tests.sandbox.base_teacher import whisper_base
 from tests.sandbox.corpus import cache_directory
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_KL = "1e-9"  # without a teacher, which 0 means, encoder outputs are not cached
 RUNAWAY_CHARACTERS = 20  # a hypothesis that is longer than twice its reference and these has run away
 COLUMNS = ("short", "long", "voice", "windows", "runaways", "on noise")
 
@@ -42,6 +43,8 @@ class Recipe:
     packed: float = 0.8  # share of clips that are packed with others; 0 trains on clips
     timestamps: float = 0.2
     prompts: float = 0.0
+    noise: float = 0.0  # share of clips without speech
+    true_text: bool = False  # train on what was really said, clip by clip, and not on filtered labels
     train_flags: tuple[str, ...] = ("--freeze_encoder",)
     decoder_layers: int = 2
     clips: int | None = None  # training clips; None = all
@@ -67,9 +70,12 @@ RECIPES = {
     "packed_0.5": Recipe("packing", packed=0.5),
     "packed_1": Recipe("packing", packed=1.0),
     "prompts_0.2": Recipe("labels", prompts=0.2),
+    "true_text": Recipe("labels", true_text=True),
+    "noise_0.05": Recipe("noise", noise=0.05),
+    "noise_0.2": Recipe("noise", noise=0.2),
     "timestamps_0": Recipe("labels", timestamps=0.0),
     "timestamps_0.5": Recipe("labels", timestamps=0.5),
-    "ce_only": Recipe("loss", train_flags=("--freeze_encoder", "--kl_weight", "0")),
+    "ce_only": Recipe("loss", train_flags=("--freeze_encoder", "--kl_weight", NO_KL)),
     "kl_only": Recipe("loss", train_flags=("--freeze_encoder", "--ce_weight", "0")),
     "temperature_1": Recipe("loss", train_flags=("--freeze_encoder", "--temperature", "1")),
     "decoder_4": Recipe("student", decoder_layers=4),
@@ -139,8 +145,10 @@ class Study:
         self.run("run_pseudo_labelling.py", *flags, *self.dtype)
         return output
 
-    def filter(self, recipe: Recipe) -> Path:
-        """The vectorised dataset that the recipe trains on; recipes with the same flags share it."""
+    def training_data(self, recipe: Recipe) -> Path:
+        """The dataset that the recipe trains on; recipes with the same flags of the filter share it."""
+        if recipe.true_text:
+            return self.speech / "train"
         labelled = self.label()
         flags = recipe.dataset_flags
         name = re.sub(r"\W+", "_", " ".join(flags)).strip("_")
@@ -159,13 +167,20 @@ class Study:
     def train(self, recipe: Recipe, dataset: Path, seed: int, output: Path) -> None:
         args = self.args
         flags = ["--model_name_or_path", self.initialise(recipe.decoder_layers)]
-        flags += ["--teacher_model_name_or_path", self.teacher, "--train_dataset_name", dataset, "--language", "ja"]
+        flags += ["--teacher_model_name_or_path", self.teacher, "--language", "ja"]
+        flags += ["--text_column_name", "transcription"]  # where there are no labels
+        if recipe.noise:
+            flags += ["--train_dataset_name", f"{dataset}+{self.speech / 'noise'}", "--train_on_silence"]
+            flags += ["--train_dataset_samples", f"{1 - recipe.noise}+{recipe.noise}"]
+            flags += ["--kl_weight", "1+0"]  # the teacher may hear words in noise
+        else:
+            flags += ["--train_dataset_name", dataset]
         flags += ["--do_train", "--max_steps", args.steps, "--per_device_train_batch_size", args.batch_size]
         flags += ["--warmup_steps", min(50, args.steps // 10), "--lr_scheduler_type", "linear", "--seed", seed]
         flags += ["--save_steps", 200, "--save_total_limit", 1, "--report_to", "none", "--output_dir", output]
         if "--freeze_encoder" in recipe.train_flags:
-            cache = dataset.parent / "encoder_outputs"
-            for other in self.directory.glob("filtered/*/encoder_outputs"):
+            cache = self.directory / "encoder_outputs" / f"{dataset.parent.name}_noise_{recipe.noise}"
+            for other in cache.parent.glob("*"):
                 if other != cache:  # gigabytes each
                     shutil.rmtree(other)
             flags += ["--cache_encoder_outputs", cache]
@@ -221,8 +236,8 @@ def measure(study: Study, name: str, results: dict[str, dict[str, float]]) -> No
         if key in results:
             continue
         began = time.monotonic()
-        print(f"{key}: filter", flush=True)
-        dataset = study.filter(recipe)
+        print(f"{key}: make the training data", flush=True)
+        dataset = study.training_data(recipe)
         print(f"{key}: train {study.args.steps} steps", flush=True)
         output = study.directory / "students" / name / str(seed)
         study.train(recipe, dataset, seed, output)

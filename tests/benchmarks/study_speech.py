@@ -29,7 +29,7 @@ from tests.sandbox.corpus import SAMPLING_RATE, VOICES
 from tests.sandbox.files import built_once
 from tests.sandbox.sentences import PATTERNS, from_pattern, sentences
 
-VERSION = 1  # of the recipe: count up when the same call shall give other bytes
+VERSION = 2  # of the recipe: count up when the same call shall give other bytes
 NEURAL_VOICES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
 HELD_OUT_NEURAL, HELD_OUT_PLAIN = "jm_kumo", "high"
 SHORT_PATTERNS = (
@@ -66,7 +66,9 @@ class Utterance:
 
 
 def build_speech(root: Path, clips: int, held_out: int, noises: int, neural: bool) -> Path:
-    """Write `train/` and `test/`, audio folders with a metadata.csv each, below `root`, unless they are there.
+    """Write the audio folders `train/`, `test/` and `noise/` below `root`, unless they are there.
+
+    `noise/` has a tenth as many clips as `train/`, all without speech, to train on.
 
     Args:
         clips: number of training clips.
@@ -80,6 +82,7 @@ def build_speech(root: Path, clips: int, held_out: int, noises: int, neural: boo
         train, test = plan(clips, held_out, noises, neural)
         write_folder(directory / "train", train)
         write_folder(directory / "test", test)
+        write_folder(directory / "noise", noise_clips("train-noise", clips // 10))
 
     return built_once(root, recipe, write)
 
@@ -96,7 +99,7 @@ def plan(clips: int, held_out: int, noises: int, neural: bool) -> tuple[list[Utt
             text = phrases[index] if kind == "short" else long_text(singles, draw)
             voice = held_out_voice(neural) if kind == "voice" else draw.choice(training_voices(neural))
             test.append(Utterance(f"{kind}-{index:04d}", kind, text, voice, disturbed=False))
-    test += [Utterance(f"noise-{index:04d}", "noise", "", "", disturbed=False) for index in range(noises)]
+    test += noise_clips("noise", noises)
     # A large training part says its short phrases several times, in other voices.
     shorts = itertools.cycle(phrases[held_out:])
     train = []
@@ -106,6 +109,10 @@ def plan(clips: int, held_out: int, noises: int, neural: bool) -> tuple[list[Utt
         voice = draw.choice(training_voices(neural))
         train.append(Utterance(f"train-{index:05d}", kind, text, voice, disturbed=draw.random() < 1 / 3))
     return train, test
+
+
+def noise_clips(name: str, number: int) -> list[Utterance]:
+    return [Utterance(f"{name}-{index:04d}", "noise", "", "", disturbed=False) for index in range(number)]
 
 
 def training_voices(neural: bool) -> list[str]:
