@@ -732,6 +732,16 @@ def test_a_hub_that_asks_to_wait_for_a_day_is_one_clear_line(hub, tmp_path, caps
     assert "the Hub asks to wait for 24.0 h" in message
 
 
+def test_an_upload_that_is_asked_to_wait_for_a_day_is_one_clear_line(hub, tiny_teacher, tmp_path, capsys):
+    """The Xet client does not heed Retry-After: it tries a few times, for some minutes at most where nobody sets it."""
+    hub.fault("/cas/", times=-1, status=429, headers={"Retry-After": "86400"})
+    flags = ("--push_to_hub", "--hub_model_id", "acme/asked-to-wait", "--save_dir", tmp_path / "init")
+    message = refused(capsys, "--teacher_checkpoint", tiny_teacher, *flags)
+    assert "acme/asked-to-wait" in message
+    assert "429 Too Many Requests" in message
+    assert (tmp_path / "init" / "model.safetensors").exists()
+
+
 class LoginPage(BaseHTTPRequestHandler):
     """Answers every request as the login page of a network does."""
 

@@ -4,9 +4,9 @@
     python -m tests.benchmarks.study --recipes base clips   only these
     python -m tests.benchmarks.study --list                 the recipes, and what each changes
 
-Every student takes the same number of steps with the same number of windows. A recipe differs from `base` in one thing.
-The results go to DIRECTORY: `results.json`, `table.md` and `curves.png`. Run the same command again to continue: every
-stage keeps what it has finished, and recipes that have been measured are not run again.
+Every student takes the same number of steps with the same number of windows, but that of `steps_4`. A recipe differs
+from `base` in one thing. The results go to DIRECTORY: `results.json`, `table.md` and `curves.png`. Run the same command
+again to continue: every stage keeps what it has finished, and recipes that have been measured are not run again.
 
 The study calls the scripts as a user does: run_pseudo_labelling.py once, run_data_filtering.py and run_distillation.py
 for each recipe, and run_short_form_eval.py on single clips and on windows. `study_speech.py` says what is spoken.
@@ -48,6 +48,7 @@ class Recipe:
     train_flags: tuple[str, ...] = ("--freeze_encoder",)
     decoder_layers: int = 2
     clips: int | None = None  # training clips; None = all
+    times_steps: int = 1  # as many steps as the others, so many times
 
     @property
     def dataset_flags(self) -> list[str]:
@@ -83,6 +84,7 @@ RECIPES = {
     "clips_100": Recipe("data", clips=100),
     "clips_300": Recipe("data", clips=300),
     "clips_1000": Recipe("data", clips=1000),
+    "steps_4": Recipe("steps", times_steps=4),
 }
 
 
@@ -175,8 +177,9 @@ class Study:
             flags += ["--kl_weight", "1+0"]  # the teacher may hear words in noise
         else:
             flags += ["--train_dataset_name", dataset]
-        flags += ["--do_train", "--max_steps", args.steps, "--per_device_train_batch_size", args.batch_size]
-        flags += ["--warmup_steps", min(50, args.steps // 10), "--lr_scheduler_type", "linear", "--seed", seed]
+        steps = args.steps * recipe.times_steps
+        flags += ["--do_train", "--max_steps", steps, "--per_device_train_batch_size", args.batch_size]
+        flags += ["--warmup_steps", min(50, steps // 10), "--lr_scheduler_type", "linear", "--seed", seed]
         flags += ["--save_steps", 200, "--save_total_limit", 1, "--report_to", "none", "--output_dir", output]
         if "--freeze_encoder" in recipe.train_flags:
             cache = self.directory / "encoder_outputs" / f"{dataset.parent.name}_noise_{recipe.noise}"
@@ -238,7 +241,7 @@ def measure(study: Study, name: str, results: dict[str, dict[str, float]]) -> No
         began = time.monotonic()
         print(f"{key}: make the training data", flush=True)
         dataset = study.training_data(recipe)
-        print(f"{key}: train {study.args.steps} steps", flush=True)
+        print(f"{key}: train {study.args.steps * recipe.times_steps} steps", flush=True)
         output = study.directory / "students" / name / str(seed)
         study.train(recipe, dataset, seed, output)
         print(f"{key}: evaluate", flush=True)
