@@ -6,7 +6,9 @@
 
 Every student takes the same number of steps with the same number of windows, but that of `steps_4`. A recipe differs
 from `base` in one thing. The results go to DIRECTORY: `results.json`, `table.md` and `curves.png`. Run the same command
-again to continue: every stage keeps what it has finished, and recipes that have been measured are not run again.
+again to continue: every stage keeps what it has finished, and recipes that have been measured are not run again. On
+several devices, run it once on each, with other recipes; the first makes the speech and the labels, so let it begin
+alone.
 
 The study calls the scripts as a user does: run_pseudo_labelling.py once, run_data_filtering.py and run_distillation.py
 for each recipe, and run_short_form_eval.py on single clips and on windows. `study_speech.py` says what is spoken.
@@ -14,6 +16,7 @@ for each recipe, and run_short_form_eval.py on single clips and on windows. `stu
 
 import argparse
 import csv
+import functools
 import json
 import os
 import re
@@ -24,6 +27,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import jiwer
+import pyarrow.parquet as pq
+from transformers import WhisperTokenizerFast
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
 from tests.benchmarks.study_speech import build_speech
 from tests.sandbox.base_teacher import whisper_base
 from tests.sandbox.corpus import cache_directory
@@ -31,7 +39,7 @@ from tests.sandbox.corpus import cache_directory
 ROOT = Path(__file__).resolve().parents[2]
 NO_KL = "1e-9"  # without a teacher, which 0 means, encoder outputs are not cached
 RUNAWAY_CHARACTERS = 20  # a hypothesis that is longer than twice its reference and these has run away
-COLUMNS = ("short", "long", "voice", "windows", "runaways", "on noise")
+COLUMNS = ("clips", "label CER", "short", "long", "voice", "windows", "runaways", "on noise")
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Recipe:
 RECIPES = {
     "base": Recipe("what is recommended"),
     "wer_10": Recipe("filter", filter_flags=("--wer_threshold", "10")),
+    "unscored": Recipe("filter", filter_flags=("--text_column_name", "none")),
     "unfiltered": Recipe("filter", filter_flags=("--cer_threshold", "100000")),
     "cer_20": Recipe("filter", filter_flags=("--cer_threshold", "20")),
     "clips": Recipe("packing", packed=0.0),
@@ -129,7 +138,8 @@ class Study:
                 f"{script} failed: see {self.directory / 'log.txt'}. Run the same command again to continue."
             )
 
-    def label(self) -> Path:
+    @functools.cached_property
+    def labelled(self) -> Path:
         """The training clips with the teacher's labels."""
         output = self.directory / "labelled"
         flags = ["--model_name_or_path", self.teacher, "--dataset_name", self.speech / "train", "--language", "ja"]
@@ -151,13 +161,27 @@ class Study:
         """The dataset that the recipe trains on; recipes with the same flags of the filter share it."""
         if recipe.true_text:
             return self.speech / "train"
-        labelled = self.label()
         flags = recipe.dataset_flags
         name = re.sub(r"\W+", "_", " ".join(flags)).strip("_")
         output = self.directory / "filtered" / name
         output.mkdir(parents=True, exist_ok=True)
-        self.run("run_data_filtering.py", "-d", labelled, "--model", self.teacher, "--output_dir", output, *flags)
+        self.run("run_data_filtering.py", "-d", self.labelled, "--model", self.teacher, "--output_dir", output, *flags)
         return next(output.glob("*.vectorized"))
+
+    def label_quality(self, recipe: Recipe, dataset: Path) -> dict[str, float]:
+        """How many clips the recipe trains on, and the CER of their labels against what was said."""
+        if recipe.true_text:
+            return {"clips": self.args.clips, "label CER": 0.0}
+        with open(self.speech / "train" / "metadata.csv", encoding="utf-8", newline="") as file:
+            said = {row["file_name"]: row["transcription"] for row in csv.DictReader(file)}
+        filtered = min(dataset.parent.glob("labelled.*"), key=lambda path: len(path.name))
+        kept = [row for path in filtered.glob("**/*.parquet") for row in read_rows(path, "audio", "whisper_transcript")]
+        tokenizer = WhisperTokenizerFast.from_pretrained(self.teacher)
+        heard = tokenizer.batch_decode([row["whisper_transcript"] for row in kept], skip_special_tokens=True)
+        normalise = BasicTextNormalizer()
+        pairs = [(said[row["audio"]["path"]], text) for row, text in zip(kept, heard, strict=True)]
+        pairs = [[normalise(text).replace(" ", "") for text in pair] for pair in pairs]
+        return {"clips": len(kept), "label CER": 100 * jiwer.cer(*map(list, zip(*pairs, strict=True)))}
 
     def initialise(self, layers: int) -> Path:
         student = self.directory / f"student_{layers}_layers"
@@ -181,13 +205,13 @@ class Study:
         flags += ["--do_train", "--max_steps", steps, "--per_device_train_batch_size", args.batch_size]
         flags += ["--warmup_steps", min(50, steps // 10), "--lr_scheduler_type", "linear", "--seed", seed]
         flags += ["--save_steps", 200, "--save_total_limit", 1, "--report_to", "none", "--output_dir", output]
+        cache = None
         if "--freeze_encoder" in recipe.train_flags:
-            cache = self.directory / "encoder_outputs" / f"{dataset.parent.name}_noise_{recipe.noise}"
-            for other in cache.parent.glob("*"):
-                if other != cache:  # gigabytes each
-                    shutil.rmtree(other)
+            cache = self.directory / "encoder_outputs" / f"{output.parent.name}_{seed}"
             flags += ["--cache_encoder_outputs", cache]
         self.run("run_distillation.py", *flags, *recipe.train_flags, *self.dtype)
+        if cache:
+            shutil.rmtree(cache)  # gigabytes
 
     def evaluate(self, model: str | Path, output: Path) -> dict[str, float]:
         """CER of each kind of held-out clip and of windows; runaways in 100 clips; characters on a clip of noise."""
@@ -212,6 +236,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def read_rows(path: Path, *columns: str) -> list[dict]:
+    return pq.read_table(path, columns=list(columns)).to_pylist()
+
+
 def read_predictions(output: Path, windows: bool) -> list[dict[str, str]]:
     name = "train.windows_30" if windows else "train"
     with open(output / f"all_predictions.{name}.csv", encoding="utf-8", newline="") as file:
@@ -231,12 +259,12 @@ def has_run_away(row: dict[str, str]) -> bool:
     return len(row["hypothesis"]) > 2 * len(row["reference"]) + RUNAWAY_CHARACTERS
 
 
-def measure(study: Study, name: str, results: dict[str, dict[str, float]]) -> None:
+def measure(study: Study, name: str) -> None:
     """Train and evaluate the students of a recipe that have not been measured yet."""
     recipe = RECIPES[name]
     for seed in range(1, study.args.seeds + 1):
         key = f"{name}/{seed}"
-        if key in results:
+        if key in read_results(study):
             continue
         began = time.monotonic()
         print(f"{key}: make the training data", flush=True)
@@ -245,13 +273,19 @@ def measure(study: Study, name: str, results: dict[str, dict[str, float]]) -> No
         output = study.directory / "students" / name / str(seed)
         study.train(recipe, dataset, seed, output)
         print(f"{key}: evaluate", flush=True)
-        figures = study.evaluate(output, study.directory / "evaluations" / name / str(seed))
-        results[key] = figures | {"minutes": (time.monotonic() - began) / 60}
-        write_results(study, results)
+        figures = study.label_quality(recipe, dataset)
+        figures |= study.evaluate(output, study.directory / "evaluations" / name / str(seed))
+        add_result(study, key, figures | {"minutes": (time.monotonic() - began) / 60})
 
 
-def write_results(study: Study, results: dict[str, dict[str, float]]) -> None:
-    """Write `results.json`, and the table and the figure made of it."""
+def read_results(study: Study) -> dict[str, dict[str, float]]:
+    path = study.directory / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def add_result(study: Study, key: str, figures: dict[str, float]) -> None:
+    """Add to `results.json`, where other processes of the study write too, and make the table and the figure of it."""
+    results = read_results(study) | {key: figures}
     path = study.directory / "results.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -266,17 +300,19 @@ def table(results: dict[str, dict[str, float]]) -> str:
     for name in ["teacher", *RECIPES]:
         rows = [figures for key, figures in results.items() if key.split("/")[0] == name]
         if rows:
-            cells = [show([figures[column] for figures in rows]) for column in COLUMNS]
+            cells = [show([figures[column] for figures in rows if column in figures]) for column in COLUMNS]
             question = RECIPES[name].question if name in RECIPES else ""
             lines.append(f"| {name} | {question} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def show(values: list[float]) -> str:
-    mean = f"{sum(values) / len(values):.1f}"
-    if len(values) == 1:
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):,.1f}".removesuffix(".0")
+    if min(values) == max(values):
         return mean
-    return f"{mean} ({min(values):.1f} to {max(values):.1f})"
+    return f"{mean} ({min(values):,.1f} to {max(values):,.1f})"
 
 
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
@@ -308,15 +344,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:16} {recipe}")
         return 0
     study = Study(args)
-    path = study.directory / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if "teacher" not in results:
+    if "teacher" not in read_results(study):
         print("teacher: evaluate", flush=True)
-        results["teacher"] = study.evaluate(study.teacher, study.directory / "evaluations" / "teacher")
-        write_results(study, results)
+        add_result(study, "teacher", study.evaluate(study.teacher, study.directory / "evaluations" / "teacher"))
     for name in args.recipes:
-        measure(study, name, results)
-    print(table(results))
+        measure(study, name)
+    print(table(read_results(study)))
     print(study.directory)
     return 0
 
