@@ -1426,19 +1426,40 @@ def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], i
     return dataset.select(rows)
 
 
+def tree_places(base: str) -> dict[Path, list[Path]]:
+    """The directories in `base`, each with its path, and with this path without a part of it that holds no audio."""
+    tree = [(Path(directory), names) for directory, _, names in os.walk(base)]
+    with_audio = {directory for directory, names in tree if any(map(is_audio, names))}
+    with_audio = with_audio.union(*(directory.parents for directory in with_audio))
+    places = {}
+    for directory, _ in tree:
+        silent = {directory, *directory.parents} - with_audio
+        places[directory] = [directory, *(part.parent / directory.relative_to(part) for part in silent)]
+    return places
+
+
 def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
     """The rows of an audio folder with the texts in its .txt files, where one text fits one clip.
 
     NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them.
+    For clips without any, texts in a parallel tree count: txt/a/NAME.txt for wav/a/NAME.wav.
     """
     clips = {}  # by the names that a list may give them
+    trees = {}  # by these, and by their paths without one directory, which a parallel tree has as well
+    depth = len(Path(place.base).parts)
     for path in paths:
-        for directory in Path(path).parents:
-            name = str(directory / Path(path).stem)
-            clips[name] = None if name in clips else path  # of two clips, nobody can say whose it is
+        *directories, stem = os.path.splitext(path)[0].split("/")
+        for number in range(depth, len(directories) + 1):
+            above = directories[:number]
+            listed = "/".join([*above, stem])
+            in_tree = "/".join([*above, *directories[number + 1 :], stem.removesuffix("_mic1")])  # as VCTK has them
+            for names, name in ((clips, listed), (trees, listed), (trees, in_tree)):
+                # Of two clips, nobody can say whose it is.
+                names[name] = path if names.get(name, path) == path else None
     for path in paths:
         clips[os.path.splitext(path)[0]] = path  # the full name is that of no other
-    texts = defaultdict(set)  # by the path of the clip
+    places = tree_places(place.base)
+    texts = defaultdict(set)  # by the path of the clip, and whether they are beside or above it
     for file in Path(place.base).rglob("*.txt"):
         if not (file.is_file() and file.resolve().is_relative_to(place.base)):
             continue
@@ -1447,14 +1468,17 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
         for line in content.splitlines():
             if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line):
                 named_texts.append(listed.groups())
-        for name, text in named_texts:
-            path = unicodedata.normalize("NFC", str(file.parent / name.strip()))
+        for directory, (name, text) in itertools.product(places[file.parent], named_texts):
+            path = os.path.normpath(os.path.join(directory, name.strip()))
+            path = unicodedata.normalize("NFC", path)
             stem = os.path.splitext(path)[0] if is_audio(path) else path
-            if clip := clips.get(stem):
-                texts[clip].add(text.strip())
+            is_near = directory == file.parent
+            if clip := (clips if is_near else trees).get(stem):
+                texts[clip, is_near].add(text.strip())
     column = []
     for path in paths:
-        column.append(texts[path].pop() if len(texts[path]) == 1 else None)
+        found = texts[path, True] or texts[path, False]
+        column.append(found.pop() if len(found) == 1 else None)
     present = [text for text in column if text is not None]
     if not any(present):
         return dataset

@@ -223,6 +223,7 @@ LISTS = {  # the audio's directory, the list, and how its lines begin
     "JSUT": ("basic5000/wav", "basic5000/transcript_utf8.txt", "clip{}:"),
     "CSS10": ("clips", "list.txt", "clips/clip{}.flac|"),
     "tabs": ("clips", "list.txt", "./clips/clip{}.FLAC\t"),
+    "AISHELL": ("wav/S0002", "transcript/transcript_v0.8.txt", "clip{} "),
 }
 
 
@@ -244,6 +245,22 @@ def test_a_text_of_which_nobody_can_say_whose_it_is_is_given_to_no_clip(tmp_path
     texts = [text for text, *_ in opened(tmp_path)]
     assert texts == ["jvs001", None, None, "jvs002", None, "jvs002"]
     assert f"3 of 6 rows of {tmp_path} have no transcription" in caplog.text
+
+
+def test_texts_in_a_tree_beside_that_of_the_audio_are_read_as_vctk_has_them(tmp_path):
+    names = ["p225/1.flac", "p225/2_mic1.flac", "p225/2_mic2.flac", "p225/3.flac", "p226/1.flac", "p226/3.flac"]
+    write_clips(tmp_path / "wav48", names)
+    for name, text in {"p225/1": "a", "p225/2": "b", "p226/1": "c", "p227/3": "another's", "3": "whose?"}.items():
+        write(tmp_path / "txt" / f"{name}.txt", text)
+    assert [text for text, *_ in opened(tmp_path)] == ["a", "b", None, None, "c", None]
+
+
+def test_texts_in_another_tree_count_for_clips_that_have_none_and_in_trees_without_audio(tmp_path):
+    write_clips(tmp_path, [f"train/{number}.flac" for number in range(3)])
+    write_clips(tmp_path / "test", ["0.flac", "1.flac"])
+    for name in ("train/0", "raw/0", "raw/2", "test/1"):
+        write(tmp_path / f"{name}.txt", name)
+    assert [text for text, *_ in opened(tmp_path)] == ["train/0", None, "raw/2"]
 
 
 def test_a_link_to_a_text_elsewhere_is_not_followed(tmp_path):
