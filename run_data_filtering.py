@@ -1090,9 +1090,10 @@ def split_title(split: str) -> str:
 
 
 def is_repository(reference: str) -> bool:
-    """Whether a reference is a repository, local or on the Hub: no file, nor what `save_to_disk` has written."""
+    """Whether a reference is a repository, local or on the Hub: no file, nor what `save_to_disk` or Kaldi writes."""
     path = Path(reference).expanduser()
-    return not (path.is_file() or (path / "state.json").exists() or (path / "dataset_dict.json").exists())
+    marks = ("state.json", "dataset_dict.json", "wav.scp")
+    return not (path.is_file() or any((path / mark).exists() for mark in marks))
 
 
 def is_audio(file: str) -> bool:
@@ -1187,11 +1188,13 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
+FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp.sh"
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`
 LISTED_TEXT = re.compile(r"([^\t|]+)[\t|]([^\t|]*)")
 SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*)")
+KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
 LOADING_ERRORS = (
     *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
@@ -1311,13 +1314,44 @@ def read_cells(path: str, text: str, suffix: str) -> pa.Table:
     return parse_cells(path, text, delimiter, csv.QUOTE_NONE)
 
 
-def read_table(path: str, suffix: str) -> pa.Table:
-    """The rows of a .csv, .tsv, .jsonl or .json file. Cells stay the text that they are."""
+def read_text(path: str) -> str:
+    """The text of a file. Raises ValueError where it is not UTF-8."""
     try:
         with fsspec.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
-            text = file.read()
+            return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): {NOT_UTF8}") from None
+
+
+def read_kaldi(place: Place) -> pa.Table:
+    """The clips of a data directory of Kaldi or ESPnet. Commands in its wav.scp are refused, and never run."""
+    if os.path.exists(f"{place.base}/segments"):
+        raise ValueError(f"it names parts of recordings (segments): {FORMAT_SCP}")
+    columns = {}
+    for column, file in KALDI_FILES.items():
+        if not os.path.lexists(f"{place.base}/{file}"):
+            continue  # only wav.scp must be there
+        columns[column] = {}
+        for clip, value in re.findall(r"^[ \t]*(\S+)(.*)", read_text(find_file(file, place)), re.MULTILINE):
+            if clip in columns[column]:
+                raise ValueError(f"its file {file} has two lines for {clip}")
+            columns[column][clip] = value.strip()
+    paths = columns["audio"]
+    for clip, path in paths.items():
+        if re.search(r"^\||\|$|\.ark:\d", path):
+            raise ValueError(f"its wav.scp has commands or archives, such as {path!r}: {FORMAT_SCP}")
+        if not os.path.exists(os.path.join(place.base, path)) and os.path.exists(path):
+            paths[clip] = os.path.abspath(path)  # ESPnet's are relative to where its recipe runs
+        full = os.path.realpath(os.path.join(place.base, paths[clip]))
+        if place.is_confined and not f"{full}/".startswith(f"{place.base}/"):
+            raise ValueError(f"its wav.scp names files elsewhere ({path}): name {place.base}/wav.scp to read them")
+    rows = {column: pa.array(map(values.get, paths), pa.string()) for column, values in columns.items()}
+    return pa.table({"id": list(paths), **rows})
+
+
+def read_table(path: str, suffix: str) -> pa.Table:
+    """The rows of a .csv, .tsv, .jsonl or .json file. Cells stay the text that they are."""
+    text = read_text(path)
     if suffix in (".csv", ".tsv"):
         return read_cells(path, text, suffix)
     rows = []
@@ -1569,13 +1603,14 @@ def open_dataset(
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Place]:
     """The rows of a split, with the audio column, where there is one, undecoded, and where the files they name lie.
 
-    `reference` is a .py file with a builder, a manifest, a local directory (a repository, or written by
-    `save_to_disk`), or a Hub id. `text_column` must be text, if it is there. `dir_suffix` is for our data loader.
-    `num_proc` processes convert what is not Arrow yet. `streaming` prepares nothing in the cache.
+    `reference` is a .py file with a builder, a manifest or wav.scp, a local directory (a repository, or written by
+    `save_to_disk` or Kaldi), or a Hub id. `text_column` must be text, if it is there. `dir_suffix` is for our data
+    loader. `num_proc` processes convert what is not Arrow yet. `streaming` prepares nothing in the cache.
     """
     mend_datasets()
     path = Path(reference).expanduser()
     place = Place(os.path.realpath(path.parent), is_confined=False)
+    kaldi = path.parent if path.name == "wav.scp" else path
     try:
         if path.suffix == ".py":
             builder = load_builder(path, config, dir_suffix)
@@ -1586,6 +1621,10 @@ def open_dataset(
         elif path.suffix in MANIFESTS and not path.is_dir():
             (name,) = split_names(split)
             dataset = select_split({name: datasets.Dataset(read_table(str(path), path.suffix))}, split)
+        elif (kaldi / "wav.scp").exists():
+            (name,) = split_names(split)
+            place = Place(os.path.realpath(kaldi), is_confined=kaldi == path)
+            dataset = select_split({name: datasets.Dataset(read_kaldi(place))}, split)
         elif path.is_file():
             fail(f"{reference} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
         elif not is_repository(reference):
@@ -1596,7 +1635,7 @@ def open_dataset(
         else:
             dataset, place = read_repository(reference, config, split, num_proc, streaming)
         dataset = find_audio(dataset, audio_column)
-    except LOADING_ERRORS as error:
+    except (Unreadable, *LOADING_ERRORS) as error:
         hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
         if glob.has_magic(reference):
             hint = ". `datasets` takes the characters *, ? and [ of its path for a pattern: rename the directory"

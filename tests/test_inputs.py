@@ -527,6 +527,89 @@ def test_a_file_that_is_no_table_tells_what_to_name(tmp_path):
     assert f"{table} is no dataset: name its directory" in refusal(opened, table)
 
 
+# ---- data directories of Kaldi and ESPnet ----------------------------------------------------------------------------
+
+
+def write_kaldi(root: Path, audio: Path, **changed: str) -> Path:
+    """A data directory with the clips in the directory `audio`; `changed` are other paths by the clip's id."""
+    write_clips(audio)
+    paths = {f"utt{number}": audio / name for number, name in enumerate(NAMES)} | changed
+    write(root / "wav.scp", "".join(f"{clip} {path}\n" for clip, path in paths.items()))
+    write(root / "text", "".join(f"utt{number} {text}\n" for number, text in enumerate(TEXTS)))
+    return root
+
+
+def test_a_data_directory_of_kaldi_is_read_in_every_stage(student, tiny_teacher, tmp_path):
+    root = write_kaldi(tmp_path / "data" / "train", tmp_path / "data" / "train" / "wavs")
+    write(root / "utt2spk", "utt1 speaker B\nutt0 A\n")
+    flags = (*SHORT, "--text_column_name", "transcription", "--id_column_name", "id")
+    rows = read_rows(label(tiny_teacher, root, tmp_path / "labels", *flags))
+    assert [row["audio"]["bytes"] for row in rows] == [*map(clip, range(6))]
+    assert [(row["id"], row["transcription"]) for row in rows] == [(f"utt{n}", text) for n, text in enumerate(TEXTS)]
+    assert [row["speaker"] for row in rows] == ["A", "speaker B", *[None] * 4]
+    output = score(tiny_teacher, root, tmp_path / "eval", "--id_column_name", "id")
+    assert [(row["id"], row["reference"]) for row in read_predictions(output)][1] == ("utt1", TEXTS[1])
+    assert hold_out(student, tiny_teacher, root, tmp_path / "out") == 0
+    assert "has no column 'whisper_transcript'; it has id, audio" in refusal(filter_clips, tiny_teacher, root)
+    assert opened(root) == opened(root, streaming=True) == WHOLE
+    (root / "text").unlink()
+    assert open_dataset(str(root), None, "train[1:]", "audio")[0]["id"] == [f"utt{n}" for n in range(1, 6)]
+
+
+def test_files_of_kaldi_may_have_tabs_spaces_line_ends_of_windows_and_no_text(tmp_path):
+    write_clips(tmp_path, ["a b.flac", *NAMES[1:]])
+    write(tmp_path / "wav.scp", "\ufeff1\ta b.flac\r\n2  clip1.flac \r\n\r\n3 clip2.flac\n4 gone.flac\n5")
+    write(tmp_path / "text", "2\r\n1\t西 日本 \r\nx y\r\n")
+    found = [("西 日本", 0.5, None), ("", 0.6, None), (None, 0.7, None)]
+    assert opened(tmp_path) == [*found, (None, 0.0, "file not found: gone.flac"), (None, 0.0, "no audio")]
+
+
+def test_paths_of_kaldi_count_inside_the_directory_and_elsewhere_where_wav_scp_itself_is_named(tmp_path, monkeypatch):
+    root = write_kaldi(tmp_path / "data" / "train", tmp_path / "downloads")
+    line = refusal(opened, root)
+    assert line.endswith(f"files elsewhere ({tmp_path}/downloads/clip0.flac): name {root}/wav.scp to read them")
+    assert opened(root / "wav.scp") == WHOLE
+    monkeypatch.chdir(tmp_path)  # ESPnet's paths are relative to it
+    write_kaldi(root, Path("downloads"))
+    assert "files elsewhere (downloads/clip0.flac)" in refusal(opened, root)
+    assert opened(Path("data/train/wav.scp")) == WHOLE
+    assert opened(write_kaldi(root, Path("data/train/wavs"))) == WHOLE
+    (root / "text").unlink()
+    (root / "text").symlink_to(write(tmp_path / "secret", "utt0 a secret"))
+    assert "not in the dataset: text" in refusal(opened, root)
+
+
+@pytest.mark.parametrize("path", ["touch {} |", "| touch {}", "wavs/data.ark:17"])
+def test_a_command_in_a_wav_scp_is_refused_before_any_work_in_every_stage_and_never_run(
+    path, student, tiny_teacher, tmp_path
+):
+    made = tmp_path / "made"
+    root = write_kaldi(tmp_path / "data", tmp_path / "data" / "wavs", utt3=path.format(made))
+    lines = [
+        refusal(label, tiny_teacher, root, tmp_path / "out"),
+        refusal(filter_clips, tiny_teacher, root),
+        refusal(hold_out, student, tiny_teacher, root, tmp_path / "out"),
+        refusal(score, tiny_teacher, root, tmp_path / "out"),
+        refusal(opened, root / "wav.scp"),
+    ]
+    assert all(path.format(made) in line and "make files of them first" in line for line in lines)
+    assert not made.exists() and not list(tmp_path.glob("out/**/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("segments", "utt0-1 utt0 0.0 0.5\n", "parts of recordings (segments): make files of them first"),
+        ("text", "utt0 a\nutt1 b\nutt0 c\n", "its file text has two lines for utt0"),
+        ("text", "utt0 東京\n".encode("cp932"), "text is not UTF-8"),
+    ],
+)
+def test_a_data_directory_of_kaldi_that_cannot_be_read_is_one_line(name, content, said, tmp_path):
+    root = write_kaldi(tmp_path, tmp_path / "wavs")
+    write(root / name, content)
+    assert said in refusal(opened, root)
+
+
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 
