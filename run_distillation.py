@@ -2192,7 +2192,10 @@ def open_split(source: Source, args: argparse.Namespace) -> tuple[datasets.Datas
     A dry run converts nothing: from parquet files it reads every column except the large inputs.
     """
     if args.dry_run and is_repository(source.reference):
-        builder, files_by_split = find_files(source.reference, source.config, source.split)
+        try:
+            builder, files_by_split = find_files(source.reference, source.config, source.split)
+        except (ValueError, *HUB_ERRORS) as error:
+            hub_fail(f"reading {source.reference} ({source.config})", error)
         if isinstance(builder, Parquet) and list(files_by_split) == [source.split]:
             files = files_by_split[source.split]
             filesystem, _ = fsspec.url_to_fs(files[0])

@@ -1284,6 +1284,14 @@ def test_no_label_is_longer_than_the_decoder_whatever_is_asked_for(plan, example
     assert said["input"].endswith("1 rows left out")
 
 
+@pytest.mark.parametrize("dataset", ["acme/no-such-dataset", "empty"])
+def test_a_dry_run_on_a_dataset_that_is_not_there_is_one_line(dataset, command, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=f"error: reading {dataset} "):
+        script.main(command("out", "--train_dataset_name", dataset, "--dry_run"))
+
+
 def test_a_dry_run_on_the_hub_reads_a_few_columns_and_makes_no_repository(plan, hub, vectorized, student, tmp_path):
     from huggingface_hub import HfApi
 
