@@ -159,6 +159,7 @@ FREE = {
     *("train_dataset_name", "train_dataset_config_name", "train_split_name", "audio_column_name", "text_column_name"),
     *("preprocessing_num_workers", "dataloader_num_workers", "cache_encoder_outputs", "do_train", "num_train_epochs"),
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "train_on_silence",  # it makes other labels, of which the record has a digest
 }
 
 
