@@ -393,6 +393,9 @@ def test_the_shards_do_not_depend_on_the_number_of_processes_or_on_interruptions
     assert digests(one) == digests(three)
     after = {path.name: path.stat().st_mtime_ns for path in one.glob("*.parquet")}
     assert {name for name in before if before[name] != after[name]} == {"train-00004-of-00012.parquet"}
+    told = [json.loads((tmp_path / run / "loading.small.train.json").read_text()) for run in ("1", "3")]
+    for name in ("clips", "counts", "problems"):  # of the whole dataset, not of what the last run has made
+        assert told[0][name] == told[1][name]
 
 
 def test_a_shard_that_was_damaged_is_written_anew(small, tmp_path):

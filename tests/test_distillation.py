@@ -485,6 +485,15 @@ def test_training_lowers_the_loss_and_leaves_a_whole_model(uninterrupted, studen
     assert str(uninterrupted.parent) not in card and str(tiny_teacher) not in card
 
 
+def test_copies_of_the_scripts_come_with_the_model_and_one_that_is_there_stays(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run_distillation.py").write_text("# another version\n")
+    output = run("out", "--max_steps", 1)
+    assert (output / "run_distillation.py").read_text() == "# another version\n"
+    ours = Path(script.__file__).with_name("create_student_model.py")
+    assert (output / ours.name).read_bytes() == ours.read_bytes()
+
+
 def test_a_frozen_encoder_is_the_teachers_unchanged_and_in_no_checkpoint(uninterrupted, tiny_teacher):
     trained, teacher = weights(uninterrupted), load_file(tiny_teacher / "model.safetensors")
     encoder = [name for name in teacher if name.startswith("model.encoder.")]
@@ -1194,6 +1203,8 @@ def linear(uninterrupted, tmp_path_factory) -> Path:
 def test_a_checkpoint_can_be_named_and_starting_afresh_needs_leave(run, command, uninterrupted, tmp_path):
     assert_equal_weights(run("on", "--resume_from_checkpoint", uninterrupted / "checkpoint-4-epoch-1"), uninterrupted)
     assert metrics(tmp_path / "on", "step") == [5, 6]
+    with pytest.raises(SystemExit, match=r"holds later results \(.*metrics\.jsonl"):  # all are of another run
+        script.main(command("on", "--resume_from_checkpoint", uninterrupted / "checkpoint-4-epoch-1"))
     with pytest.raises(SystemExit, match="holds later results"):
         script.main(command("on", "--resume_from_checkpoint", "False"))
     run("on", "--resume_from_checkpoint", "False", "--overwrite_output_dir")

@@ -951,6 +951,14 @@ def test_a_model_and_a_dataset_on_the_hub_are_evaluated_and_the_card_gets_the_ra
     assert json.loads((tmp_path / "results/metric.train.json").read_text())["scorer"] == "whisper"
 
 
+def test_the_rate_of_a_leaderboard_is_the_headline_also_where_it_counts_words():
+    scorers = [evaluation.Scorer("whisper", "words", evaluation.scoring_rule("whisper", "en", None))]
+    metrics, _ = score(["the cat sat"], ["the cat sits"], scorers)
+    metrics |= {"dataset": "acme/english", "dataset_config_name": None, "name": "test", "scorer": "whisper"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(evaluation.leaderboard_file(metrics)))
+    assert (entry.value, entry.notes) == (33.33, "WER (whisper), per cent, test, 1 clips")
+
+
 # ------------------------------------------------------------------------------------------------------------- command
 
 

@@ -643,6 +643,16 @@ def test_other_settings_are_not_mixed(source, filtered, run):
             run(source, *SAME, *change, output=filtered)
 
 
+def test_features_are_not_made_of_clips_that_were_filtered_otherwise(source, filtered, run, tmp_path):
+    """Overwriting is of what the run makes, and with --skip_filtering those are the features alone."""
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    flags = ("--skip_filtering", "--overwrite_output_dir", "--min_duration_in_seconds", 1)
+    changed = "min_duration_in_seconds was 0.0 and is now 1.0"
+    with pytest.raises(SystemExit, match=f"{NAMES[0]} was made with other settings: {changed}"):
+        run(source, *SAME, *flags, output=tmp_path)
+    assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
 def test_results_of_another_normaliser_are_not_mixed(source, filtered, run, tmp_path):
     """Such as those of versions that did not say which."""
     shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
@@ -879,6 +889,7 @@ def test_other_thresholds_count_the_clips_that_the_threshold_alone_decides_on(te
     assert report["reasons"] == {"shorter than the minimum": 2, "kept": 1, "score over the threshold": 1}
     assert set(report["other_thresholds"]["cer"].values()) == {1}
     assert (sum(report["score_histogram"]), report["score_histogram"][0]) == (2, 1)
+    assert [row["name"] for row in report["worst"]] == ["1 大阪で待つよ"]
 
 
 def test_the_card_keeps_what_others_wrote_and_replaces_its_own_section(source, filtered, run, tmp_path):

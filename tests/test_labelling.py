@@ -545,7 +545,9 @@ def test_what_a_user_gets_wrong_is_told_in_one_line(tiny_teacher, loaded, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(whole, tiny_teacher, loaded, tmp_path, capsys, hub):
+def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(
+    whole, tiny_teacher, loaded, tmp_path, monkeypatch, capsys, hub
+):
     output = shutil.copytree(whole, tmp_path / "out")
     (output / "tiny" / "train-00001-of-00004.parquet").unlink()
     before = files(output)
@@ -562,6 +564,9 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(whole, tiny_tea
     assert told["time"].startswith("about 0:00:0")
     assert files(output) == before
     assert not script.HfApi().repo_exists("acme/label-plan", repo_type="dataset")
+    monkeypatch.setattr(script, "measure_rate", lambda *_: 0.1)  # clips a second
+    script.main(arguments(tiny_teacher, loaded, output, *TWELVE, "--dry_run"))
+    assert "time: about 0:00:30 with 1 processes on cpu, 0.1 clips/s each\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="max_label_length was 128 and is now 64"):
         script.main(arguments(tiny_teacher, loaded, output, *TWELVE, "--dry_run", "--max_label_length", 64))
     assert script.main(arguments(tiny_teacher, loaded, tmp_path / "new", "--dry_run")) == 0
@@ -702,6 +707,28 @@ def test_other_settings_are_refused_and_named_and_overwriting_starts_afresh(whol
     assert script.main([*flags, "--overwrite_output_dir"]) == 0
     assert sorted(files(output)) == ["notes.txt", *(f"train-0000{i}-of-00003.parquet" for i in range(3))]
     assert len(read(output)) == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (["--dtype", "bfloat16"], "dtype was 'float32' and is now 'bfloat16'"),
+        (["--return_timestamps"], "return_timestamps was False and is now True"),
+        (["--generation_num_beams", 2], "generation_num_beams was 1 and is now 2"),
+        (["--max_label_length", 64], "max_label_length was 128 and is now 64"),
+        (["--decode_token_ids"], "decode_token_ids was False and is now True"),
+        (["--scores"], "scores was False and is now True"),
+        (["--language", "en"], "language was 'ja' and is now 'en'"),
+        (["--task", "translate"], "task was 'transcribe' and is now 'translate'"),
+        (["--attn_type", "eager"], "attention was 'sdpa' and is now 'eager'"),
+        (["--max_samples", 11], "rows was 12 and is now 11"),
+    ],
+)
+def test_labels_are_not_taken_for_those_that_other_flags_ask_for(whole, tiny_teacher, loaded, tmp_path, flags, changed):
+    output = shutil.copytree(whole, tmp_path / "out")
+    with pytest.raises(SystemExit, match=f"was made with other settings: {changed}"):
+        script.main(arguments(tiny_teacher, loaded, output, *TWELVE, *flags))
+    assert files(output) == files(whole)
 
 
 def test_another_dataset_or_teacher_of_the_same_name_is_refused(tiny_teacher, tiny_teacher_v2, clips, tmp_path):

@@ -175,6 +175,16 @@ def test_datasets_of_several_languages_tasks_and_kinds_mix(speech, as_labels, st
     assert (generation["language"], generation["task"]) == ("en", "translate")
 
 
+def test_what_is_held_out_is_in_the_first_language_and_task(speech, student, tmp_path):
+    """The figures are those of the student before it is trained."""
+    flags = ("--eval_dataset_name", speech, "--eval_split_name", "train", "--max_label_length", 60, "--max_steps", 1)
+    alone = fine_tune(student, speech, tmp_path / "alone", *flags, "--task", "translate")
+    several = (*flags, "--language", "ja+en", "--task", "translate+transcribe")
+    mixed = fine_tune(student, f"{speech}+{speech}", tmp_path / "mixed", *several)
+    for name in ("eval_loss", "eval_cer", "eval_wer"):
+        assert stages.read_figures(mixed, name)[0] == stages.read_figures(alone, name)[0]
+
+
 def test_a_language_or_task_that_the_model_lacks_is_named_wherever_it_stands(speech, student, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"--language xx: .* has no such language"):
         fine_tune(student, f"{speech}+{speech}", tmp_path / "out", "--language", "ja+xx")

@@ -256,6 +256,10 @@ def test_a_share_of_the_clips_stays_alone(arguments, tmp_path):
     assert 7 <= report["clips_left_alone"] <= 23
     alone = [window for window in read(tmp_path / PACKED, COLUMNS) if len(window["clips"]) == 1]
     assert report["clips_left_alone"] <= len(alone) < report["windows"]
+    (shard,) = (tmp_path / PACKED / "tiny").glob("*.parquet")
+    shared = [window for window in script.read_notes(shard)["windows"] if not window["alone"]]
+    speech = sum(window["samples"] for window in shared) / 16_000
+    assert report["fill"] == pytest.approx(100 * speech / (30 * len(shared)), abs=0.01)
 
 
 def test_a_window_has_one_speaker_and_a_prompt_and_no_label_is_over_the_limit(arguments, rows, teacher, tmp_path):

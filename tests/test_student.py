@@ -557,6 +557,17 @@ def test_running_again_changes_nothing(tiny_teacher, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".init.lock", "init"]
 
 
+def test_a_card_that_is_missing_or_empty_is_made_again(tiny_teacher, tmp_path):
+    student = create(tiny_teacher, tmp_path / "init")
+    card = (student / "README.md").read_text()
+    (student / "README.md").unlink()
+    create(tiny_teacher, student)
+    assert (student / "README.md").read_text() == card
+    (student / "README.md").write_text("")
+    create(tiny_teacher, student)
+    assert "A Whisper student before training. Its layers are copied from" in (student / "README.md").read_text()
+
+
 def change_weights(teacher: Path) -> None:
     tensors = load_file(teacher / "model.safetensors")
     tensors["model.decoder.layer_norm.bias"][0] += 1
@@ -701,6 +712,28 @@ def test_a_teacher_on_the_hub_is_downloaded_once_and_in_one_form(hub, hub_teache
     offline = create(hub_teacher, tmp_path / "offline", "--cache_dir", tmp_path / "cache")
     assert (offline / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
     assert not hub.log
+
+
+def test_a_teacher_that_changes_on_the_hub_meanwhile_is_copied_as_it_was(
+    hub, tiny_teacher, student, tmp_path, monkeypatch
+):
+    """The weights are of the commit that the card names, although they are loaded after the small files."""
+    api = HfApi()
+    teacher = copied(tiny_teacher, tmp_path / "teacher")
+    api.create_repo("acme/moving-teacher")
+    first = api.upload_folder(repo_id="acme/moving-teacher", folder_path=teacher).oid
+    load_processor = script.load_processor
+
+    def change_meanwhile(*given):
+        change_weights(teacher)
+        api.upload_folder(repo_id="acme/moving-teacher", folder_path=teacher)
+        return load_processor(*given)
+
+    monkeypatch.setattr(script, "load_processor", change_meanwhile)
+    output = create("acme/moving-teacher", tmp_path / "init")
+    assert api.model_info("acme/moving-teacher").sha != first
+    assert json.loads((output / "student.json").read_text())["teacher_commit"] == first
+    assert (output / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
 
 
 def test_nobody_is_asked_to_convert_a_teacher_whose_weights_are_pickled(

@@ -68,6 +68,8 @@ def test_labelling_stores_no_scores_beside_references_unless_asked(clips, tiny_t
     assert label_columns(tiny_teacher, speech, tmp_path / "out") == {"whisper_transcript"}
     unused = label_columns(tiny_teacher, speech, tmp_path / "unused", "--text_column_name", "none")
     assert unused == {"whisper_transcript", *GOOD}
+    again = label_columns(tiny_teacher, tmp_path / "unused", tmp_path / "again")
+    assert again == {"whisper_transcript"}  # those scores were of the labels that are replaced
 
 
 # ---- the filter ----
