@@ -196,6 +196,9 @@ for model in ${EVAL_MODELS}; do
   for dataset in ${EVAL_DATASETS}; do
     stage "evaluate ${path} on ${dataset}"
     evaluation="${WORK_DIR}/eval/$(basename "${path}")/$(basename "${dataset}" .py)"
+    if [[ " ${EVALUATIONS[*]} " == *" ${evaluation} "* ]]; then # another path ends with the same names
+      evaluation="${WORK_DIR}/eval/${path//\//_}/${dataset//\//_}"
+    fi
     EVALUATIONS+=("${evaluation}")
     # shellcheck disable=SC2086  # EVAL_ARGS holds several words
     launch run_short_form_eval.py \

@@ -1116,6 +1116,22 @@ def corpus_card(card: RepoCard | None, config: str, split: str) -> str:
     return str(card)
 
 
+def loading_record(args: argparse.Namespace, settings: dict, notes: dict, clips_made: int, seconds: float) -> dict:
+    """The record of a run that made so many of the clips in so many seconds."""
+    counts = notes["counts"]
+    return {
+        "status": "complete",
+        "settings": settings,
+        "clips": counts["clips"],
+        "hours": counts["seconds"] / 3600,
+        **notes,
+        "wall_seconds": seconds,
+        "clips_per_second": clips_made / seconds,
+        "arguments": shown_arguments(args),
+        "versions": library_versions("datasets", "huggingface_hub", "pyarrow"),
+    }
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -1162,7 +1178,9 @@ def main(argv: list[str] | None = None) -> int:
         if earlier := read_record(record_path):
             refuse_other_settings(record_path, earlier["settings"], settings)
         left = find_missing(jobs) or find_damaged_jobs(jobs, args.preprocessing_num_workers)
-        write_record(record_path, {"status": "running", "settings": settings})
+        is_new = left or not earlier or earlier["status"] != "complete"  # the record of a complete run is kept
+        if is_new:
+            write_record(record_path, {"status": "running", "settings": settings})
         logger.info("%d of %d shards are complete", len(jobs) - len(left), len(jobs))
 
         # 5. Work.
@@ -1170,22 +1188,12 @@ def main(argv: list[str] | None = None) -> int:
 
         # 6. Write record and card.
         notes = sum_notes([read_notes(job.shard) for job in jobs] + [unassigned_lines])
-        counts = notes["counts"]
-        seconds = time.monotonic() - started
         update = partial(corpus_card, config=args.target, split=split)
         write_card(args.output_dir, update)
-        record = {
-            "status": "complete",
-            "settings": settings,
-            "clips": counts["clips"],
-            "hours": counts["seconds"] / 3600,
-            **notes,
-            "wall_seconds": seconds,
-            "clips_per_second": counts["clips"] / seconds,
-            "arguments": shown_arguments(args),
-            "versions": library_versions("datasets", "huggingface_hub", "pyarrow"),
-        }
-        write_record(record_path, record)
+        if is_new:
+            clips_made = sum(read_notes(job.shard)["counts"]["clips"] for job in left)
+            record = loading_record(args, settings, notes, clips_made, time.monotonic() - started)
+            write_record(record_path, record)
         print_statistics(**notes)
 
         # 7. Push.

@@ -3369,6 +3369,16 @@ def push_output(output: Output) -> None:
     push_dataset(output.repository, output.directory, patterns, update_card, f"Filter {output.title}")
 
 
+def shards_to_make(args: argparse.Namespace, job: Job) -> dict[str, list[int]]:
+    """The shards of each output that are to be made."""
+    pending = {kind: output.missing_shards() for kind, output in job.outputs.items()}
+    if args.dry_run and args.overwrite_output_dir:  # which would delete what is there
+        for kind, output in job.outputs.items():
+            if kind != "filtered" or not args.skip_filtering:
+                pending[kind] = list(range(output.shards))
+    return pending
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -3402,7 +3412,7 @@ def main(argv: list[str] | None = None) -> int:
             pushed = prepare_outputs(args, job, is_main, locks)
 
             # 4. Find what is left to do.
-            pending = {kind: output.missing_shards() for kind, output in job.outputs.items()}
+            pending = shards_to_make(args, job)
         if args.dry_run:
             if is_main:
                 print_filtering_plan(args, job, pending, pushed, workers * state.num_processes)

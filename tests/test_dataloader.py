@@ -22,6 +22,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from hypothesis import given, settings
@@ -396,6 +397,16 @@ def test_the_shards_do_not_depend_on_the_number_of_processes_or_on_interruptions
     told = [json.loads((tmp_path / run / "loading.small.train.json").read_text()) for run in ("1", "3")]
     for name in ("clips", "counts", "problems"):  # of the whole dataset, not of what the last run has made
         assert told[0][name] == told[1][name]
+    made = pq.ParquetFile(one / "train-00004-of-00012.parquet").metadata.num_rows
+    assert round(told[0]["clips_per_second"] * told[0]["wall_seconds"]) == made < told[0]["clips"]
+
+
+def test_the_record_of_a_complete_run_is_kept_when_nothing_is_left_to_do(small, tmp_path):
+    records = []
+    for _ in range(2):
+        assert loader.main(["-t", "small", "--output_dir", str(tmp_path / "out")]) == 0
+        records.append((tmp_path / "out" / "loading.small.train.json").read_text())
+    assert records[1] == records[0]
 
 
 def test_a_shard_that_was_damaged_is_written_anew(small, tmp_path):

@@ -1027,6 +1027,10 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(hub, rows, run, t
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == states
     with pytest.raises(SystemExit, match="seed was 42 and is now 7"):
         preview("--seed", 7)
+    afresh = ("--seed", 7, "--overwrite_output_dir")  # which deletes what is there
+    assert [done[:6] for done in preview(*afresh)["done"]] == ["0 of 3"] * 2
+    assert [done[:6] for done in preview("--skip_filtering", "--overwrite_output_dir")["done"]] == ["3 of 3", "0 of 3"]
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == states
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

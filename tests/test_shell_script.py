@@ -230,6 +230,13 @@ def test_the_stages_come_in_order_and_those_for_gpus_are_launched(run):
     assert [flags(call)["--target"] for call in calls.of(DOWNLOADER)] == [["tiny"], ["test"]]
 
 
+def test_models_and_datasets_of_one_last_name_are_evaluated_apart(run):
+    calls = run(EVAL_MODELS="acme/model other/model", EVAL_DATASETS="acme/data other/data")
+    evaluations = [flags(call)["--output_dir"][0] for call in calls.of(EVALUATION) if "--compare" not in call]
+    assert len(set(evaluations)) == len(evaluations) == 4
+    assert flags(calls.of(EVALUATION)[-1])["--compare"] == evaluations
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_stage_accepts_the_flags_that_it_gets(run, recipe):
     calls = run(HF_ORG="acme", EVAL_CONFIG="tiny", **RECIPES[recipe][0])
