@@ -73,7 +73,6 @@ class Recipe:
 RECIPES = {
     "base": Recipe("what is recommended"),
     "wer_10": Recipe("filter", filter_flags=("--wer_threshold", "10")),
-    "unscored": Recipe("filter", filter_flags=("--text_column_name", "none")),
     "unfiltered": Recipe("filter", filter_flags=("--cer_threshold", "100000")),
     "cer_20": Recipe("filter", filter_flags=("--cer_threshold", "20")),
     "clips": Recipe("packing", packed=0.0),
