@@ -1184,14 +1184,14 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("%d of %d shards are complete", len(jobs) - len(left), len(jobs))
 
         # 5. Work.
-        process_tars(left, args.preprocessing_num_workers)
+        made = process_tars(left, args.preprocessing_num_workers)
 
         # 6. Write record and card.
         notes = sum_notes([read_notes(job.shard) for job in jobs] + [unassigned_lines])
         update = partial(corpus_card, config=args.target, split=split)
         write_card(args.output_dir, update)
         if is_new:
-            clips_made = sum(read_notes(job.shard)["counts"]["clips"] for job in left)
+            clips_made = sum(notes_of_tar["counts"]["clips"] for notes_of_tar in made)
             record = loading_record(args, settings, notes, clips_made, time.monotonic() - started)
             write_record(record_path, record)
         print_statistics(**notes)

@@ -2290,13 +2290,13 @@ class Rows(Dataset):
         if "language" in prompt:
             prefix += [f"<|{prompt['language']}|>", f"<|{prompt['task']}|>"]
         prefix_ids = tokenizer.convert_tokens_to_ids([*prefix, "<|notimestamps|>"])
+        # An empty text is silence where it is held out; in training it may be missing.
+        may_be_empty = self.source.is_held_out or args.train_on_silence
         labels = []
         for text in self.dataset[self.text_column]:
             label = []
             if text is None and args.train_on_silence:
                 text = ""
-            # An empty text is silence where it is held out; in training it may be missing.
-            may_be_empty = self.source.is_held_out or args.train_on_silence
             if text is not None and (may_be_empty or text.strip()):
                 text_ids = tokenizer.encode(text, add_special_tokens=False)
                 label = [*prefix_ids, *text_ids, tokenizer.eos_token_id]

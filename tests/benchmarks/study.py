@@ -174,7 +174,7 @@ class Study:
         with open(self.speech / "train" / "metadata.csv", encoding="utf-8", newline="") as file:
             said = {row["file_name"]: row["transcription"] for row in csv.DictReader(file)}
         filtered = min(dataset.parent.glob("labelled.*"), key=lambda path: len(path.name))
-        kept = [row for path in filtered.glob("**/*.parquet") for row in read_rows(path, "audio", "whisper_transcript")]
+        kept = pq.read_table(filtered / "default", columns=["audio", "whisper_transcript"]).to_pylist()
         tokenizer = WhisperTokenizerFast.from_pretrained(self.teacher)
         heard = tokenizer.batch_decode([row["whisper_transcript"] for row in kept], skip_special_tokens=True)
         normalise = BasicTextNormalizer()
@@ -233,10 +233,6 @@ class Study:
 
 def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def read_rows(path: Path, *columns: str) -> list[dict]:
-    return pq.read_table(path, columns=list(columns)).to_pylist()
 
 
 def read_predictions(output: Path, windows: bool) -> list[dict[str, str]]:
