@@ -134,12 +134,24 @@ def test_every_command_in_the_readme_runs_as_printed(agreeing_corpus, published,
     assert (tmp_path / "models" / "student-faster-whisper" / "model.bin").is_file()
 
 
-def test_the_readme_names_every_script_and_its_links_lead_somewhere():
+def test_the_readme_names_every_script():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     scripts = {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]}
     assert len(scripts) == 8
     assert not {name for name in scripts if name not in text}
-    headings = re.findall(r"(?m)^#+ (.*)$", text)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
-        assert target.removeprefix("#") in anchors if target.startswith("#") else (ROOT / target).exists(), target
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"(?m)^#+ (.*)$", path.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "tests/README.md", "tests/benchmarks/README.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
