@@ -1092,8 +1092,10 @@ def split_title(split: str) -> str:
 def is_repository(reference: str) -> bool:
     """Whether a reference is a repository, local or on the Hub: no file, nor what `save_to_disk` or Kaldi writes."""
     path = Path(reference).expanduser()
+    if not path.is_dir():
+        return not path.is_file() and path.suffix not in MANIFESTS
     marks = ("state.json", "dataset_dict.json", "wav.scp")
-    return not (path.is_file() or any((path / mark).exists() for mark in marks))
+    return not any((path / mark).exists() for mark in marks)
 
 
 def is_audio(file: str) -> bool:
@@ -1108,34 +1110,40 @@ def name_left_out(files: set[str], reason: str) -> None:
         logger.warning("left out: %d audio files %s: %s", len(files), reason, names)
 
 
-def find_files(
-    reference: str, config: str | None, split: str
-) -> tuple[datasets.DatasetBuilder, dict[str, DataFilesList]]:
-    """The builder that `datasets` chooses for a local directory or a Hub id, and the files of the named splits."""
+def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
+    """The builder that `datasets` chooses for a local directory or a Hub id; AudioFolder for a directory of audio."""
     directory = local_directory(reference)
     location = str(directory.resolve() if directory else reference)
     builder = datasets.load_dataset_builder(location, config)
     has_card = directory and (directory / "README.md").exists()  # which may say what to read
     beside_audio = ("text",) if has_card else ("csv", "json", "text")  # which counts more than these
-    audio = set()
-    if directory and builder.name in ("audiofolder", *beside_audio):  # not a repository of many shards
-        audio = set(filter(is_audio, resolve_pattern("**", location)))
+    if not directory or builder.name not in ("audiofolder", *beside_audio):  # such as a repository of many shards
+        return builder
+    audio = set(filter(is_audio, resolve_pattern("**", location)))
     if audio and builder.name in beside_audio:
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
+    if has_card or not audio:
+        return builder
+    files = set(itertools.chain(*builder.config.data_files.values()))
+    names = map(os.path.basename, files)
+    if audio - files and all(map(SPLIT_IN_NAME.search, names)):
+        # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
+        builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
+    left_out = audio.difference(*builder.config.data_files.values())
+    name_left_out(left_out, "that lie in the directory of no split")
+    return builder
+
+
+def find_files(
+    reference: str, config: str | None, split: str
+) -> tuple[datasets.DatasetBuilder, dict[str, DataFilesList]]:
+    """The builder for a local directory or a Hub id, and the files of the named splits."""
+    builder = choose_builder(reference, config)
     files_by_split = builder.config.data_files or {}
-    if isinstance(builder, AudioFolder) and not has_card:
-        files = set(itertools.chain(*files_by_split.values()))
-        names = map(os.path.basename, files)
-        if audio - files and all(map(SPLIT_IN_NAME.search, names)):
-            # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
-            builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
-            files_by_split = builder.config.data_files
-        left_out = audio.difference(*files_by_split.values())
-        name_left_out(left_out, "that lie in the directory of no split")
-    available = ", ".join(map(str, files_by_split))
     found = {}
     for name in split_names(split):
         if name not in files_by_split:
+            available = ", ".join(map(str, files_by_split))
             fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {available}")
         found[name] = files_by_split[name]
         refuse_unfinished(reference, builder.config.name, name, found[name])
@@ -1407,8 +1415,11 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         if is_local_parquet and (damaged := find_damaged(paths, threads=1)):
             fail(f"{damaged[0]} is damaged: run the command that wrote it again")
         raise
-    if kind != "webdataset":
-        return part
+    return spread_fields(part) if kind == "webdataset" else part
+
+
+def spread_fields(part: datasets.Dataset) -> datasets.Dataset:
+    """The rows of a WebDataset, with the fields of its JSON as columns."""
     part = part.remove_columns("__url__")  # which names a directory of this machine
     fields = part.features.get("json")
     if isinstance(fields, dict):
@@ -1460,16 +1471,64 @@ def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], i
     return dataset.select(rows)
 
 
-def tree_places(base: str) -> dict[Path, list[Path]]:
-    """The directories in `base`, each with its path, and with this path without a part of it that holds no audio."""
+def parallel_directories(base: str) -> dict[Path, list[Path]]:
+    """For each directory in `base`, its path without one part that holds no audio: txt/a is parallel to a."""
     tree = [(Path(directory), names) for directory, _, names in os.walk(base)]
-    with_audio = {directory for directory, names in tree if any(map(is_audio, names))}
-    with_audio = with_audio.union(*(directory.parents for directory in with_audio))
-    places = {}
+    with_audio = set()
+    for directory, names in tree:
+        if any(map(is_audio, names)):
+            with_audio |= {directory, *directory.parents}
+    parallel = {}
     for directory, _ in tree:
         silent = {directory, *directory.parents} - with_audio
-        places[directory] = [directory, *(part.parent / directory.relative_to(part) for part in silent)]
-    return places
+        parallel[directory] = [part.parent / directory.relative_to(part) for part in silent]
+    return parallel
+
+
+def add_name(clips: dict, directories: list[str], stem: str, path: str) -> None:
+    """Let a name stand for a clip; for none, if it is the name of another too, as nobody can say whose text it has."""
+    name = "/".join([*directories, stem])
+    clips[name] = path if clips.get(name, path) == path else None
+
+
+def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
+    """The clips by the names that a list beside or above them may give, and by those that a parallel tree may give.
+
+    In a parallel tree, one directory of a clip's path may be missing.
+    """
+    near = {}
+    far = {}
+    depth = len(Path(base).parts)
+    for path in paths:
+        *directories, stem = os.path.splitext(path)[0].split("/")
+        for number in range(depth, len(directories) + 1):
+            above = directories[:number]
+            below = directories[number + 1 :]
+            add_name(near, above, stem, path)
+            add_name(far, above, stem, path)
+            add_name(far, above + below, stem.removesuffix("_mic1"), path)  # VCTK's texts do not name the microphone
+    for path in paths:
+        near[os.path.splitext(path)[0]] = path  # the full name is that of no other
+    return near, far
+
+
+def listed_texts(file: Path) -> list[tuple]:
+    """Names and texts in a .txt file: all of it under its own name, and those of its lines."""
+    content = file.read_text("utf-8-sig", errors="replace")
+    texts = [(file.stem, content)]
+    for line in content.splitlines():
+        if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line):
+            texts.append(listed.groups())
+    return texts
+
+
+def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) -> None:
+    """Add a text to those of the clip that has this name in a directory, if one has."""
+    path = os.path.normpath(os.path.join(directory, name.strip()))
+    path = unicodedata.normalize("NFC", path)
+    stem = os.path.splitext(path)[0] if is_audio(path) else path
+    if clip := clips.get(stem):
+        texts[clip].add(text.strip())
 
 
 def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
@@ -1478,40 +1537,20 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
     NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them.
     For clips without any, texts in a parallel tree count: txt/a/NAME.txt for wav/a/NAME.wav.
     """
-    clips = {}  # by the names that a list may give them
-    trees = {}  # by these, and by their paths without one directory, which a parallel tree has as well
-    depth = len(Path(place.base).parts)
-    for path in paths:
-        *directories, stem = os.path.splitext(path)[0].split("/")
-        for number in range(depth, len(directories) + 1):
-            above = directories[:number]
-            listed = "/".join([*above, stem])
-            in_tree = "/".join([*above, *directories[number + 1 :], stem.removesuffix("_mic1")])  # as VCTK has them
-            for names, name in ((clips, listed), (trees, listed), (trees, in_tree)):
-                # Of two clips, nobody can say whose it is.
-                names[name] = path if names.get(name, path) == path else None
-    for path in paths:
-        clips[os.path.splitext(path)[0]] = path  # the full name is that of no other
-    places = tree_places(place.base)
-    texts = defaultdict(set)  # by the path of the clip, and whether they are beside or above it
+    near_clips, far_clips = name_clips(paths, place.base)
+    near_texts = defaultdict(set)
+    far_texts = defaultdict(set)
+    parallel = parallel_directories(place.base)
     for file in Path(place.base).rglob("*.txt"):
         if not (file.is_file() and file.resolve().is_relative_to(place.base)):
             continue
-        content = file.read_text("utf-8-sig", errors="replace")
-        named_texts = [(file.stem, content)]
-        for line in content.splitlines():
-            if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line):
-                named_texts.append(listed.groups())
-        for directory, (name, text) in itertools.product(places[file.parent], named_texts):
-            path = os.path.normpath(os.path.join(directory, name.strip()))
-            path = unicodedata.normalize("NFC", path)
-            stem = os.path.splitext(path)[0] if is_audio(path) else path
-            is_near = directory == file.parent
-            if clip := (clips if is_near else trees).get(stem):
-                texts[clip, is_near].add(text.strip())
+        for name, text in listed_texts(file):
+            add_text(near_texts, near_clips, file.parent, name, text)
+            for directory in parallel[file.parent]:
+                add_text(far_texts, far_clips, directory, name, text)
     column = []
     for path in paths:
-        found = texts[path, True] or texts[path, False]
+        found = near_texts[path] or far_texts[path]
         column.append(found.pop() if len(found) == 1 else None)
     present = [text for text in column if text is not None]
     if not any(present):
@@ -1520,6 +1559,26 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
         raise ValueError(f"its .txt files are not UTF-8: {NOT_UTF8}")
     logger.info("the texts of %d of %d audio files are in .txt files", len(present), len(column))
     return dataset.add_column("transcription", column)
+
+
+def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
+    """A split of a manifest, or of what Kaldi or `save_to_disk` wrote, and where its files lie."""
+    is_directory = path.is_dir()
+    place = Place(os.path.realpath(path if is_directory else path.parent), is_confined=is_directory)
+    if path.name == "wav.scp" or (path / "wav.scp").exists():
+        saved = datasets.Dataset(read_kaldi(place))
+    elif is_directory:
+        saved = datasets.load_from_disk(str(path))
+    elif path.suffix in MANIFESTS:
+        saved = datasets.Dataset(read_table(str(path), path.suffix))
+    else:
+        fail(f"{path} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
+    if isinstance(saved, datasets.DatasetDict):
+        return select_split(saved, split), place
+    names = set(split_names(split))
+    if len(names) > 1:
+        raise ValueError("its rows are those of one split")
+    return select_split(dict.fromkeys(names, saved), split), place
 
 
 def read_repository(
@@ -1542,21 +1601,19 @@ def read_repository(
 
 def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
     """The rows with undecoded audio in the named column. Without the flag, any other that is the only one will do."""
-    if audio_column not in (dataset.column_names or []):
-        if audio_column != "audio":  # the default
-            return dataset
-        features = dataset.features or {}
+    features = dataset.features or {}
+    if audio_column == "audio" and "audio" not in features:  # the default
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
         if not found:
             paths = [name for name in PATH_COLUMNS if features.get(name) == datasets.Value("string")]
             found = paths[:1]
-        if len(found) != 1:
-            return dataset
-        (name,) = found
-        logger.info("the audio is in the column %s", name)
-        return find_audio(dataset, name).rename_column(name, audio_column)
+        if len(found) == 1:
+            logger.info("the audio is in the column %s", found[0])
+            dataset = dataset.rename_column(found[0], audio_column)
+    if audio_column not in (dataset.column_names or []):
+        return dataset
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
-    stored = dataset.features and dataset.features[audio_column]
+    stored = dataset.features[audio_column]
     if isinstance(stored, dict) and "array" in stored and isinstance(dataset, datasets.Dataset):
         features = datasets.Features({**dataset.features, audio_column: undecoded})
         return dataset.cast(features)  # some rows at a time, unlike `cast_column`
@@ -1609,8 +1666,6 @@ def open_dataset(
     """
     mend_datasets()
     path = Path(reference).expanduser()
-    place = Place(os.path.realpath(path.parent), is_confined=False)
-    kaldi = path.parent if path.name == "wav.scp" else path
     try:
         if path.suffix == ".py":
             builder = load_builder(path, config, dir_suffix)
@@ -1618,22 +1673,10 @@ def open_dataset(
             if not streaming:
                 builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
             dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
-        elif path.suffix in MANIFESTS and not path.is_dir():
-            (name,) = split_names(split)
-            dataset = select_split({name: datasets.Dataset(read_table(str(path), path.suffix))}, split)
-        elif (kaldi / "wav.scp").exists():
-            (name,) = split_names(split)
-            place = Place(os.path.realpath(kaldi), is_confined=kaldi == path)
-            dataset = select_split({name: datasets.Dataset(read_kaldi(place))}, split)
-        elif path.is_file():
-            fail(f"{reference} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
-        elif not is_repository(reference):
-            saved = datasets.load_from_disk(str(path))
-            parts = saved if isinstance(saved, datasets.DatasetDict) else dict.fromkeys(split_names(split), saved)
-            place = Place(os.path.realpath(path), is_confined=True)
-            dataset = select_split(parts, split)
-        else:
+        elif is_repository(reference):
             dataset, place = read_repository(reference, config, split, num_proc, streaming)
+        else:
+            dataset, place = read_local(path, split)
         dataset = find_audio(dataset, audio_column)
     except (Unreadable, *LOADING_ERRORS) as error:
         hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"

@@ -403,6 +403,16 @@ def test_what_save_to_disk_has_written_is_read(tiny_teacher, tmp_path):
     assert len(read_rows(tmp_path / "two.wer_1000000000.0")) == len(TEXTS)
 
 
+def test_a_table_without_splits_is_one_split_of_any_name(tmp_path):
+    rows = [("audio", "transcription"), *zip(NAMES, TEXTS, strict=True)]
+    table = write_csv(write_clips(tmp_path / "files") / "clips.csv", rows)
+    Dataset.from_dict({"audio": embedded(), "transcription": TEXTS}).save_to_disk(tmp_path / "saved")
+    for dataset in (table, tmp_path / "saved"):
+        assert opened(dataset, "any[:1]+any[5:]") == [WHOLE[0], WHOLE[5]]
+        assert "train+test" in (line := refusal(opened, dataset, "train+test"))  # which would be the same rows twice
+        assert line.endswith("its rows are those of one split")
+
+
 def test_columns_of_samples_are_read(tmp_path):
     samples = np.sin(np.arange(8000) / 20).astype(np.float32)
     audio = [{"array": samples.tolist(), "sampling_rate": 16_000}, {"array": samples.tolist(), "sampling_rate": 8_000}]
