@@ -5,10 +5,10 @@
     python -m tests.benchmarks.study --list                 the recipes, and what each changes
 
 Every student takes the same number of steps with the same number of windows, but those of `steps_4` and `combined`. A
-recipe differs from `base` in one thing, but `combined`. The results go to DIRECTORY: `results.json`, `table.md` and `curves.png`. Run the same command
-again to continue: every stage keeps what it has finished, and recipes that have been measured are not run again. On
-several devices, run it once on each, with other recipes; the first makes the speech and the labels, so let it begin
-alone.
+recipe differs from `base` in one thing, but `combined`. The results go to DIRECTORY: `results.json`, `table.md` and
+`curves.png`. Run the same command again to continue: every stage keeps what it has finished, and recipes that have been
+measured are not run again. On several devices, run it once on each, with other recipes; the first makes the speech and
+the labels, so let it begin alone.
 
 The study calls the scripts as a user does: run_pseudo_labelling.py once, run_data_filtering.py and run_distillation.py
 for each recipe, and run_short_form_eval.py on single clips and on windows. `study_speech.py` says what is spoken.
