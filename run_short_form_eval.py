@@ -85,7 +85,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, LoggerType, gather_object
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, gather_object, slice_tensors
 from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList, resolve_pattern
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -1936,14 +1936,14 @@ class BatchDecoder:
             try:
                 results = self.decode_batch(left[: self.batch_size])
             except torch.OutOfMemoryError as error:
+                results = None
                 reason = first_line(error)
-            else:
-                del left[: len(results)]
-                yield from enumerate(results, number)
-                number += len(results)
+            if results is None:  # here, because in the `except` block the traceback still holds on to tensors
+                self.batch_size = halved(self.batch_size, reason)
                 continue
-            # Not in the `except` block, where the traceback still holds on to tensors.
-            self.batch_size = halved(self.batch_size, reason)
+            del left[: len(results)]
+            yield from enumerate(results, number)
+            number += len(results)
 
 
 def encode(
@@ -2015,24 +2015,20 @@ class Slots:
     """Fixed memory for the clips that are being decoded, a slot each."""
 
     sequences: torch.Tensor  # (slots, length); from <|startoftranscript|> on
-    place: torch.Tensor  # (slots,); of the last token in its sequence
+    position: torch.Tensor  # (slots,); of the last token in its sequence
     ended: torch.Tensor  # (slots,); also of a slot without a clip
     before_is_time: torch.Tensor  # (slots,); whether the token before the last one is a timestamp
     latest: torch.Tensor  # (slots,); the latest timestamp
     keys_values: list[tuple[torch.Tensor, ...]]  # by layer: keys and values of the text, keys and values of the audio
 
-    def tensors(self) -> list[torch.Tensor]:
-        state = [self.sequences, self.place, self.ended, self.before_is_time, self.latest]
-        return [*state, *itertools.chain.from_iterable(self.keys_values)]
-
     def first(self, number: int) -> "Slots":
         """The first slots, in the same memory."""
-        state = [tensor[:number] for tensor in self.tensors()[:5]]
-        return Slots(*state, [tuple(tensor[:number] for tensor in layer) for layer in self.keys_values])
+        return Slots(**slice_tensors(vars(self), slice(number)))
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Move clips to other slots."""
-        for tensor in self.tensors():
+        state = [self.sequences, self.position, self.ended, self.before_is_time, self.latest]
+        for tensor in itertools.chain(state, *self.keys_values):
             tensor[targets] = tensor[sources]
 
 
@@ -2092,26 +2088,25 @@ class GreedyDecoder:
         positions = (self.length, self.length, config.max_source_positions, config.max_source_positions)
         return Slots(
             sequences=new(self.batch_size, self.length, dtype=torch.long),
-            place=new(self.batch_size, dtype=torch.long),
+            position=new(self.batch_size, dtype=torch.long),
             ended=torch.ones(self.batch_size, dtype=torch.bool, device=self.model.device),
             before_is_time=new(self.batch_size, dtype=torch.bool),
             latest=new(self.batch_size, dtype=torch.long),
             keys_values=[tuple(map(memory, positions)) for _ in range(config.decoder_layers)],
         )
 
-    def start(self, states: BaseModelOutput, targets: list[int]) -> None:
+    def fill(self, states: BaseModelOutput, targets: list[int]) -> None:
         """Put the prompts of clips, and the keys and values of their audio, into these slots."""
-        prompts = torch.tensor([[token or 0 for token in self.prompt]] * len(targets), device=self.model.device)
-        if None in self.prompt:
-            rules = self.model.generation_config
-            languages = self.model.detect_language(encoder_outputs=states, generation_config=rules)
-            prompts[:, self.prompt.index(None)] = languages
         if self.slots is None:
             self.slots = self.make_slots()
         slots = self.slots
         rows = torch.tensor(targets, device=self.model.device)
-        slots.sequences[rows, : len(self.prompt)] = prompts
-        slots.place[rows] = 0
+        for position, token in enumerate(self.prompt):
+            if token is None:  # the language
+                rules = self.model.generation_config
+                token = self.model.detect_language(encoder_outputs=states, generation_config=rules)
+            slots.sequences[rows, position] = token
+        slots.position[rows] = 0
         slots.ended[rows] = False
         if self.first_timestamp:
             slots.latest[rows] = self.first_timestamp - 1
@@ -2126,13 +2121,13 @@ class GreedyDecoder:
         decoder = self.model.model.decoder
         number, heads, length, size = slots.keys_values[0][0].shape
         rows = torch.arange(number, device=token.device)
-        hidden = (decoder.embed_tokens(token) + decoder.embed_positions.weight[slots.place])[:, None]
-        unseen = torch.arange(length, device=token.device) > slots.place[:, None]
+        hidden = (decoder.embed_tokens(token) + decoder.embed_positions.weight[slots.position])[:, None]
+        unseen = torch.arange(length, device=token.device) > slots.position[:, None]
         mask = hidden.new_zeros(number, 1, 1, length).masked_fill_(unseen[:, None, None], -math.inf)
         for layer, (keys, values, audio_keys, audio_values) in zip(decoder.layers, slots.keys_values, strict=True):
             normed = layer.self_attn_layer_norm(hidden)
-            keys[rows, :, slots.place] = layer.self_attn.k_proj(normed).view(number, heads, size)
-            values[rows, :, slots.place] = layer.self_attn.v_proj(normed).view(number, heads, size)
+            keys[rows, :, slots.position] = layer.self_attn.k_proj(normed).view(number, heads, size)
+            values[rows, :, slots.position] = layer.self_attn.v_proj(normed).view(number, heads, size)
             hidden = hidden + attend(layer.self_attn, normed, keys, values, mask)
             normed = layer.encoder_attn_layer_norm(hidden)
             hidden = hidden + attend(layer.encoder_attn, normed, audio_keys, audio_values)
@@ -2145,22 +2140,23 @@ class GreedyDecoder:
 
         A CUDA graph forbids to ask the host for anything here.
         """
-        token = slots.sequences.gather(1, slots.place[:, None])[:, 0]
+        token = slots.sequences.gather(1, slots.position[:, None])[:, 0]
         scores = self.next_logits(slots, token).masked_fill_(self.never, -math.inf)
-        is_first = slots.place == len(self.prompt) - 1  # the next token is the first of the text
+        is_first = slots.position == len(self.prompt) - 1  # the next token is the first of the text
         scores.masked_fill_(is_first[:, None] & self.never_first, -math.inf)
         if self.first_timestamp:
             last_is_time = token >= self.first_timestamp
             timestamp_rules(scores, self.first_timestamp, self.end, last_is_time, slots.before_is_time, slots.latest)
             # Where a text has one token, the rules take it for granted that a timestamp is before it.
             slots.before_is_time.copy_(torch.where(slots.ended, slots.before_is_time, last_is_time | is_first))
-        slots.place.add_(~slots.ended)
-        place = slots.place[:, None]
-        is_given = slots.ended | (slots.place < len(self.prompt))
-        chosen = torch.where(is_given, slots.sequences.gather(1, place)[:, 0], scores.argmax(-1))
+        slots.position.add_(~slots.ended)  # that of the new token; a clip that has ended stays where it is
+        position = slots.position[:, None]
+        present = slots.sequences.gather(1, position)[:, 0]
+        is_given = slots.ended | (slots.position < len(self.prompt))
+        chosen = torch.where(is_given, present, scores.argmax(-1))
         slots.latest.copy_(torch.maximum(slots.latest, chosen))
-        slots.sequences.scatter_(1, place, chosen[:, None])
-        slots.ended.logical_or_((chosen == self.end) | (slots.place == self.length - 1))
+        slots.sequences.scatter_(1, position, chosen[:, None])
+        slots.ended.logical_or_((chosen == self.end) | (slots.position == self.length - 1))
 
     def capture(self, slots: Slots) -> torch.cuda.CUDAGraph | None:
         """Record a step as a CUDA graph; None where that fails, and steps are then launched kernel by kernel.
@@ -2187,57 +2183,54 @@ class GreedyDecoder:
         slots.ended.copy_(ended)
         return graph
 
-    def run(self, number: int) -> None:
+    def run_steps(self, number: int) -> None:
         """A few steps of at least the first slots. A GPU has a graph for all slots, for half of them, and so on."""
-        if not self.on_gpu:
-            slots = self.slots.first(number)
-            for _ in range(CHECK_STEPS):
-                self.step(slots)
-            return
-        size = self.batch_size
-        while size // 2 >= max(number, FEWEST_SLOTS):
-            size //= 2
+        size = number
+        if self.on_gpu:
+            size = self.batch_size
+            while size // 2 >= max(number, FEWEST_SLOTS):
+                size //= 2
+            if size not in self.graphs:
+                self.graphs[size] = self.capture(self.slots.first(size))
         slots = self.slots.first(size)
-        if size not in self.graphs:
-            self.graphs[size] = self.capture(slots)
-        graph = self.graphs[size]
+        graph = self.graphs.get(size)
         for _ in range(CHECK_STEPS):
             if graph:
                 graph.replay()
             else:
                 self.step(slots)
 
-    def encode_group(
-        self, waveforms: dict[int, np.ndarray], numbers: Iterator[int]
-    ) -> tuple[list[int], BaseModelOutput | None]:
-        """The numbers of the next clips, which start together, and their states."""
+    def encode_groups(self, waveforms: dict[int, np.ndarray]) -> Iterator[tuple[list[int], BaseModelOutput]]:
+        """The numbers of clips that take their slots together, and their states."""
+        numbers = list(waveforms)
         size = min(ENCODED_TOGETHER, math.ceil(self.batch_size / 4))
-        group = list(itertools.islice(numbers, size))
-        return group, encode(self.model, self.extractor, [waveforms[clip] for clip in group]) if group else None
+        for start in range(0, len(numbers), size):
+            group = numbers[start : start + size]
+            yield group, encode(self.model, self.extractor, [waveforms[number] for number in group])
 
     def decode_in_slots(self, waveforms: dict[int, np.ndarray]) -> Iterator[tuple[int, list[int]]]:
         """`decode` without the halving."""
-        numbers = iter(list(waveforms))
-        waiting, states = self.encode_group(waveforms, numbers)
-        clips: dict[int, int] = {}  # by slot
+        groups = self.encode_groups(waveforms)
+        waiting, states = next(groups)
+        clips: dict[int, int] = {}  # their numbers, by slot
         while waiting or clips:
             free = [slot for slot in range(self.batch_size) if slot not in clips]
             while waiting and len(free) >= len(waiting):
                 targets = free[: len(waiting)]
-                self.start(states, targets)
-                clips |= dict(zip(targets, waiting, strict=True))
+                self.fill(states, targets)
+                clips |= zip(targets, waiting, strict=True)
                 del free[: len(waiting)]
                 # Ahead of their time, so that a GPU has work while the host looks which clips have ended.
-                waiting, states = self.encode_group(waveforms, numbers)
+                waiting, states = next(groups, ([], None))
             if not waiting:
                 self.close_ranks(clips)
-            self.run(1 + max(clips))
+            self.run_steps(1 + max(clips))
             ended = self.slots.ended.tolist()
             done = [slot for slot in clips if ended[slot]]
-            places = self.slots.place[done].tolist()
+            positions = self.slots.position[done].tolist()
             sequences = self.slots.sequences[done].tolist()
-            for slot, place, sequence in zip(done, places, sequences, strict=True):
-                yield clips.pop(slot), sequence[: place + 1]
+            for slot, position, sequence in zip(done, positions, sequences, strict=True):
+                yield clips.pop(slot), sequence[: position + 1]
 
     def close_ranks(self, clips: dict[int, int]) -> None:
         """Move the clips of the last slots into those in front that are free, so that a step computes fewer slots."""
@@ -2260,11 +2253,11 @@ class GreedyDecoder:
                 for clip, sequence in self.decode_in_slots(left):
                     yield clip, sequence
                     del left[clip]
-                continue
             except torch.OutOfMemoryError as error:
                 reason = first_line(error)
-            self.forget()
-            self.batch_size = halved(self.batch_size, reason)
+            if left:  # memory has run out
+                self.forget()
+                self.batch_size = halved(self.batch_size, reason)
 
 
 # ---- common: text ----------------------------------------------------------------------------------------------------

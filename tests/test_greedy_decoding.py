@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import types
 
 import librosa
@@ -158,7 +159,7 @@ def test_the_rules_of_a_step_are_those_of_transformers_on_random_logits(request,
     generator = torch.Generator().manual_seed(0)
     times = rules.no_timestamps_token_id + 1
     slots.sequences[:, :prefix] = torch.tensor(decoder.prompt)
-    slots.place.fill_(prefix - 1)
+    slots.position.fill_(prefix - 1)
     slots.ended.fill_(False)
     slots.latest.fill_(times - 1)
     processors = [
@@ -174,12 +175,12 @@ def test_the_rules_of_a_step_are_those_of_transformers_on_random_logits(request,
         logits[::2, rules.begin_suppress_tokens] += 20  # so that the rule for the first token is needed
         decoder.next_logits = lambda slots, token, logits=logits: logits.clone()
         going_on = ~slots.ended
-        text = slots.sequences[:, : int(slots.place.max()) + 1].clone()
+        text = slots.sequences[:, : int(slots.position.max()) + 1].clone()
         decoder.step(slots)
         expected = logits
         for processor in processors:
             expected = processor(text, expected)
-        chosen = slots.sequences.gather(1, slots.place[:, None])[:, 0]
+        chosen = slots.sequences.gather(1, slots.position[:, None])[:, 0]
         assert torch.equal(chosen[going_on], expected.argmax(-1)[going_on])
         chosen_times.append((chosen >= times).float().mean().item())
         slots.ended.logical_and_(going_on.logical_not())  # this test goes on behind an end, as the rules do
@@ -229,7 +230,8 @@ def test_a_step_reads_nothing_back_and_mixes_no_devices(timestamps, dtype):
     slots = decoder.make_slots()
     for number in (16, 8):
         decoder.step(slots.first(number))
-    assert {tensor.device.type for tensor in slots.tensors()} == {"meta"}
+    tensors = [slots.sequences, slots.position, slots.ended, slots.before_is_time, slots.latest]
+    assert {tensor.device.type for tensor in itertools.chain(tensors, *slots.keys_values)} == {"meta"}
     decoder.next_logits = lambda slots, token: torch.zeros(16, 51866)
     with pytest.raises(RuntimeError, match="meta"):
         decoder.step(slots)
@@ -264,7 +266,7 @@ def gpu(monkeypatch):
     def noted(decoder, slots):
         step(decoder, slots)
         for stand_in in capturing:
-            sizes.append(len(slots.place))
+            sizes.append(len(slots.position))
             stand_in.step = lambda: step(decoder, slots)
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
@@ -312,20 +314,20 @@ def test_memory_that_runs_out_halves_the_slots_and_changes_no_text(tiny_teacher,
     options = {**JAPANESE, "return_timestamps": True}
     expected = stock_texts(model, tiny_teacher, waveforms, **options)
     decoder = greedy(model, tiny_teacher, 8, **options)
-    start, steps = decoder.start, []
+    fill, steps = decoder.fill, []
 
     def small_device(clips, targets):
         steps.append(decoder.batch_size)
         if decoder.batch_size > 2 and len(steps) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        start(clips, targets)
+        fill(clips, targets)
 
-    decoder.start = small_device
+    decoder.fill = small_device
     assert texts(decoder, waveforms) == expected
     assert decoder.batch_size == 2
     assert caplog.text.count("for the rest of the run") == 2
     decoder.batch_size = 1
-    decoder.start = lambda clips, targets: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    decoder.fill = lambda clips, targets: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(SystemExit, match="not enough memory for one clip"):
         texts(decoder, waveforms[:1])
 

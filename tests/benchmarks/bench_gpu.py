@@ -197,17 +197,16 @@ def end_texts(script, limit: int) -> None:
     class Ending(script.GreedyDecoder):
         """The lengths of the texts are in a further entry of `keys_values`, so they go where their clips go."""
 
-        def encode_group(self, waveforms: dict[int, np.ndarray], numbers: Iterator[int]) -> tuple:
-            group, states = super().encode_group(waveforms, numbers)
-            if group:
+        def encode_groups(self, waveforms: dict[int, np.ndarray]) -> Iterator[tuple]:
+            for group, states in super().encode_groups(waveforms):
                 states.lengths = [text_length(len(waveforms[clip]), limit) for clip in group]
-            return group, states
+                yield group, states
 
-        def start(self, states, targets: list[int]) -> None:
+        def fill(self, states, targets: list[int]) -> None:
             known = self.slots.keys_values.pop() if self.slots else None
-            super().start(states, targets)
+            super().fill(states, targets)
             known = known or (torch.zeros(self.batch_size, dtype=torch.long, device=DEVICE),)
-            # The place of the last token but the end.
+            # The position of the last token but the end.
             known[0][targets] = torch.tensor(states.lengths, device=DEVICE) + len(self.prompt) - 1
             self.slots.keys_values.append(known)
 
@@ -215,7 +214,7 @@ def end_texts(script, limit: int) -> None:
             *layers, (lengths,) = slots.keys_values
             logits = super().next_logits(dataclasses.replace(slots, keys_values=layers), token)
             logits[:, self.end].fill_(-math.inf)
-            logits[:, self.end].masked_fill_(slots.place >= lengths - 1, 1e4)
+            logits[:, self.end].masked_fill_(slots.position >= lengths - 1, 1e4)
             return logits
 
     script.GreedyDecoder = Ending
