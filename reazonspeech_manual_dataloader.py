@@ -248,7 +248,10 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
             for partial in path.parent.glob(pattern):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                if partial.is_dir():
+                    shutil.rmtree(partial)
+                else:
+                    partial.unlink()
         yield
 
 
@@ -348,7 +351,8 @@ def library_versions(*names: str) -> dict[str, str]:
 
 def changed_setting(earlier: dict, settings: dict) -> str | None:
     """The first setting in which an earlier run differs from this one, for people to read; None where none does."""
-    for name, value in json.loads(json.dumps(settings, default=str)).items():
+    settings = json.loads(json.dumps(settings, default=str))  # as a record gives them back, tuples as lists
+    for name, value in settings.items():
         if earlier.get(name) != value:
             return f"{name} was {earlier.get(name)!r} and is now {value!r}"
     return None
@@ -406,7 +410,7 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
 
 def push_again(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
-    for seconds in (1, 2, 4, 0):
+    for seconds in (1, 2, 4, 0):  # to wait after a try that failed; 0 = it was the last
         try:
             push()
             return
@@ -529,8 +533,9 @@ def read_footer(path: Path) -> pq.FileMetaData | None:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - size - 40))
             end = file.read()
-        mark, expected, footer = end[:8], end[8:-size], end[-size:]
-        is_other = mark == FOOTER_MARK and expected != hashlib.sha256(footer).digest()
+        before = end[:-size]
+        digest = hashlib.sha256(end[-size:]).digest()
+        is_other = before.startswith(FOOTER_MARK) and before != FOOTER_MARK + digest
         return None if is_other else metadata
     except (FileNotFoundError, NotADirectoryError):
         raise

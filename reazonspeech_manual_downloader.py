@@ -237,7 +237,10 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
             for partial in path.parent.glob(pattern):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                if partial.is_dir():
+                    shutil.rmtree(partial)
+                else:
+                    partial.unlink()
         yield
 
 

@@ -461,7 +461,10 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
             for partial in path.parent.glob(pattern):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                if partial.is_dir():
+                    shutil.rmtree(partial)
+                else:
+                    partial.unlink()
         yield
 
 
@@ -561,7 +564,8 @@ def library_versions(*names: str) -> dict[str, str]:
 
 def changed_setting(earlier: dict, settings: dict) -> str | None:
     """The first setting in which an earlier run differs from this one, for people to read; None where none does."""
-    for name, value in json.loads(json.dumps(settings, default=str)).items():
+    settings = json.loads(json.dumps(settings, default=str))  # as a record gives them back, tuples as lists
+    for name, value in settings.items():
         if earlier.get(name) != value:
             return f"{name} was {earlier.get(name)!r} and is now {value!r}"
     return None
@@ -619,7 +623,7 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
 
 def push_again(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
-    for seconds in (1, 2, 4, 0):
+    for seconds in (1, 2, 4, 0):  # to wait after a try that failed; 0 = it was the last
         try:
             push()
             return
@@ -769,8 +773,9 @@ def read_footer(path: Path) -> pq.FileMetaData | None:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - size - 40))
             end = file.read()
-        mark, expected, footer = end[:8], end[8:-size], end[-size:]
-        is_other = mark == FOOTER_MARK and expected != hashlib.sha256(footer).digest()
+        before = end[:-size]
+        digest = hashlib.sha256(end[-size:]).digest()
+        is_other = before.startswith(FOOTER_MARK) and before != FOOTER_MARK + digest
         return None if is_other else metadata
     except (FileNotFoundError, NotADirectoryError):
         raise
@@ -892,15 +897,17 @@ def refuse_other_sizes(
     reference: str, config: WhisperConfig, vocabulary: dict[str, int], extractor: WhisperFeatureExtractor
 ) -> None:
     """Fail where tokenizer or feature extractor are not of the model that config.json describes."""
-    last_token = max(*vocabulary.values(), vocabulary["<|notimestamps|>"] + TIMESTAMPS)
-    is_padded = config.vocab_size > last_token and config.vocab_size % 8 == 0  # for the sake of speed
+    num_ids = 1 + max(*vocabulary.values(), vocabulary["<|notimestamps|>"] + TIMESTAMPS)
+    if config.vocab_size > num_ids and config.vocab_size % 8 == 0:
+        num_ids = config.vocab_size  # padded for the sake of speed
     sizes = {
-        "the tokenizer's ids": (last_token + 1, config.vocab_size, "vocab_size"),
-        "the feature extractor's mel bins": (extractor.feature_size, config.num_mel_bins, "num_mel_bins"),
-        "the encoder's positions": (ENCODER_POSITIONS, config.max_source_positions, "max_source_positions"),
+        "vocab_size": ("the tokenizer's ids", num_ids),
+        "num_mel_bins": ("the feature extractor's mel bins", extractor.feature_size),
+        "max_source_positions": ("the encoder's positions", ENCODER_POSITIONS),
     }
-    for name, (expected, actual, key) in sizes.items():
-        if expected != actual and not (key == "vocab_size" and is_padded):
+    for key, (name, expected) in sizes.items():
+        actual = getattr(config, key)
+        if actual != expected:
             fail(f"{reference} has files of several models: {name} are {expected}, {key} in config.json is {actual}")
 
 
@@ -1056,12 +1063,12 @@ def find_silent(earlier: dict[int, tuple[int, int]], now: dict[int, tuple[int, i
 
     They have stopped beating; or, where no process has arrived anywhere since, the others have come further.
     """
-    arrivals = {rank: count for rank, (_, count) in now.items()}
-    earlier_arrivals = {rank: count for rank, (_, count) in earlier.items()}
+    arrivals = [count for _, count in now.values()]
+    earlier_arrivals = [count for _, count in earlier.values()]
     silent = []
     for rank, (beats, count) in now.items():
         has_stopped = rank in earlier and earlier[rank][0] == beats
-        is_behind = arrivals == earlier_arrivals and count < max(arrivals.values())
+        is_behind = arrivals == earlier_arrivals and count < max(arrivals)
         if has_stopped or is_behind:
             silent.append(rank)
     return silent
