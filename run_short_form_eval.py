@@ -1215,15 +1215,15 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows:
         raise ValueError(f"{path} is empty")
-    header = [name.strip() for name in rows[0]]
-    columns = list(zip(*rows[1:], strict=True)) or [()] * len(header)
+    header = rows.pop(0)
     names = []
     arrays = []
     for number, name in enumerate(header):
-        if name:
-            names.append(name)
-            arrays.append(pa.array(columns[number], pa.string()))
-        elif number > 0 and any(columns[number]):  # the first column may be an index of pandas
+        column = [cells[number] for cells in rows]
+        if name.strip():
+            names.append(name.strip())
+            arrays.append(pa.array(column, pa.string()))
+        elif number > 0 and any(column):  # the first column may be an index of pandas
             raise ValueError(f"{path} has cells in column {number + 1}, which the header does not name")
     return pa.table(arrays, names)
 
@@ -1404,16 +1404,10 @@ def parallel_directories(base: str) -> dict[Path, list[Path]]:
     return parallel
 
 
-def add_name(clips: dict, directories: list[str], stem: str, path: str) -> None:
-    """Let a name stand for a clip; for none, if it is the name of another too, as nobody can say whose text it has."""
-    name = "/".join([*directories, stem])
-    clips[name] = path if clips.get(name, path) == path else None
-
-
 def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
     """The clips by the names that a list beside or above them may give, and by those that a parallel tree may give.
 
-    In a parallel tree, one directory of a clip's path may be missing.
+    In a parallel tree, one directory of a clip's path may be missing. A name of two clips stands for none.
     """
     near = {}
     far = {}
@@ -1422,10 +1416,11 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
         *directories, stem = os.path.splitext(path)[0].split("/")
         for number in range(depth, len(directories) + 1):
             above = directories[:number]
-            below = directories[number + 1 :]
-            add_name(near, above, stem, path)
-            add_name(far, above, stem, path)
-            add_name(far, above + below, stem.removesuffix("_mic1"), path)  # VCTK's texts do not name the microphone
+            listed = "/".join([*above, stem])
+            # VCTK's texts do not name the microphone.
+            in_tree = "/".join([*above, *directories[number + 1 :], stem.removesuffix("_mic1")])
+            for clips, name in ((near, listed), (far, listed), (far, in_tree)):
+                clips[name] = path if clips.get(name, path) == path else None
     for path in paths:
         near[os.path.splitext(path)[0]] = path  # the full name is that of no other
     return near, far
@@ -1443,8 +1438,7 @@ def listed_texts(file: Path) -> list[tuple]:
 
 def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) -> None:
     """Add a text to those of the clip that has this name in a directory, if one has."""
-    path = os.path.normpath(os.path.join(directory, name.strip()))
-    path = unicodedata.normalize("NFC", path)
+    path = unicodedata.normalize("NFC", os.path.normpath(directory / name.strip()))
     stem = os.path.splitext(path)[0] if is_audio(path) else path
     if clip := clips.get(stem):
         texts[clip].add(text.strip())
@@ -1515,7 +1509,9 @@ def read_repository(
         parts[name] = load_part(builder.name, paths, place, **options)
     if builder.name == "audiofolder" and not directory:
         place = Place("", is_confined=False)  # the loader has found and downloaded the files itself
-    return parts[split] if split in parts else select_split(parts, split), place
+    if split in parts:
+        return parts[split], place
+    return select_split(parts, split), place
 
 
 def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
@@ -1539,8 +1535,8 @@ def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset
     return dataset.cast_column(audio_column, undecoded)
 
 
-def find_texts(reference: str, dataset: datasets.Dataset, column: str | None) -> datasets.Dataset:
-    """The rows with the names of classes in a column of texts. Fails where it holds something else."""
+def convert_texts(reference: str, dataset: datasets.Dataset, column: str | None) -> datasets.Dataset:
+    """The rows with strings in a column of texts, which may have classes. Fails where it holds something else."""
     feature = dataset.features.get(column)
     if feature is None or isinstance(dataset, datasets.IterableDataset):
         return dataset
@@ -1603,7 +1599,7 @@ def open_dataset(
             hint = ". `datasets` takes the characters *, ? and [ of its path for a pattern: rename the directory"
         cause = first_line(error.__cause__ or error)
         fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
-    return find_texts(reference, dataset, text_column), place
+    return convert_texts(reference, dataset, text_column), place
 
 
 def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
