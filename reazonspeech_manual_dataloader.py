@@ -751,11 +751,6 @@ def summary(problems: Problems) -> str:
     return "; ".join(kinds) or "nothing"
 
 
-def tar_prefix(line: bytes) -> bytes:
-    """Return the part of a tsv line that names its tar, such as `000/`."""
-    return line[2:6] if line[:2] == b"./" else line[:4]
-
-
 def locate_transcripts(tsv: Path, indices: Iterable[int], problems: Problems) -> dict[int, array]:
     """Find the lines of each tar, so that a worker reads only those of its tars: all.tsv has 2.1 GB.
 
@@ -768,18 +763,19 @@ def locate_transcripts(tsv: Path, indices: Iterable[int], problems: Problems) ->
     """
     line_ranges = {index: array("q") for index in indices}
     ranges_by_prefix = {b"%03x/" % index: ranges for index, ranges in line_ranges.items()}
-    number = 1
     start = 0
     with open(tsv, "rb", buffering=1 << 20) as file:
-        for prefix, adjacent in itertools.groupby(file, tar_prefix):
-            lines = list(adjacent)
-            end = start + sum(map(len, lines))
-            if prefix in ranges_by_prefix:
-                ranges_by_prefix[prefix].extend((number, start, end))
-            elif not re.fullmatch(rb"[0-9a-f]{3}/", prefix):
-                places = [f"{tsv.name} line {number + i}" for i, line in enumerate(lines) if line.strip()]
-                problems["malformed lines"] += places
-            number += len(lines)
+        for number, line in enumerate(file, 1):
+            end = start + len(line)
+            prefix = line.removeprefix(b"./")[:4]  # such as 000/
+            ranges = ranges_by_prefix.get(prefix)
+            if ranges is None:
+                if line.strip() and not re.fullmatch(rb"[0-9a-f]{3}/", prefix):
+                    problems["malformed lines"].append(f"{tsv.name} line {number}")
+            elif ranges and ranges[-1] == start:  # the line before is of this tar too
+                ranges[-1] = end
+            else:
+                ranges.extend((number, start, end))
             start = end
     return line_ranges
 
@@ -975,7 +971,8 @@ def process_tar(job: TarJob) -> dict:
     if job.shard:
         write_parquet(job.shard, tables, SCHEMA, notes)
     else:
-        collections.deque(tables, maxlen=0)  # only counts
+        for _ in tables:  # which counts the clips
+            pass
     return notes
 
 
@@ -1148,6 +1145,7 @@ def main(argv: list[str] | None = None) -> int:
     set_client_factory(make_hub_client)
     started = time.monotonic()
     split = split_name(args.target)
+    update_card = partial(corpus_card, config=args.target, split=split)
 
     # 2. Refuse what can be refused.
     corpus = find_corpus(args.target, args.data_dir, args.dataset_dir_suffix)
@@ -1157,7 +1155,7 @@ def main(argv: list[str] | None = None) -> int:
         private = args.hub_private_repo
         repository, visibility = prepare_repository(args.hub_model_id, "dataset", private, args.dry_run)
     if args.output_dir:
-        check_cards(args.output_dir, repository, "dataset", partial(corpus_card, config=args.target, split=split))
+        check_cards(args.output_dir, repository, "dataset", update_card)
 
     # 3. Load.
     unassigned_lines = {"counts": {}, "problems": collections.defaultdict(list)}  # lines of the tsv that name no tar
@@ -1183,8 +1181,8 @@ def main(argv: list[str] | None = None) -> int:
         if earlier := read_record(record_path):
             refuse_other_settings(record_path, earlier["settings"], settings)
         left = find_missing(jobs) or find_damaged_jobs(jobs, args.preprocessing_num_workers)
-        is_new = left or not earlier or earlier["status"] != "complete"  # the record of a complete run is kept
-        if is_new:
+        is_unfinished = left or not earlier or earlier["status"] != "complete"
+        if is_unfinished:
             write_record(record_path, {"status": "running", "settings": settings})
         logger.info("%d of %d shards are complete", len(jobs) - len(left), len(jobs))
 
@@ -1193,9 +1191,8 @@ def main(argv: list[str] | None = None) -> int:
 
         # 6. Write record and card.
         notes = sum_notes([read_notes(job.shard) for job in jobs] + [unassigned_lines])
-        update = partial(corpus_card, config=args.target, split=split)
-        write_card(args.output_dir, update)
-        if is_new:
+        write_card(args.output_dir, update_card)
+        if is_unfinished:  # the record of a complete run is kept
             clips_made = sum(notes_of_tar["counts"]["clips"] for notes_of_tar in made)
             record = loading_record(args, settings, notes, clips_made, time.monotonic() - started)
             write_record(record_path, record)
@@ -1207,7 +1204,7 @@ def main(argv: list[str] | None = None) -> int:
                 repository,
                 args.output_dir,
                 patterns=[f"{args.target}/{split}-*.parquet", record_path.name],
-                update=update,
+                update=update_card,
                 message=f"Add {args.target}, {split}",
             )
     return 0
