@@ -46,7 +46,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -2456,31 +2456,30 @@ def finish_label(sequence: list[int], prefix_length: int, end: int) -> TeacherLa
     return TeacherLabel(sequence[:length], truncated=False)
 
 
-def timestamps_are_paired(text: list[int], first_timestamp: int) -> bool:
+def timestamps_are_paired(text: list[int], timestamps: range) -> bool:
     """Whether timestamps open and close every stretch of a text (without prefix and end token) and never go back."""
     is_open = False
-    latest = first_timestamp
+    latest = timestamps.start
     for token in text:
-        if not first_timestamp <= token < first_timestamp + TIMESTAMPS:
-            if not is_open:
+        if token in timestamps:
+            if token < latest:
                 return False
-        elif token < latest:
-            return False
-        else:
             is_open = not is_open
             latest = token
+        elif not is_open:
+            return False
     return not is_open
 
 
-def decode_with_timestamps(ids: list[int], tokenizer: WhisperTokenizerFast, first_timestamp: int) -> str:
+def decode_with_timestamps(ids: list[int], tokenizer: WhisperTokenizerFast, timestamps: range) -> str:
     """A label's text with its timestamps, such as `<|1.08|>`, and without special tokens.
 
     The tokenizer's own `decode` would turn added tokens, whose ids follow the timestamps', into times after 30 s.
     """
     decoded = ""
-    for is_timestamp, tokens in itertools.groupby(ids, lambda token: 0 <= token - first_timestamp < TIMESTAMPS):
+    for is_timestamp, tokens in itertools.groupby(ids, timestamps.__contains__):
         if is_timestamp:
-            decoded += "".join(f"<|{(token - first_timestamp) * 0.02:.2f}|>" for token in tokens)
+            decoded += "".join(f"<|{timestamps.index(token) * 0.02:.2f}|>" for token in tokens)
         else:
             decoded += tokenizer.decode(list(tokens), skip_special_tokens=True)
     return decoded
@@ -2536,9 +2535,10 @@ class Teacher:
         return choose_decoder(self)
 
     @property
-    def first_timestamp(self) -> int:
-        """The id of <|0.00|>."""
-        return self.vocabulary["<|notimestamps|>"] + 1
+    def timestamps(self) -> range:
+        """The ids of <|0.00|> to <|30.00|>."""
+        first = self.vocabulary["<|notimestamps|>"] + 1
+        return range(first, first + TIMESTAMPS)
 
 
 def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
@@ -2565,7 +2565,6 @@ def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
     )
     model.to(device).eval()
     model.generation_config.max_length = None
-    # For `label_batch`. `choose_decoder` says the same to GreedyDecoder.
     model.generation_config.max_new_tokens = args.max_label_length - prefix_length
     return Teacher(args, model, extractor, tokenizer, vocabulary, prompt, prefix_length)
 
@@ -2581,9 +2580,8 @@ def choose_decoder(teacher: Teacher) -> GreedyDecoder | BatchDecoder:
         batch_size = fitting_batch(model, args.max_label_length, num_beams, by_generate, CPU_BATCH)
     if by_generate:
         return BatchDecoder(batch_size, functools.partial(label_batch, teacher))
-    max_new_tokens = args.max_label_length - teacher.prefix_length
-    options = {**teacher.prompt, "return_timestamps": args.return_timestamps}
-    return GreedyDecoder(model, teacher.extractor, batch_size, max_new_tokens, **options)
+    max_new_tokens = model.generation_config.max_new_tokens
+    return GreedyDecoder(model, teacher.extractor, batch_size, max_new_tokens, args.return_timestamps, **teacher.prompt)
 
 
 @torch.inference_mode()
@@ -2672,12 +2670,11 @@ class LabelledSplit:
 
 def settle_scores(args: argparse.Namespace, columns: list[str]) -> None:
     """Decide whether scores are stored, if no flag says so: without reference texts, a filter needs them."""
-    has_references = args.text_column_name or "transcription" in columns or "text" in columns
     if args.text_column_name == "none":
         args.text_column_name = None
-        has_references = False
+        columns = []
     if args.scores is None:
-        args.scores = not has_references
+        args.scores = not (args.text_column_name or "transcription" in columns or "text" in columns)
         if args.scores:
             logger.info("%s has no reference texts: the labels' scores are stored, to filter by", args.dataset_name)
 
@@ -2906,27 +2903,25 @@ def label_shards(
     progress: Progress,
 ) -> None:
     """Label shards one after the other, while threads decode the next one and write the one before."""
-    reading: Future | None = None
-    writing: Future | None = None
-    with (
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as writer,
-        ThreadPoolExecutor(max(1, teacher.args.dataloader_num_workers)) as decoders,
-    ):
+    if not shards:
+        return
+    threads = max(1, teacher.args.dataloader_num_workers)
+    with ThreadPoolExecutor(2) as background, ThreadPoolExecutor(threads) as decoders:
         read = functools.partial(read_shard, teacher.args, dataset, place, decoders)
         write = functools.partial(write_labels, teacher, split, dataset.features)
         try:
-            for shard, next_shard in itertools.pairwise([*shards, None]):
-                rows = reading.result() if reading else read(shard)
-                if next_shard is not None:
-                    reading = reader.submit(read, next_shard)
+            reading = background.submit(read, shards[0])
+            writing = None
+            for number, shard in enumerate(shards, 1):
+                rows = reading.result()
+                if number < len(shards):
+                    reading = background.submit(read, shards[number])
                 label_shard(teacher, rows, progress)
                 report_shards(progress, split)
                 if writing:
                     writing.result()
-                writing = writer.submit(write, shard, rows)
-            if writing:
-                writing.result()
+                writing = background.submit(write, shard, rows)
+            writing.result()
         except BaseException:
             decoders.shutdown(wait=False, cancel_futures=True)
             raise
@@ -2951,7 +2946,7 @@ def label_values(teacher: Teacher, label: TeacherLabel) -> dict[str, Any]:
     """The new columns of a row."""
     values: dict[str, Any] = {LABEL_COLUMN: label.ids}
     if teacher.args.decode_token_ids:
-        values[LABEL_COLUMN] = decode_with_timestamps(label.ids, teacher.tokenizer, teacher.first_timestamp)
+        values[LABEL_COLUMN] = decode_with_timestamps(label.ids, teacher.tokenizer, teacher.timestamps)
     if teacher.args.scores:
         text = teacher.tokenizer.decode(label.ids, skip_special_tokens=True).strip().encode()
         ratio = len(text) / len(zlib.compress(text))  # Whisper treats a ratio above 2.4 as a repetition loop
@@ -2981,7 +2976,8 @@ def label_notes(teacher: Teacher, shard: int, rows: list[SpeechRow]) -> dict:
     if args.return_timestamps:
         for label in labels:
             text = label.ids[teacher.prefix_length : -1]
-            malformed += not timestamps_are_paired(text, teacher.first_timestamp)
+            if not timestamps_are_paired(text, teacher.timestamps):
+                malformed += 1
     return {
         "rows_in": len(rows),
         "rows_out": len(labels),
@@ -3098,7 +3094,7 @@ def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str
     clips = 0
     seconds = 0.0
     size = 0  # bytes
-    prefix = ""  # of the figures of an input that is not read to its end
+    more_than = ""  # before the figures of an input that is not read to its end
     deadline = time.monotonic() + PLAN_SECONDS
     dataset, place = open_speech(args, streaming=True)
     for table in dataset.iter(teacher.decoder.batch_size):
@@ -3110,21 +3106,21 @@ def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str
             if row.clip.problem is None:
                 size += len(row.values[args.audio_column_name]["bytes"])
         if time.monotonic() > deadline:
-            prefix = "more than "
+            more_than = "more than "
             break
-    print(f"input: {args.dataset_name}, {prefix}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+    print(f"input: {args.dataset_name}, {more_than}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
 
     earlier: dict = {}
     if present := present_shards(args):
         notes = read_notes(present[0]) or {}
         earlier = notes.get("settings", {})
-    if prefix:
+    if more_than:
         clips = earlier.get("rows", clips)
     split = plan_split(teacher, clips, earlier.get("dataset_digest"))  # the digest would need every row
     pending = find_pending(args, split)
     left = count_rows(split, pending)
-    print(f"done: {len(split.shards) - len(pending)} of {prefix}{len(split.shards)} shards")
-    print(f"left: {prefix}{left:,} clips")
+    print(f"done: {len(split.shards) - len(pending)} of {more_than}{len(split.shards)} shards")
+    print(f"left: {more_than}{left:,} clips")
     print(f"writes: {args.output_dir}")
     print(f"pushes: {pushes}")
     waveforms = [row.clip.waveform for row in first_batch if row.clip.problem is None]
@@ -3134,7 +3130,7 @@ def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str
     rate = measure_rate(teacher, waveforms)
     needed = timedelta(seconds=round(left / rate / num_processes))
     device = teacher.model.device.type
-    print(f"time: {prefix or 'about '}{needed} with {num_processes} processes on {device}, {rate:.1f} clips/s each")
+    print(f"time: {more_than or 'about '}{needed} with {num_processes} processes on {device}, {rate:.1f} clips/s each")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------

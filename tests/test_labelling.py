@@ -313,6 +313,7 @@ def test_a_stored_label_has_one_end_token_and_no_padding(body, prefix_length):
 
 
 FIRST = 100  # the id of <|0.00|> in the two tests below
+TIMES = range(FIRST, FIRST + script.TIMESTAMPS)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 3)), max_size=4))
@@ -321,7 +322,7 @@ def test_paired_timestamps_that_never_go_back_are_well_formed(segments):
     for pause, duration, words in segments:
         body += [clock + pause, *[7] * words, clock + pause + duration]
         clock += pause + duration
-    assert script.timestamps_are_paired(body, FIRST)
+    assert script.timestamps_are_paired(body, TIMES)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_paired_timestamps_that_never_go_back_are_well_formed(segments):
     ],
 )
 def test_other_timestamps_are_malformed(body):
-    assert not script.timestamps_are_paired(body, FIRST)
+    assert not script.timestamps_are_paired(body, TIMES)
 
 
 def test_malformed_timestamps_are_counted(tiny_teacher, loaded, tmp_path):
@@ -795,15 +796,15 @@ def test_memory_that_one_clip_exhausts_ends_the_run_in_one_line():
 
 
 def test_memory_that_runs_out_changes_no_label(whole, tiny_teacher, loaded, tmp_path, monkeypatch):
-    start, sizes = script.GreedyDecoder.start, []
+    fill, sizes = script.GreedyDecoder.fill, []
 
     def small_device(decoder, waveforms, targets):
         sizes.append(decoder.batch_size)
         if decoder.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        start(decoder, waveforms, targets)
+        fill(decoder, waveforms, targets)
 
-    monkeypatch.setattr(script.GreedyDecoder, "start", small_device)
+    monkeypatch.setattr(script.GreedyDecoder, "fill", small_device)
     assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE)) == 0
     assert files(tmp_path) == files(whole)
     assert sizes == [3, *[2] * 12]  # what did not fit once is not tried again in the other shards

@@ -398,9 +398,10 @@ def test_pairs_of_timestamps_are_told_from_added_tokens():
     script = stages.run_pseudo_labelling
     zero = 1000
     added = zero + 1501
-    assert script.timestamps_are_paired([zero, 5, added, 6, zero + 50], zero)
-    assert not script.timestamps_are_paired([zero, 5, added], zero)
-    assert not script.timestamps_are_paired([added, zero, 5, zero + 50], zero)
+    times = range(zero, added)
+    assert script.timestamps_are_paired([zero, 5, added, 6, zero + 50], times)
+    assert not script.timestamps_are_paired([zero, 5, added], times)
+    assert not script.timestamps_are_paired([added, zero, 5, zero + 50], times)
 
 
 # ---- languages ----
