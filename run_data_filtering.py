@@ -23,8 +23,8 @@ would keep. Run it on one machine, or on each of two machines that share a file 
     accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank 0 --main_process_ip HOST \\
         --main_process_port 29500 run_data_filtering.py -d /shared/dataset --preprocessing_num_workers 32
 
-Run the same command again to continue: complete shards are kept. A run with another threshold takes scores, audio and
-features from them.
+Run the same command again to continue: complete shards are kept. A run with another threshold takes scores and features
+from them.
 """
 
 import argparse
@@ -183,7 +183,6 @@ HALLUCINATIONS = {
         "For more information visit www.FEMA.gov",
     ),
 }
-NEAR = {True: 0.9, False: 0.85}  # how alike a near match is, in characters where there are no spaces, else in words
 FREQUENT_LABELS = 50  # that a shard notes; the report has fewer
 # Arguments that the filtered dataset depends on, and those that the windows depend on as well.
 FILTER_ARGUMENTS = (
@@ -2273,13 +2272,12 @@ def find_hallucinations(texts: Iterable[str], settings: dict) -> list[bool]:
     A near match counts as well: a few more characters, or a word more.
     """
     language = "en" if settings["task"] == "translate" else settings["language"]
-    is_unspaced = language in UNSPACED
-    split = list if is_unspaced else str.split
+    split = list if language in UNSPACED else str.split
+    least_ratio = 0.9 if language in UNSPACED else 0.85  # of the characters, or of the words
     normalise = text_normaliser(language, {})
     known = [*HALLUCINATIONS.get(language, ()), *(settings["hallucinations"] or ())]
     phrases = [split(normalise(phrase)) for phrase in known]
     phrases = list(filter(None, phrases))
-    least_ratio = NEAR[is_unspaced]
     found = []
     for text in texts:
         heard = split(text)
@@ -2308,7 +2306,7 @@ def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) ->
     return rows
 
 
-def measure_rows(rows: pd.DataFrame, clips: dict[int, dict]) -> pd.DataFrame:
+def measure_rows(rows: pd.DataFrame, clips: list[dict]) -> pd.DataFrame:
     """The `MEASURES` of the rows. A clip that cannot be read or decoded has 0 samples."""
     measures = []
     for row in rows.itertuples():
@@ -2353,52 +2351,41 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
     for flag, (column, reason) in TEACHER_SCORES.items():
         if settings[flag] is not None:
             scores = rows[column].astype(float)
-            too_low = scores < settings[flag]
-            too_high = scores > settings[flag]
-            conditions[reason] = too_low if flag.startswith("min_") else too_high
+            is_minimum = flag.startswith("min_")
+            conditions[reason] = scores < settings[flag] if is_minimum else scores > settings[flag]
     if metric:
         conditions[OVER_THRESHOLD] = rows[metric] > settings["threshold"]
     reasons = np.select([*conditions.values()], [*conditions], KEPT)
     return np.where(rows.problem.isna(), reasons, rows.problem)
 
 
-def read_clips(job: Job, start: int, stop: int) -> dict[int, dict]:
-    """The encoded audio of these rows as `{bytes, path, problem}`; the keys count from 0."""
+def read_clips(job: Job, start: int, stop: int) -> list[dict]:
+    """The encoded audio of these rows as `{bytes, path, problem}`."""
     column = read_rows(job.labelled, start, stop, ["audio"])["audio"]
-    clips = {}
-    for row, audio in enumerate(column.to_pylist()):
+    clips = []
+    for audio in column.to_pylist():
         path = audio["path"] if audio else None
         if path and os.path.isabs(path):
             path = os.path.basename(path)  # others may read the result
-        clips[row] = {"bytes": None, "path": path, "problem": None}
+        clip = {"bytes": None, "path": path, "problem": None}
         try:
-            clips[row]["bytes"] = read_audio(audio, job.labelled.place)
+            clip["bytes"] = read_audio(audio, job.labelled.place)
         except Unreadable as error:
-            clips[row]["problem"] = str(error)
+            clip["problem"] = str(error)
+        clips.append(clip)
     return clips
 
 
-def copy_from_others(
-    job: Job,
-    output: Output,
-    shard: int,
-    source: str,
-    column: str,
-) -> tuple[dict, dict[int, Any]]:
-    """Notes and a column, by row, of the same shard at other thresholds, as far as it was made from the same `source`.
+def same_at_other_thresholds(job: Job, output: Output, shard: int, source: str) -> Iterator[tuple[Path, dict]]:
+    """The files and notes of a shard at other thresholds that were made from the same `source`.
 
     Clips and features have the same pattern, and are told apart by their `source`.
     """
-    notes = {}
-    values = {}
     pattern = f"{job.results.name}.[cw]er_*/{output.settings['config']}/{output.shard_path(shard).name}"
-    for other in sorted(job.results.parent.glob(pattern)):
-        found = read_notes(other)
-        if found and found.get("source") == source and is_whole(other):
-            notes = found
-            stored = pq.read_table(other, columns=[column])[column]
-            values |= zip(notes["kept"], stored.to_pylist(), strict=True)
-    return notes, values
+    for path in sorted(job.results.parent.glob(pattern)):
+        notes = read_notes(path)
+        if notes and notes.get("source") == source:
+            yield path, notes
 
 
 def filter_shard(job: Job, shard: int) -> None:
@@ -2410,23 +2397,18 @@ def filter_shard(job: Job, shard: int) -> None:
     table = read_rows(job.labelled, start, stop, roles)
     labels = read_labels(job, start, stop)
     rows = compare_texts(job, table, labels, start)
+    clips = read_clips(job, start, stop)
 
-    # Measures and audio of the same rows are taken from other thresholds, if there are any.
+    # Measures of the same texts and audio are taken from another threshold, if there is one.
     texts = table.select([role for role in ("text", "label") if role in roles])
     settings = [output.settings[name] for name in MEASURE_SETTINGS]
     source = digest(json.dumps([texts.to_pydict(), settings]).encode())
-    other_notes, clips = copy_from_others(job, output, shard, source, "audio")
-    if other_notes:
-        measures = pd.DataFrame(other_notes["rows"])[MEASURES]
-    else:
-        clips = read_clips(job, start, stop)
-        measures = measure_rows(rows, clips)
+    _, other_notes = next(same_at_other_thresholds(job, output, shard, source), (None, None))
+    measures = pd.DataFrame(other_notes["rows"])[MEASURES] if other_notes else measure_rows(rows, clips)
     rows = add_scores(rows.join(measures))
     rows["reason"] = drop_reasons(rows, output.settings)
 
     kept = rows[rows.reason == KEPT]
-    if not clips.keys() >= set(kept.index):
-        clips = read_clips(job, start, stop)
     stored = table.take(pa.array(kept.index, pa.int64()))
     kept_clips = [clips[row] for row in kept.index]
     filtered = filtered_table(kept, stored, kept_clips)
@@ -2487,11 +2469,14 @@ def vectorize_shard(job: Job, shard: int) -> None:
     notes = read_notes(path)
     clips = pq.read_table(path, columns=["audio", "labels", "input_length"])
     source = None  # windows differ from threshold to threshold
-    copied = {}
+    stored = {}
     if not is_packed:
         source = f"{notes['source']}, features"
-        _, copied = copy_from_others(job, output, shard, source, "input_features")
-    features = [copied.get(row) for row in notes["kept"]]
+        for other, other_notes in same_at_other_thresholds(job, output, shard, source):
+            if is_whole(other):
+                column = pq.read_table(other, columns=["input_features"])["input_features"]
+                stored |= zip(other_notes["kept"], column.to_pylist(), strict=True)
+    features = [stored.get(row) for row in notes["kept"]]
     fill_features(features, clips, job)
     columns = {"input_features": features, "labels": clips["labels"], "input_length": clips["input_length"]}
     table = pa.table(columns, Features(FEATURE_COLUMNS).arrow_schema)
@@ -2565,19 +2550,20 @@ def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> li
     windows = []
     shared = defaultdict(list)  # windows that may take more clips, by speaker
     for clip in sorted(clips, key=lambda clip: clip.order):
-        candidates = [] if clip.alone else shared[clip.speaker]  # no other clip looks into a list of its own
+        if clip.alone:
+            windows.append([clip])
+            continue
         fitting = []
-        for window in candidates:
+        for window in shared[clip.speaker]:
             tokens = clip.tokens + sum(other.tokens for other in window)
             if tokens <= max_tokens and window_steps([clip, *window]) <= capacity:
                 fitting.append(window)
         if fitting:
-            window = max(fitting, key=window_steps)
+            max(fitting, key=window_steps).append(clip)
         else:
-            window = []
+            window = [clip]
             windows.append(window)
-            candidates.append(window)
-        window.append(clip)
+            shared[clip.speaker].append(window)
     for window in windows:
         arrange(window)
     return windows
@@ -2753,6 +2739,18 @@ def whole_shard(job: Job, kind: str, shard: int) -> Path:
         logger.warning("%s is damaged and is made again", path)
         SHARD_WRITERS[kind](job, shard)
     return path
+
+
+def deal_out(job: Job, kind: str, shards: list[int], state: PartialState) -> list[int]:
+    """The shards that this process makes. They are dealt out in turn; those that are packed together stay together."""
+    size = job.outputs[kind].settings["shard_size"]
+    rows_together = max(output.settings["shard_size"] for output in job.outputs.values())
+    mine = []
+    for shard in shards:
+        group = shard * size // rows_together
+        if group % state.num_processes == state.process_index:
+            mine.append(shard)
+    return mine
 
 
 def start_worker(jobs: multiprocessing.Queue) -> None:
@@ -3039,36 +3037,33 @@ def find_parquet(args: argparse.Namespace) -> tuple[str, list[str]]:
             paths = datasets.DownloadManager().download(paths)
     except (ValueError, *HUB_ERRORS) as error:
         hub_fail(f"reading {args.dataset_name} ({args.dataset_config_name})", error)
-    if not all(is_as_labelled(args, path) for path in paths):
-        return builder.config.name, []
-    return builder.config.name, paths
+    is_ours = all(is_as_labelled(args, path) for path in paths)
+    return builder.config.name, paths if is_ours else []
 
 
 def is_as_labelled(args: argparse.Namespace, path: str) -> bool:
-    """Whether a parquet file has the form in which our labelling writes texts and audio."""
+    """Whether a parquet file has texts and the audio itself, as our labelling writes them, or no rows."""
     parquet = pq.ParquetFile(path, page_checksum_verification=True)
-    schema = parquet.schema_arrow
-    if args.audio_column_name not in schema.names:
-        return True  # which is refused later
-    audio = schema.field(args.audio_column_name).type
-    if not pa.types.is_struct(audio) or audio.get_field_index("bytes") < 0:
-        return False
-    text_column = args.text_column_name or "transcription"
-    if text_column in schema.names:
-        if not pa.types.is_string(schema.field(text_column).type):
-            return False
-        if not path.startswith("hf://") and not has_valid_texts(parquet, text_column, path):
-            return False
     if not parquet.metadata.num_row_groups:
         return True
+    text_column = args.text_column_name or "transcription"
+    if text_column in parquet.schema_arrow.names and not has_valid_texts(parquet, text_column, path):
+        return False
     group = parquet.metadata.row_group(0)
-    columns = {column["path_in_schema"]: column for column in group.to_dict()["columns"]}
-    statistics = columns[f"{args.audio_column_name}.bytes"]["statistics"] or {}
-    return statistics.get("null_count") != group.num_rows  # otherwise the audio is in files that the rows name
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if column.path_in_schema == f"{args.audio_column_name}.bytes":
+            # Where all bytes are null, the audio is in files that the rows name.
+            return not column.statistics or column.statistics.null_count != group.num_rows
+    return False
 
 
 def has_valid_texts(parquet: pq.ParquetFile, text_column: str, path: str) -> bool:
-    """Whether the texts of a parquet file are UTF-8."""
+    """Whether the texts of a parquet file are strings in UTF-8. Those on the Hub are taken to be that."""
+    if not pa.types.is_string(parquet.schema_arrow.field(text_column).type):
+        return False
+    if path.startswith("hf://"):
+        return True
     with naming_damage(path):
         texts = parquet.read([text_column])
     try:
@@ -3127,7 +3122,7 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
         row_groups, dataset_digest = find_row_groups(paths)
         rows = row_groups[-1].stop if row_groups else 0
         dataset = None
-        directory = local_directory(args.dataset_name) or "/nowhere"
+        directory = local_directory(args.dataset_name) or "/nowhere"  # no files lie beside downloaded shards
         place = Place(os.path.realpath(directory), is_confined=True)
         available = pq.ParquetFile(paths[0]).schema_arrow.names
         settle_references(args, available)
@@ -3209,9 +3204,13 @@ def name_outputs(args: argparse.Namespace, results: Path, settings: dict, rows: 
     """The datasets to write, by kind. Each is made from the one before, and its kind is added to that one's name."""
     hub_id = args.hub_model_id or (None if local_directory(args.dataset_name) else args.dataset_name)
     suffix = f".{args.metric}_{args.threshold}" if args.metric else ".unscored"
-    wanted = {"filtered": True, "packed": args.concatenate_audio, "vectorized": not args.skip_logmel}
+    kinds = ["filtered"]
+    if args.concatenate_audio:
+        kinds.append("packed")
+    if not args.skip_logmel:
+        kinds.append("vectorized")
     outputs = {}
-    for kind in filter(wanted.get, wanted):
+    for kind in kinds:
         if kind != "filtered":
             suffix += f".{kind}"
         if kind == "packed":
@@ -3276,6 +3275,20 @@ def lock_output(output: Output) -> contextlib.AbstractContextManager:
     return hold_lock(output.directory / f".{name}.lock", f"{name} in {output.directory}", leftovers)
 
 
+def prepare_pushes(args: argparse.Namespace, outputs: list[Output]) -> list[Output]:
+    """The outputs to push, whose repositories are created. Tries what will be done with the cards of all outputs."""
+    pushed = []
+    for output in outputs:
+        repository = None
+        if output.repository and args.push_to_hub is not False:
+            private = args.hub_private_repo
+            repository, output.visibility = prepare_repository(output.repository, "dataset", private, args.dry_run)
+            output.repository = repository
+            pushed.append(output)
+        check_cards(output.directory, repository, "dataset", functools.partial(add_split, output))
+    return pushed
+
+
 def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: contextlib.ExitStack) -> list[Output]:
     """Refuse results of other settings, create directories and repositories, and return the outputs to push."""
     outputs = list(job.outputs.values())
@@ -3289,16 +3302,7 @@ def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: co
     for output in outputs:
         if output not in made or not args.overwrite_output_dir:
             refuse_other_results(output)
-    pushed = [output for output in made if output.repository and args.push_to_hub is not False]
-    if is_main:
-        for output in pushed:
-            private = args.hub_private_repo
-            prepared = prepare_repository(output.repository, "dataset", private, args.dry_run)
-            output.repository, output.visibility = prepared
-        for output in made:
-            repository = output.repository if output in pushed else None
-            list_ours = functools.partial(add_split, output)
-            check_cards(output.directory, repository, "dataset", list_ours)
+    pushed = prepare_pushes(args, made) if is_main else []
     if is_writer:
         is_complete = not any(output.missing_shards() for output in outputs)
         for output in made:
@@ -3442,6 +3446,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # as in the workers, so that features do not depend on their number
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this run, on this machine
     workers = max(1, args.preprocessing_num_workers // processes)
+    all_workers = workers * state.num_processes
 
     # 2. Refuse what can be refused.
     if args.push_to_hub and not args.hub_model_id and local_directory(args.dataset_name):
@@ -3461,21 +3466,14 @@ def main(argv: list[str] | None = None) -> int:
             pending = shards_to_make(args, job)
         if args.dry_run:
             if is_main:
-                print_filtering_plan(args, job, pending, pushed, workers * state.num_processes)
+                print_filtering_plan(args, job, pending, pushed, all_workers)
             return 0
 
-        # 5. Work. Shards are dealt out to the processes in turn; those that are packed together go to the same one.
-        rows_together = max(output.settings["shard_size"] for output in job.outputs.values())
+        # 5. Work.
         for kind, output in job.outputs.items():
-            mine = []
-            for shard in pending[kind]:
-                group = shard * output.settings["shard_size"] // rows_together
-                if group % state.num_processes == state.process_index:
-                    mine.append(shard)
             left = len(pending[kind])
-            logger.info(
-                "%s: %d of %d shards are left, workers: %d", kind, left, output.shards, workers * state.num_processes
-            )
+            logger.info("%s: %d of %d shards are left, workers: %d", kind, left, output.shards, all_workers)
+            mine = deal_out(job, kind, pending[kind], state)
             write_shards(job, kind, mine, workers, is_main)
         arrive()
         state.wait_for_everyone()
