@@ -2154,7 +2154,7 @@ def tokenize_label(label: str, tokenizer: WhisperTokenizerFast, tokens: SpecialT
         if timestamp := re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece):
             step = round(float(timestamp[1]) / STEP_SECONDS)
             body.append(tokens.timestamps.start + step)
-        elif tokens.is_text(vocabulary.get(piece, 0)):
+        elif tokens.is_text(vocabulary.get(piece, 0)):  # 0, as what is no token of its own is text
             body += tokenizer(piece, add_special_tokens=False).input_ids
     return [*tokens.prefix, *body, tokens.end]
 

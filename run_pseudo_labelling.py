@@ -2629,7 +2629,7 @@ def label_clips(teacher: Teacher, waveforms: Iterable[np.ndarray]) -> Iterator[t
     """The number of each clip and its label, as they are made."""
     end = teacher.vocabulary["<|endoftext|>"]
     for number, result in teacher.decoder.decode(waveforms):
-        if isinstance(teacher.decoder, GreedyDecoder):
+        if isinstance(teacher.decoder, GreedyDecoder):  # `label_batch` has done it for the other one
             result = finish_label(result, teacher.prefix_length, end)
         yield number, result
 
@@ -3174,7 +3174,7 @@ def main(argv: list[str] | None = None) -> int:
     digest = speech_digest(dataset, place, args.audio_column_name, ids)
     split = plan_split(teacher, len(dataset), digest)
 
-    # 4. Find what is left to do.
+    # 4. Find what is left to do. Complete shards are read to the end only where nothing else is.
     pending = find_pending(args, split) or find_damaged_shards(args, split, accelerator)
     with claim_split(args, split, pending) if is_main else contextlib.nullcontext():
         accelerator.wait_for_everyone()  # until the lock is held
