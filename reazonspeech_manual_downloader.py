@@ -199,14 +199,6 @@ def set_up_process(is_main_process: bool = True) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def shown_name(reference: str | Path) -> str:
-    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
-    text = without_password(str(reference))
-    path = os.path.abspath(os.path.expanduser(text))
-    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
-    return os.path.basename(path) if text and is_local else text
-
-
 @contextlib.contextmanager
 def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.

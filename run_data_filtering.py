@@ -376,14 +376,6 @@ def set_up_process(is_main_process: bool = True) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def shown_name(reference: str | Path) -> str:
-    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
-    text = without_password(str(reference))
-    path = os.path.abspath(os.path.expanduser(text))
-    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
-    return os.path.basename(path) if text and is_local else text
-
-
 @contextlib.contextmanager
 def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> Iterator[None]:
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
@@ -498,6 +490,14 @@ def read_record(path: Path) -> dict | None:
         logger.warning("%s is damaged: it does not count", path)
         return None
     return record
+
+
+def shown_name(reference: str | Path) -> str:
+    """What others may see of a reference: the last name of a local path, and no user or password of a URL."""
+    text = without_password(str(reference))
+    path = os.path.abspath(os.path.expanduser(text))
+    is_local = text.startswith(("/", "~", ".")) or os.path.exists(path)
+    return os.path.basename(path) if text and is_local else text
 
 
 def shown_arguments(args: argparse.Namespace) -> dict:
@@ -1083,16 +1083,6 @@ SPLIT_IN_NAME = re.compile(f"(^|[-._ 0-9])({SPLIT_WORDS})[-._ 0-9]")  # as `data
 def split_names(split: str) -> list[str]:
     """The splits of a dataset that an expression such as `train[:1000]+test` names."""
     return [part.partition("[")[0].strip() for part in split.split("+")]
-
-
-def split_title(split: str) -> str:
-    """A split expression as a name for files and splits: `train[10%:]+test` becomes train.10pct_to_and_test."""
-    if re.fullmatch(r"\w+(\.\w+)*", split):
-        return split
-    readable = {" ": "", "[": ".", "]": "", ":": "_to_", "%": "pct", "+": "_and_", "-": "minus"}
-    title = split.translate(str.maketrans(readable))
-    title = re.sub(r"[^\w.]", "_", title)
-    return title.replace("__", "_").replace("._", ".").strip("_")
 
 
 def is_repository(reference: str) -> bool:
@@ -1689,22 +1679,6 @@ def open_dataset(
     return convert_texts(reference, dataset, text_column), place
 
 
-def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
-    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
-    path = Path(reference).expanduser()
-    for flag, column in columns.items():
-        if column is None or column in dataset.column_names:
-            continue
-        hint = ""
-        files = sorted(path.rglob("*")) if path.is_dir() else []
-        tables = [file for file in files if file.suffix in MANIFESTS and column.encode() in file.read_bytes()]
-        if files and set(dataset.column_names) <= {"audio", "label"}:
-            hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
-        if tables:
-            hint = f". Name a table instead of the directory: {', '.join(map(str, tables[:5]))}"
-        fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
-
-
 def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
     """Size of a file that a row names, and what lies in its middle; None where it cannot be read."""
     try:
@@ -1716,9 +1690,19 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
         return None
 
 
-# ---- common: digest of speech ----------------------------------------------------------------------------------------
+# ---- common: names and digests ---------------------------------------------------------------------------------------
 
 SAMPLED_ROWS = 100_000  # about so many clips are looked into
+
+
+def split_title(split: str) -> str:
+    """A split expression as a name for files and splits: `train[10%:]+test` becomes train.10pct_to_and_test."""
+    if re.fullmatch(r"\w+(\.\w+)*", split):
+        return split
+    readable = {" ": "", "[": ".", "]": "", ":": "_to_", "%": "pct", "+": "_and_", "-": "minus"}
+    title = split.translate(str.maketrans(readable))
+    title = re.sub(r"[^\w.]", "_", title)
+    return title.replace("__", "_").replace("._", ".").strip("_")
 
 
 def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, columns: list[str]) -> str:
