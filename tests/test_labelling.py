@@ -690,6 +690,15 @@ def test_only_missing_shards_are_made(whole, tiny_teacher, loaded, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_the_record_counts_the_clips_that_the_last_run_labelled(tiny_teacher, loaded, tmp_path):
+    flags = arguments(tiny_teacher, loaded, tmp_path, "--max_samples", 5, "--shard_size", 3)
+    assert script.main(flags) == 0
+    assert record(tmp_path)["last_run"]["clips"] == 5
+    (tmp_path / "tiny" / "train-00001-of-00002.parquet").unlink()
+    assert script.main(flags) == 0
+    assert record(tmp_path)["last_run"]["clips"] == 2
+
+
 def test_a_shard_that_was_damaged_is_made_again(whole, tiny_teacher, loaded, tmp_path):
     output = shutil.copytree(whole, tmp_path / "out")
     with open(output / "tiny" / "train-00002-of-00004.parquet", "r+b") as file:
@@ -744,6 +753,19 @@ def test_another_dataset_or_teacher_of_the_same_name_is_refused(tiny_teacher, ti
     dataset_of(clips[:2], source)
     shutil.rmtree(teacher)
     shutil.copytree(tiny_teacher_v2, teacher)
+    with pytest.raises(SystemExit, match="teacher_digest"):
+        script.main(arguments(teacher, source, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"), [("suppress_tokens", [7]), ("begin_suppress_tokens", [7]), ("max_initial_timestamp_index", 7)]
+)
+def test_a_teacher_that_decodes_by_another_rule_is_refused(tiny_teacher, clips, tmp_path, rule, value):
+    source = dataset_of(clips[:1], tmp_path / "in")
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    assert script.main(arguments(teacher, source, tmp_path / "out")) == 0
+    path = teacher / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {rule: value}))
     with pytest.raises(SystemExit, match="teacher_digest"):
         script.main(arguments(teacher, source, tmp_path / "out"))
 
@@ -896,6 +918,18 @@ def test_a_tracker_that_cannot_be_had_stops_nothing(
         assert script.main(flags) == 0
     assert caplog.text.count(warning) == 1
     assert labels(tmp_path / "out") == labels(whole)
+
+
+def test_a_tracker_gets_how_many_clips_are_done_and_how_many_hours_are_left(
+    tiny_teacher, loaded, tmp_path, monkeypatch
+):
+    reports = []
+    monkeypatch.setattr(script, "track", lambda accelerator, values, step: reports.append((step, values)))
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE, "--logging_steps", 2)) == 0
+    assert [(step, values["clips"]) for step, values in reports] == [(2, 6), (4, 12)]  # batches of three clips
+    for _, values in reports:
+        left = (12 - values["clips"]) / values["clips_per_second"]
+        assert values["hours_left"] == pytest.approx(left / 3600)
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(tiny_teacher, loaded, tmp_path):
