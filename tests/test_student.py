@@ -265,7 +265,9 @@ def test_weights_that_are_damaged_or_of_other_shapes_are_one_clear_line(tiny_tea
 
 def test_a_teacher_in_a_subfolder_gives_the_same_student(tiny_teacher, student, tmp_path):
     copied(tiny_teacher, tmp_path / "repository" / "inner")
+    (tmp_path / "repository" / "README.md").write_text("---\nlicense: mit\n---\n# Several models\n")
     other = create(tmp_path / "repository", tmp_path / "init", "--subfolder", "inner")
+    assert ModelCard.load(other / "README.md").data.license == "mit"
     assert (other / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
     for name in (*CONVERTER_FILES, *LOADER_FILES):
         assert (other / name).read_bytes() == (student / name).read_bytes(), name
@@ -913,6 +915,8 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny_teacher, s
         assert told["pushes"] == f"acme/plan-student (private), about {size:.3f} GB"
         assert "time" not in told
     assert told["writes"] == f"{tmp_path / 'new'}, about {size:.3f} GB"
+    create(tiny_teacher, tmp_path / "new", "--dry_run", "--dtype", "float16")
+    assert f"about {size / 2:.3f} GB\n" in capsys.readouterr().out
     assert snapshot(student) == before
     assert not (tmp_path / "new").exists()
     assert not HfApi().repo_exists("acme/plan-student")
