@@ -342,6 +342,14 @@ def test_a_fault_that_stays_ends_after_a_few_tries_and_is_named(
     assert same(data_dir / "small_0_3" / "small.000.tar", world / "data" / "000.tar")
 
 
+def test_bytes_that_are_lost_again_are_no_progress(download, mirror):
+    for _ in range(5):
+        mirror.fault("000.tar", cut_after=300_000)
+        mirror.fault("000.tar", ignore_if_range=True, headers={"ETag": '"of another version"'})
+    assert download("--retries", "2") == 1
+    assert [request.status for request in mirror.requests("000.tar")] == [200, 206, 200]
+
+
 def test_a_host_that_is_gone_is_known_at_once_and_the_remedy_is_named(download, mirror, data_dir):
     mirror.stop()
     with pytest.raises(SystemExit, match=r"Connection refused .*--base_url"):
