@@ -1020,6 +1020,13 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(hub, rows, run, t
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == states
 
 
+def test_a_dry_run_takes_the_first_rows_for_a_sample_of_all(source, rows, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "SAMPLE_ROWS", 6)
+    assert run(source, "--dry_run", "--skip_logmel", output=tmp_path) == 0
+    sample = sum(soundfile.info(io.BytesIO(row["audio"])).duration for row in rows[:6]) / 3600
+    assert f"input: {source} (tiny, train), 60 clips, about {10 * sample:.2f} h\n" in capsys.readouterr().out
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 

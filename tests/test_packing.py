@@ -240,6 +240,7 @@ def test_the_report_and_the_card_tell_how_full_the_windows_are(packed, rows):
     assert (report["windows"], report["clips"]) == (len(windows), 30)
     assert report["label_tokens"][1] == max(len(window["labels"]) for window in windows)
     assert found["settings"]["max_label_length"] == 256
+    assert found["settings"]["concatenate_gap_seconds"] == 0.4
     assert record(packed / CUT)["settings"]["max_label_length"] == 128
     lengths = [soundfile.info(io.BytesIO(row["audio"])).duration for row in rows]
     fill = [sum(lengths[clip] for clip in window["clips"]) / 30 for window in windows]
