@@ -630,8 +630,11 @@ def test_the_rate_in_the_log_is_of_the_training_alone(run, vectorized, monkeypat
     for name, seconds in (("optimiser_step", 2.0), ("evaluate_training", 100.0), ("save_checkpoint", 100.0)):
         monkeypatch.setattr(script, name, taking(seconds, getattr(script, name)))
     held_out = ("--eval_dataset_name", vectorized, "--eval_steps", 1, "--eval_max_samples", 1)
-    output = run("out", *held_out, "--max_label_length", 60, "--max_steps", 4)
+    flags = (*held_out, "--max_label_length", 60, "--max_steps", 4)
+    output = run("out", *flags)
     assert metrics(output, "samples_per_second") == [2, 2, 0.5, 2]  # of nine short rows the third batch has one
+    output = run("rarely", *flags, "--logging_steps", 2)
+    assert metrics(output, "samples_per_second") == [2, 1.25]
 
 
 def test_gradient_checkpointing_runs_the_trained_layers_again(run):
@@ -1281,6 +1284,15 @@ def test_a_dry_run_reads_no_weights_and_says_what_would_happen(
     shutil.rmtree(tmp_path / "out")
     shutil.copytree(uninterrupted, tmp_path / "out")
     assert plan(*models)["done"] == "6 of 6 steps"
+
+
+def test_a_dry_run_of_two_processes_tells_the_rates_of_one(plan, monkeypatch):
+    make_plan = script.Plan
+    monkeypatch.setattr(script, "Plan", lambda **fields: make_plan(**fields | {"processes": 2}))
+    monkeypatch.setattr(script, "measure_steps", lambda training: (0.5, 2.0))  # s to load four rows, and of a step
+    said = plan("--gradient_accumulation_steps", 3)
+    assert said["work"].endswith(" steps of 24 rows, 1 an epoch")
+    assert said["rates"] == "a training process takes 6.0 rows/s, a process that loads gives 8.0"
 
 
 def test_epochs_may_be_parts_and_steps_come_before_them(plan):
