@@ -1706,7 +1706,7 @@ def convert_texts(reference: str, dataset: datasets.Dataset, column: str | None)
         numbers = pc.if_else(pc.less(numbers, 0), None, numbers)  # -1 is no class
         values = pa.array(feature.names).take(numbers)
     elif feature == datasets.Value("null"):
-        values = pa.nulls(len(stored), pa.string())
+        values = stored.cast(pa.string())
     elif feature not in (datasets.Value("string"), datasets.Value("large_string")):
         fail(f"{column!r} (--text_column_name) of {reference} is not text: it has the type {stored.type}")
     try:
