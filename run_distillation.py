@@ -3654,7 +3654,7 @@ def distillation_card(
         pipeline_tag="automatic-speech-recognition",
         tags=["whisper", "distillation" if kind == "distilled" else "fine-tuning"],
         base_model=None if local_directory(origin) else origin,
-        datasets=[reference for reference in trained_on if not local_directory(reference)],
+        datasets=[reference for reference in trained_on if not Path(reference).expanduser().exists()],
     )
     epochs = record["steps"] / record["steps_per_epoch"]
     layers = record["layers"]

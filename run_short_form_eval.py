@@ -3973,7 +3973,7 @@ def save_metrics(path: Path, metrics: dict) -> None:
 
 
 def is_hub_id(reference: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", reference)) and local_directory(reference) is None
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", reference)) and not Path(reference).expanduser().exists()
 
 
 def check_card(model: str) -> None:

@@ -119,6 +119,14 @@ def hold_out(student: Path, teacher: Path, dataset: Path, output: Path, *flags) 
     return run_distillation.main([*map(str, given), "--max_label_length", "12"])
 
 
+def fine_tune(student: Path, dataset: Path | str, output: Path) -> Path:
+    """Train a step without a teacher; gives the directory of the model."""
+    given = ["--model_name_or_path", student, "--train_dataset_name", dataset, "--output_dir", output, "--do_train"]
+    given += ["--kl_weight", 0, "--language", "ja", "--max_steps", 1, "--dtype", "float32", "--report_to", "none"]
+    run(run_distillation.main, *given)
+    return output
+
+
 # ---- audio folders ---------------------------------------------------------------------------------------------------
 
 
@@ -497,6 +505,17 @@ def test_the_tables_of_common_voice_name_files_in_clips(tmp_path):
     write_clips(tmp_path / "clips")
     rows = [("path", "sentence"), *zip(NAMES, TEXTS, strict=True)]
     assert opened(write_csv(tmp_path / "train.tsv", rows, delimiter="\t"), text="sentence") == WHOLE
+
+
+@pytest.mark.parametrize("name", ["data/clips.csv", "data/wav.scp"])
+def test_a_model_is_trained_on_a_table_and_its_card_names_no_dataset_of_the_hub(name, student, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_clips(tmp_path))
+    write_csv(tmp_path / "data" / "clips.csv", [("audio", "text"), *((f"../{n}", TEXTS[0]) for n in NAMES)])
+    write(tmp_path / "data" / "wav.scp", "".join(f"{n} {tmp_path / n}\n" for n in NAMES))
+    write(tmp_path / "data" / "text", "".join(f"{n} {TEXTS[0]}\n" for n in NAMES))
+    output = fine_tune(student, name, tmp_path / "out")
+    assert "datasets: []" in (output / "README.md").read_text()
+    assert run_short_form_eval.is_hub_id("org/name") and not run_short_form_eval.is_hub_id(name)
 
 
 @pytest.mark.parametrize(
