@@ -2369,6 +2369,7 @@ class Rows(Dataset):
             sample = np.linspace(0, len(usable) - 1, args.eval_max_samples)
             usable = usable[sample.astype(int)]
         self.usable = usable  # their numbers in the dataset
+        self.require_audio()
         self.starts = starts[usable]  # position of <|startoftranscript|> in each label
         self.token_counts = lengths[usable] - 1 - self.starts  # behind it, which count in the loss
         self.hours = samples[usable].sum() / SAMPLING_RATE / 3600
@@ -2389,6 +2390,19 @@ class Rows(Dataset):
             first = ", ".join(map(str, left_out[:10]))
             logger.warning("%s: %d rows left out (%s), the first: %s", self.name, len(left_out), counts, first)
         return np.flatnonzero(~is_left_out)
+
+    def require_audio(self) -> None:
+        """Fail where the audio of no row can be read: nothing would be trained."""
+        problems = []
+        for row in self.usable:
+            value = self.dataset[int(row)][self.input_column]
+            try:
+                read_log_mel(value, self.place, self.extractor)
+                return
+            except (ValueError, TypeError) as error:
+                problems.append(str(error))
+        split = f"{self.name} ({self.source.split})"
+        fail(f"none of the {len(problems)} rows of {split} can be used: {problems[0]}")
 
     def require_mels(self, samples: int) -> None:
         """Fail where stored log-mels have another number of bins than the student: it would train on noise.

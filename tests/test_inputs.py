@@ -518,6 +518,15 @@ def test_a_model_is_trained_on_a_table_and_its_card_names_no_dataset_of_the_hub(
     assert run_short_form_eval.is_hub_id("org/name") and not run_short_form_eval.is_hub_id(name)
 
 
+def test_a_model_is_not_trained_where_no_clip_can_be_read(student, tmp_path):
+    rows = [("audio", "text"), *((f"C:\\speech\\{name}", TEXTS[0]) for name in NAMES)]
+    table = write_csv(tmp_path / "clips.csv", rows)
+    line = refusal(fine_tune, student, table, tmp_path / "out")
+    assert line.endswith(f"none of the 6 rows of {table} (train) can be used: file not found: C:\\speech\\clip0.flac")
+    write(tmp_path / "C:\\speech\\clip3.flac", clip(3))
+    fine_tune(student, table, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
