@@ -1150,6 +1150,7 @@ def mend_datasets() -> None:
     """Let `datasets` load audio without torchcodec, all kinds of audio, and metadata as it is written."""
     datasets.Audio.encode_example = store_undecoded
     AudioFolder._read_metadata = read_metadata
+    AudioFolder._generate_examples = generate_in_order
     AudioFolder.EXTENSIONS = list(dict.fromkeys([*AudioFolder.EXTENSIONS, *MORE_AUDIO]))
     for suffix in AudioFolder.EXTENSIONS:
         for form in (suffix, suffix.upper(), suffix.title()):
@@ -1169,6 +1170,12 @@ def read_metadata(builder: AudioFolder, file: str, metadata_ext: str) -> Iterato
     if not any(name.endswith(("file_name", "file_names")) for name in names):
         raise ValueError(f"{file} needs the columns file_name (paths relative to it) and text, and has {names}")
     yield table
+
+
+def generate_in_order(builder: AudioFolder, files: tuple, metadata_files: set, **options) -> Iterator[tuple]:
+    """The rows of an audio folder. `datasets` takes its metadata files in an order that differs between processes."""
+    in_order = sorted(metadata_files, key=str)
+    return FolderBasedBuilder._generate_examples(builder, files, in_order, **options)
 
 
 def load_builder(path: Path, config: str | None, dir_suffix: str | None) -> datasets.DatasetBuilder:

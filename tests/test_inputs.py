@@ -278,6 +278,13 @@ def test_a_link_to_a_text_elsewhere_is_not_followed(tmp_path):
     assert [text for text, *_ in opened(tmp_path / "data")] == [None, "a text", *[None] * 4]
 
 
+def test_the_rows_of_several_metadata_files_have_one_order(tmp_path):
+    for number in range(9):
+        directory = write_clips(tmp_path / f"speaker{number}", NAMES[:1])
+        write_csv(directory / "metadata.csv", [("file_name", "transcription"), (NAMES[0], str(number))])
+    assert [text for text, *_ in opened(tmp_path)] == [str(number) for number in range(9)]
+
+
 def test_txt_files_in_another_encoding_are_one_line(tmp_path):
     write_clips(tmp_path)
     write(tmp_path / "clip0.txt", TEXTS[0].encode("cp932"))
