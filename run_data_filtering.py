@@ -1106,10 +1106,21 @@ def name_left_out(files: set[str], reason: str) -> None:
         logger.warning("left out: %d audio files %s: %s", len(files), reason, names)
 
 
+def name_linked_directories(directory: str) -> None:
+    """Warn of links to directories, whose files are not read."""
+    for parent, names, _ in os.walk(directory):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                logger.warning("left out: %s is a link to a directory: name a table of its files, or copy it", path)
+
+
 def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
     """The builder that `datasets` chooses for a local directory or a Hub id; AudioFolder for a directory of audio."""
     directory = local_directory(reference)
     location = str(directory.resolve() if directory else reference)
+    if directory:
+        name_linked_directories(location)
     builder = datasets.load_dataset_builder(location, config)
     has_card = directory and (directory / "README.md").exists()  # which may say what to read
     beside_audio = ("text",) if has_card else ("csv", "json", "text")  # which counts more than these
@@ -1189,15 +1200,17 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
 # Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
-MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".spx")
-PATH_COLUMNS = ("audio_filepath", "file_name", "path")  # of audio in manifests; the first is NeMo's
+MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
+PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp.sh"
-NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8"
+NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8 (Unicode text of Excel: -f UTF-16)"
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
-# The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`
-LISTED_TEXT = re.compile(r"([^\t|]+)[\t|]([^\t|]*)")
-SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*)")
+# The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
+# a normalised text and the seconds, the ITA corpus and ROHAN a comma and the reading in katakana.
+LISTED_TEXT = re.compile(r"([^\t|]+)[\t|]([^\t|]*)(?:\|[^\t|]*\|[\d.]+)?")
+SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
+TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
 LOADING_ERRORS = (
@@ -1432,20 +1445,30 @@ def spread_fields(part: datasets.Dataset) -> datasets.Dataset:
     return part
 
 
+def is_list(file: str) -> bool:
+    """Whether a metadata.csv has no header, but lines such as NAME|text, as LJSpeech's has."""
+    if os.path.basename(file) != "metadata.csv":
+        return False
+    header = read_text(file).partition("\n")[0]
+    return "|" in header and "file_name" not in header
+
+
 def load_folder(
     files: DataFilesList, place: Place, num_proc: int | None = None, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of an audio folder, with the metadata above it where there is none in it."""
+    is_local = not place.base.startswith("hf://")
+    lists = set(filter(is_list, files)) if is_local else set()
+    files = DataFilesList([file for file in files if file not in lists], files.origin_metadata)
     has_metadata = any(os.path.basename(file) in METADATA for file in files)
     above = []
     if not has_metadata:
         candidates = [f"{place.base}/{name}" for name in METADATA]
-        above = list(filter(os.path.exists, candidates))
+        above = [file for file in candidates if os.path.exists(file) and not is_list(file)]
     patterns = list(map(glob.escape, above))
     data_files = DataFilesDict(train=files + DataFilesList.from_patterns(patterns))
     # With other names than the default, so that nothing comes from a cache that `datasets` filled in its own way.
     builder = AudioFolder(data_files=data_files, metadata_filenames=METADATA)
-    is_local = not place.base.startswith("hf://")
     if streaming and not is_local:
         return builder.as_streaming_dataset("train")
     builder.download_and_prepare(num_proc=num_proc)
@@ -1511,8 +1534,10 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
 
 
 def listed_texts(file: Path) -> list[tuple]:
-    """Names and texts in a .txt file: all of it under its own name, and those of its lines."""
+    """Names and texts in a .txt file: all of it under its own name, and its lines; or those in a list metadata.csv."""
     content = file.read_text("utf-8-sig", errors="replace")
+    if file.suffix == ".csv":
+        return [tuple(line.split("|")[:2]) for line in content.splitlines() if "|" in line]
     texts = [(file.stem, content)]
     for line in content.splitlines():
         if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line):
@@ -1531,20 +1556,28 @@ def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) ->
 def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
     """The rows of an audio folder with the texts in its .txt files, where one text fits one clip.
 
-    NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them.
+    NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them,
+    and so is a metadata.csv without a header.
     For clips without any, texts in a parallel tree count: txt/a/NAME.txt for wav/a/NAME.wav.
     """
     near_clips, far_clips = name_clips(paths, place.base)
     near_texts = defaultdict(set)
     far_texts = defaultdict(set)
     parallel = parallel_directories(place.base)
-    for file in Path(place.base).rglob("*.txt"):
-        if not (file.is_file() and file.resolve().is_relative_to(place.base)):
+    links = []
+    for file in Path(place.base).rglob("*"):
+        is_text = file.suffix.lower() == ".txt" or file.name == "metadata.csv"
+        if not (is_text and file.is_file()):
+            continue
+        if not file.resolve().is_relative_to(place.base):
+            links.append(file)
             continue
         for name, text in listed_texts(file):
             add_text(near_texts, near_clips, file.parent, name, text)
             for directory in parallel[file.parent]:
                 add_text(far_texts, far_clips, directory, name, text)
+    if links:
+        logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
     column = []
     for path in paths:
         found = near_texts[path] or far_texts[path]
@@ -1554,7 +1587,9 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
         return dataset
     if any("\ufffd" in text for text in present):
         raise ValueError(f"its .txt files are not UTF-8: {NOT_UTF8}")
-    logger.info("the texts of %d of %d audio files are in .txt files", len(present), len(column))
+    if any(map(TIMES.match, present)):
+        raise ValueError("its .txt files have times, as Audacity's labels do: cut the audio there, and keep only texts")
+    logger.info("%d of %d audio files have texts in files beside them", len(present), len(column))
     return dataset.add_column("transcription", column)
 
 
@@ -1851,12 +1886,14 @@ def find_file(path: str, place: Place) -> str:
         unicodedata.normalize("NFC", file),
         unicodedata.normalize("NFD", file),
         f"clips/{file}",  # as in Common Voice, beside the table
+        f"audios/{file}",  # as in its spontaneous speech
     ]
     found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
     full = next(filter(os.path.exists, found), found[0])
     root = re.sub(r"/snapshots/[^/]+$", "", place.base)  # the Hub's cache links to blobs beside its snapshots
     if place.is_confined and (is_foreign or os.path.commonpath([root, full]) != root):
-        raise Unreadable(f"not in the dataset: {path}")
+        target = f", a link to {full}" if os.path.islink(os.path.join(place.base, file)) else ""
+        raise Unreadable(f"not in the dataset: {path}{target}")
     if not os.path.exists(full):
         raise Unreadable(f"file not found: {path}")
     if not os.path.isfile(full) or full.startswith(("/proc/", "/sys/")):

@@ -142,9 +142,9 @@ def test_texts_and_ids_of_a_csv_stay_what_the_file_has(tiny_teacher, tmp_path):
 
 
 def test_metadata_without_a_header_is_named_with_its_columns_and_those_needed(tiny_teacher, tmp_path):
-    data = write_clips(tmp_path / "ljspeech" / "train")
-    rows = [(name[:-5], text, text) for name, text in zip(NAMES, TEXTS, strict=True)]
-    write_csv(data / "metadata.csv", rows, delimiter="|")
+    data = write_clips(tmp_path / "bare" / "train")
+    rows = [(name[:-5], text) for name, text in zip(NAMES, TEXTS, strict=True)]
+    write_csv(data / "metadata.csv", rows)
     line = refusal(label, tiny_teacher, data.parent, tmp_path / "labels")
     assert str(data / "metadata.csv") in line and "file_name" in line and "'clip0', '西日本では雨です。'" in line
 
@@ -210,10 +210,10 @@ def test_a_split_that_a_folder_does_not_have_is_named_with_those_that_it_has(tmp
 
 def test_a_folder_as_it_lies_on_a_disk_is_read(tmp_path):
     root = tmp_path / "録音 2024"
-    write_clips(root, ["話者 A/録音 1.WAV", "話者 A/ 2.Flac", "B/深い/x.y.wav"])
+    write_clips(root, ["話者 A/録音 1.WAV", "話者 A/ 2.Flac", "B/深い/x.y.wav", "B/talk.SPH"])
     for name, content in (("Thumbs.db", b"x"), ("B/._x.wav", b"x"), ("B/x.y.srt", b"1"), ("話者 A/memo.txt", b"x")):
         write(root / name, content)
-    assert sorted(opened(root, text=None)) == [(None, 0.5, None), (None, 0.6, None), (None, 0.7, None)]
+    assert sorted(seconds for _, seconds, _ in opened(root, text=None)) == [0.5, 0.6, 0.7, 0.8]
 
 
 @pytest.mark.parametrize("suffix", ["normalised.txt", "json", "tsv"])
@@ -226,21 +226,24 @@ def test_texts_beside_the_audio_do_not_hide_it_and_are_read(suffix, tmp_path):
     assert opened(root) == opened(root, streaming=True) == WHOLE
 
 
-LISTS = {  # the audio's directory, the list, and how its lines begin
-    "LibriSpeech": ("84/121", "84/121/84-121.trans.txt", "clip{} "),
-    "JSUT": ("basic5000/wav", "basic5000/transcript_utf8.txt", "clip{}:"),
-    "CSS10": ("clips", "list.txt", "clips/clip{}.flac|"),
-    "tabs": ("clips", "list.txt", "./clips/clip{}.FLAC\t"),
-    "AISHELL": ("wav/S0002", "transcript/transcript_v0.8.txt", "clip{} "),
+LISTS = {  # the audio's directory, the list, and its lines
+    "LibriSpeech": ("84/121", "84/121/84-121.trans.txt", "clip{} {}"),
+    "JSUT": ("basic5000/wav", "basic5000/transcript_utf8.txt", "clip{}:{}"),
+    "ITA": ("wav", "emotion_transcript_utf8.txt", "clip{}:{},アア、ウー。"),
+    "two fields": ("clips", "LIST.TXT", "clips/clip{}.flac|{}"),
+    "CSS10": ("meian", "transcript.txt", "meian/clip{}.flac|{}|a i|5.80"),
+    "LJSpeech": ("wavs", "metadata.csv", "clip{}|{}|a i"),
+    "tabs": ("clips", "list.txt", "./clips/clip{}.FLAC\t{}"),
+    "AISHELL": ("wav/S0002", "transcript/transcript_v0.8.txt", "clip{} {}"),
 }
 
 
 @pytest.mark.parametrize("layout", LISTS)
 def test_lists_of_texts_are_read_as_corpora_have_them(layout, tmp_path):
-    directory, file, start = LISTS[layout]
+    directory, file, line = LISTS[layout]
     write_clips(tmp_path / directory)
     write(tmp_path / "LICENSE.txt", "Free to use\n")
-    write(tmp_path / file, "".join(f"{start.format(number)}{text}\n" for number, text in enumerate(TEXTS)))
+    write(tmp_path / file, "".join(f"{line.format(number, text)}\n" for number, text in enumerate(TEXTS)))
     assert opened(tmp_path) == WHOLE
 
 
@@ -271,11 +274,30 @@ def test_texts_in_another_tree_count_for_clips_that_have_none_and_in_trees_witho
     assert [text for text, *_ in opened(tmp_path)] == ["train/0", None, "raw/2"]
 
 
-def test_a_link_to_a_text_elsewhere_is_not_followed(tmp_path):
+def test_a_link_to_a_text_elsewhere_is_not_followed_and_named(tmp_path, caplog):
     write_clips(tmp_path / "data")
     (tmp_path / "data" / "clip0.txt").symlink_to(write(tmp_path / "secret.txt", "a secret"))
     write(tmp_path / "data" / "clip1.txt", "a text")
     assert [text for text, *_ in opened(tmp_path / "data")] == [None, "a text", *[None] * 4]
+    assert (
+        f"left out: 1 texts that are links to files elsewhere, such as {tmp_path / 'data' / 'clip0.txt'}" in caplog.text
+    )
+
+
+def test_links_to_audio_elsewhere_are_not_followed_and_named(tmp_path, caplog):
+    elsewhere = write_clips(tmp_path / "disk")
+    root = write_clips(tmp_path / "data", NAMES[:2])
+    (root / "disk").symlink_to(elsewhere)
+    (root / "clip5.flac").symlink_to(elsewhere / "clip5.flac")
+    *_, (_, _, problem) = opened(root, text=None)
+    assert problem == f"not in the dataset: {root / 'clip5.flac'}, a link to {elsewhere / 'clip5.flac'}"
+    assert f"left out: {root / 'disk'} is a link to a directory: name a table of its files, or copy it" in caplog.text
+
+
+def test_labels_of_audacity_are_no_texts(tmp_path):
+    write_clips(tmp_path)
+    write(tmp_path / "clip0.txt", "0.100000\t0.400000\tはい\n0.420000\t0.500000\tいいえ\n")
+    assert "its .txt files have times, as Audacity's labels do: cut the audio there" in refusal(opened, tmp_path)
 
 
 def test_the_rows_of_several_metadata_files_have_one_order(tmp_path):
