@@ -1129,6 +1129,8 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     audio = set(filter(is_audio, resolve_pattern("**", location)))
     if audio and builder.name in beside_audio:
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
+    elif builder.name == "text":
+        fail(f"{reference} has texts, and no audio beside them: unpack an archive of both")
     if has_card or not audio:
         return builder
     files = set(itertools.chain(*builder.config.data_files.values()))
@@ -1317,6 +1319,8 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
     arrays = []
     for number, name in enumerate(header):
         column = [cells[number] for cells in rows]
+        if name.strip() in names:
+            raise ValueError(f"{path} has two columns {name.strip()!r}: does its first line name the columns?")
         if name.strip():
             names.append(name.strip())
             arrays.append(pa.array(column, pa.string()))
@@ -1601,8 +1605,8 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
         saved = datasets.Dataset(read_kaldi(place))
     elif is_directory:
         saved = datasets.load_from_disk(str(path))
-    elif path.suffix in MANIFESTS:
-        saved = datasets.Dataset(read_table(str(path), path.suffix))
+    elif path.suffix.lower() in MANIFESTS:
+        saved = datasets.Dataset(read_table(str(path), path.suffix.lower()))
     else:
         fail(f"{path} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
     if isinstance(saved, datasets.DatasetDict):
@@ -1648,6 +1652,8 @@ def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset
         return dataset
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
     stored = dataset.features[audio_column]
+    if isinstance(stored, datasets.List):
+        raise ValueError(f"{audio_column} has samples without their rate: store dicts of array and sampling_rate")
     if isinstance(stored, dict) and "array" in stored and isinstance(dataset, datasets.Dataset):
         features = datasets.Features({**dataset.features, audio_column: undecoded})
         return dataset.cast(features)  # some rows at a time, unlike `cast_column`

@@ -1042,6 +1042,8 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     audio = set(filter(is_audio, resolve_pattern("**", location)))
     if audio and builder.name in beside_audio:
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
+    elif builder.name == "text":
+        fail(f"{reference} has texts, and no audio beside them: unpack an archive of both")
     if has_card or not audio:
         return builder
     files = set(itertools.chain(*builder.config.data_files.values()))
@@ -1230,6 +1232,8 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
     arrays = []
     for number, name in enumerate(header):
         column = [cells[number] for cells in rows]
+        if name.strip() in names:
+            raise ValueError(f"{path} has two columns {name.strip()!r}: does its first line name the columns?")
         if name.strip():
             names.append(name.strip())
             arrays.append(pa.array(column, pa.string()))
@@ -1514,8 +1518,8 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
         saved = datasets.Dataset(read_kaldi(place))
     elif is_directory:
         saved = datasets.load_from_disk(str(path))
-    elif path.suffix in MANIFESTS:
-        saved = datasets.Dataset(read_table(str(path), path.suffix))
+    elif path.suffix.lower() in MANIFESTS:
+        saved = datasets.Dataset(read_table(str(path), path.suffix.lower()))
     else:
         fail(f"{path} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
     if isinstance(saved, datasets.DatasetDict):
@@ -1561,6 +1565,8 @@ def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset
         return dataset
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
     stored = dataset.features[audio_column]
+    if isinstance(stored, datasets.List):
+        raise ValueError(f"{audio_column} has samples without their rate: store dicts of array and sampling_rate")
     if isinstance(stored, dict) and "array" in stored and isinstance(dataset, datasets.Dataset):
         features = datasets.Features({**dataset.features, audio_column: undecoded})
         return dataset.cast(features)  # some rows at a time, unlike `cast_column`
@@ -1656,11 +1662,14 @@ def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str
             continue
         hint = ""
         files = sorted(path.rglob("*")) if path.is_dir() else []
-        tables = [file for file in files if file.suffix in MANIFESTS and column.encode() in file.read_bytes()]
-        if files and set(dataset.column_names) <= {"audio", "label"}:
+        tables = [file for file in files if file.suffix.lower() in MANIFESTS and column.encode() in file.read_bytes()]
+        archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
+        if files and set(dataset.column_names) <= {"audio", "label", "__key__"}:
             hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
+            if archives:
+                hint = f". Unpack {archives[0]}, if the texts lie in it"
         if tables:
-            hint = f". Name a table instead of the directory: {', '.join(map(str, tables[:5]))}"
+            hint = f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
         fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
 
 

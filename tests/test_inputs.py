@@ -450,6 +450,20 @@ def test_a_table_without_splits_is_one_split_of_any_name(tmp_path):
         assert line.endswith("its rows are those of one split")
 
 
+@pytest.mark.parametrize(
+    ("kind", "lists", "said"),
+    [("zip", 1, "Unpack {}.zip"), ("gztar", 1, "Unpack {}.tar.gz"), ("zip", 9, "unpack an archive of both")],
+)
+def test_an_archive_of_audio_and_lists_of_texts_is_to_be_unpacked(kind, lists, said, tiny_teacher, tmp_path):
+    write_clips(tmp_path / "corpus")
+    for number in range(lists):
+        write(tmp_path / "corpus" / f"list{number}.txt", f"clip0 {TEXTS[0]}\n")
+    (tmp_path / "data").mkdir()
+    shutil.make_archive(tmp_path / "data" / "corpus", kind, tmp_path, "corpus")
+    line = refusal(score, tiny_teacher, tmp_path / "data", tmp_path / "out")
+    assert said.format(tmp_path / "data" / "corpus") in line
+
+
 def test_columns_of_samples_are_read(tmp_path):
     samples = np.sin(np.arange(8000) / 20).astype(np.float32)
     audio = [{"array": samples.tolist(), "sampling_rate": 16_000}, {"array": samples.tolist(), "sampling_rate": 8_000}]
@@ -457,6 +471,8 @@ def test_columns_of_samples_are_read(tmp_path):
     assert opened(tmp_path) == opened(tmp_path, streaming=True) == [(TEXTS[0], 0.5, None), (TEXTS[1], 1.0, None)]
     rows, place = open_dataset(str(tmp_path), None, "train", "audio")
     np.testing.assert_array_equal(load_clip(rows[0]["audio"], place).waveform, samples)
+    write_parquet(tmp_path / "train.parquet", audio=[samples.tolist()], transcription=TEXTS[:1])
+    assert "audio has samples without their rate" in refusal(opened, tmp_path)
 
 
 NOT_TEXT = {
@@ -530,10 +546,11 @@ def test_manifests_as_people_write_them_are_read(name, tmp_path):
     assert opened(table, "train[1:]") == [second]
 
 
-def test_the_tables_of_common_voice_name_files_in_clips(tmp_path):
-    write_clips(tmp_path / "clips")
-    rows = [("path", "sentence"), *zip(NAMES, TEXTS, strict=True)]
-    assert opened(write_csv(tmp_path / "train.tsv", rows, delimiter="\t"), text="sentence") == WHOLE
+@pytest.mark.parametrize(("column", "directory"), [("path", "clips"), ("audio_file", "audios")])
+def test_the_tables_of_common_voice_name_files_in_a_directory_beside_them(column, directory, tmp_path):
+    write_clips(tmp_path / directory)
+    rows = [(column, "sentence"), *zip(NAMES, TEXTS, strict=True)]
+    assert opened(write_csv(tmp_path / "TRAIN.TSV", rows, delimiter="\t"), text="sentence") == WHOLE
 
 
 @pytest.mark.parametrize("name", ["data/clips.csv", "data/wav.scp"])
@@ -560,6 +577,7 @@ def test_a_model_is_not_trained_where_no_clip_can_be_read(student, tmp_path):
     ("content", "said"),
     [
         ("audio,transcription\nx.wav,東京\n".encode("cp932"), "not UTF-8"),
+        (b"audio,a b,a b\n", "has two columns 'a b': does its first line name the columns?"),
         ("audio,transcription,\nx.wav,東,京\n".encode(), "has cells in column 3, which the header does not name"),
         (b'{"audio": "a.wav", "text": "x", "offset": 3.0}', "parts of recordings"),
         (b"[1, 2]", "an object for each row"),
@@ -584,7 +602,7 @@ def test_only_tables_with_the_column_are_named_and_metadata_where_there_are_none
     columns = {"text_column_name": "sentence"}
     assert f"Texts may lie in {tmp_path / 'metadata.csv'}" in refusal(require_columns, str(tmp_path), rows, columns)
     write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]\n")
-    tables = [write(tmp_path / f"{name}.tsv", "path\tsentence\n") for name in ("dev", "train")]
+    tables = [write(tmp_path / name, "path\tsentence\n") for name in ("DEV.TSV", "train.tsv")]
     line = refusal(require_columns, str(tmp_path), rows, columns)
     assert line.endswith(f"Name a table instead of the directory: {tables[0]}, {tables[1]}")
 
