@@ -2153,19 +2153,23 @@ def chunk_loss(
 
     The gradient of the first by the logits is softmax(logits) - onehot(targets), that of the second is
     T · (softmax(logits / T) - softmax(teacher_logits / T)). `kl_shares` weigh the KL of each token, (tokens).
+
+    A further term needs its sum and its gradient here, its weight where `DistillationLoss.forward` adds the sums, and
+    an entry wherever sums of cross-entropy and KL are kept: `optimiser_step`, `window_figures` and `evaluate`.
     """
     ce_weight, kl_weight = weights
     labels = targets[:, None]
     log_probs = logits.log_softmax(-1)  # (tokens, vocabulary)
     ce_loss = -log_probs.gather(1, labels).sum()
-    kl_loss = torch.zeros_like(ce_loss)
-    gradient = torch.zeros_like(logits)
-    if teacher_logits is not None:
+    # Gradients are computed in place, because each of these tensors is as large as the logits.
+    if teacher_logits is None:
+        kl_loss = torch.zeros_like(ce_loss)
+        gradient = torch.zeros_like(logits)
+    else:
         soft_log_probs = (logits / temperature).log_softmax(-1)
         teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
         teacher_probs = teacher_log_probs.exp()
         divergence = teacher_probs * (teacher_log_probs - soft_log_probs)
-        # In place, because each of these is as large as the logits.
         gradient = soft_log_probs.exp_().sub_(teacher_probs).mul_(kl_weight * temperature)
         if kl_shares is not None:
             divergence.mul_(kl_shares[:, None])
@@ -2196,19 +2200,22 @@ class DistillationLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, weights, kl_shares=None):
         hidden_gradient = torch.zeros_like(hidden)
         head_gradient = torch.zeros_like(head)
-        dtype = F.linear(hidden[:0], head[:1]).dtype  # in which autocast computes logits
-        exact = torch.promote_types(dtype, torch.float32)
-        hidden, head = hidden.to(dtype), head.to(dtype)
+        # Products are computed as autocast does, but each tensor is cast once and not for every chunk.
+        dtype = F.linear(hidden[:0], head[:1]).dtype
+        hidden = hidden.to(dtype)
+        head = head.to(dtype)
         if teacher_hidden is not None:
-            teacher_hidden, teacher_head = teacher_hidden.to(dtype), teacher_head.to(dtype)
-        sums = torch.zeros(2, dtype=exact, device=hidden.device)
+            teacher_hidden = teacher_hidden.to(dtype)
+            teacher_head = teacher_head.to(dtype)
+        loss_dtype = torch.promote_types(dtype, torch.float32)
+        sums = torch.zeros(2, dtype=loss_dtype, device=hidden.device)
         size = LOSS_CHUNK_GPU if hidden.is_cuda else LOSS_CHUNK
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
-            logits = F.linear(hidden[chunk], head).to(exact)
+            logits = F.linear(hidden[chunk], head).to(loss_dtype)
             teacher_logits = None
             if teacher_hidden is not None:
-                teacher_logits = F.linear(teacher_hidden[chunk], teacher_head).to(exact)
+                teacher_logits = F.linear(teacher_hidden[chunk], teacher_head).to(loss_dtype)
             shares = None if kl_shares is None else kl_shares[chunk]
             losses, gradient = chunk_loss(logits, teacher_logits, targets[chunk], shares, temperature, weights)
             sums += losses
@@ -2224,8 +2231,8 @@ class DistillationLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_gradient, _):
         hidden_gradient, head_gradient = ctx.saved_tensors
-        of_other_inputs = [None] * 6
-        return hidden_gradient * loss_gradient, head_gradient.mul_(loss_gradient), *of_other_inputs
+        others = [None] * 6  # of the inputs that are not trained
+        return hidden_gradient * loss_gradient, head_gradient.mul_(loss_gradient), *others
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -2510,7 +2517,7 @@ class Rows(Dataset):
             logger.warning("%s, row %d: unreadable audio, left out of the loss: %s", self.name, row, error)
             shape = (self.extractor.feature_size, WINDOW_FRAMES)
             example["features"] = torch.zeros(shape, dtype=torch.float16)
-            example["start"] = len(tokens) - 1
+            example["start"] = len(tokens) - 1  # so that none of them is a target
         return example
 
 
@@ -2592,22 +2599,24 @@ def collate(examples: list[dict]) -> dict[str, Tensor]:
     joined.
     """
     tokens = pad_sequence([example["tokens"] for example in examples], batch_first=True)
-    tokens = F.pad(tokens, (0, (1 - tokens.shape[1]) % 8))  # (rows, width + 1)
-    places = torch.arange(tokens.shape[1] - 1)
-    first = torch.tensor([example["start"] for example in examples])
-    last = torch.tensor([len(example["tokens"]) - 1 for example in examples])
-    is_counted = (first[:, None] <= places) & (places < last[:, None])
+    missing = -(tokens.shape[1] - 1) % 8
+    tokens = F.pad(tokens, (0, missing))
+    inputs = tokens[:, :-1].contiguous()  # (rows, width)
+    starts = torch.tensor([example["start"] for example in examples])
+    ends = torch.tensor([len(example["tokens"]) - 1 for example in examples])
+    columns = torch.arange(inputs.shape[1])
+    is_target = (starts[:, None] <= columns) & (columns < ends[:, None])  # whether the token behind an input is one
     batch = {
-        "decoder_input_ids": tokens[:, :-1].contiguous(),
-        "positions": is_counted.flatten().nonzero()[:, 0],
-        "targets": tokens[:, 1:][is_counted],
+        "decoder_input_ids": inputs,
+        "positions": is_target.flatten().nonzero()[:, 0],
+        "targets": tokens[:, 1:][is_target],
     }
     for name in ("features", "states"):
         if name in examples[0]:
             batch[name] = torch.stack([example[name] for example in examples])
     if "kl_share" in examples[0]:
         shares = torch.tensor([example["kl_share"] for example in examples])
-        batch["kl_shares"] = shares.repeat_interleave(last - first)  # as many as targets
+        batch["kl_shares"] = shares.repeat_interleave(ends - starts)  # as many as targets
     if "teacher_hidden" in examples[0]:
         batch["teacher_hidden"] = torch.cat([example["teacher_hidden"] for example in examples])
     return batch
@@ -2919,10 +2928,10 @@ def block_path(cache: Path, block: int) -> Path:
 
 def read_outputs(cache: Path, index: int) -> dict[str, Tensor]:
     """Encoder outputs and the teacher's hidden states of one row, from a memory map."""
-    block, place = divmod(index, CACHE_BLOCK)
+    block, row = divmod(index, CACHE_BLOCK)
     with safetensors.safe_open(block_path(cache, block), "pt") as file:
-        start, end = file.get_tensor("token_limits")[place : place + 2].tolist()
-        states = file.get_slice("states")[place]
+        start, end = file.get_tensor("token_limits")[row : row + 2].tolist()
+        states = file.get_slice("states")[row]
         return {"states": states, "teacher_hidden": file.get_slice("teacher_hidden")[start:end]}
 
 
@@ -3119,9 +3128,8 @@ def evaluate(model: WhisperForConditionalGeneration, training: "Training") -> tu
 
 def error_rates(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """WER and CER in per cent of pairs of reference and hypothesis, without those whose reference is empty."""
-    pairs = [pair for pair in pairs if pair[0]] or [("-", "")]
-    references = [reference for reference, _ in pairs]
-    hypotheses = [hypothesis for _, hypothesis in pairs]
+    pairs = [pair for pair in pairs if pair[0]] or [("-", "")]  # which is 100 %
+    references, hypotheses = map(list, zip(*pairs, strict=True))
     return {
         "eval_wer": 100 * jiwer.wer(references, hypotheses),
         "eval_cer": 100 * jiwer.cer(references, hypotheses),
@@ -3195,8 +3203,8 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
         return start_from_named(Path(choice), settings, args)
     record = read_record(output_dir / RECORD)
     if record is None and (output_dir / RECORD).exists():  # damaged: the newest whole checkpoint has the same settings
-        manifests = [read_checkpoint(directory) for _, directory in list_checkpoints(output_dir)]
-        record = next(filter(None, reversed(manifests)), None)
+        for _, directory in reversed(list_checkpoints(output_dir)):
+            record = record or read_checkpoint(directory)
     if record is None or choice.lower() in ("false", "none"):
         return Start(to_remove=results_to_remove(args))
     if not args.overwrite_output_dir:
@@ -3210,9 +3218,11 @@ def start_from_newest(record: dict, settings: dict, total_steps: int, args: argp
     """Go on from the newest whole checkpoint of a run with the same settings, if that has not finished."""
     output_dir = args.output_dir
     is_complete = record.get("status") == "complete" and (output_dir / "model.safetensors").exists()
-    damaged = damaged_files(output_dir, record.get("files", {})) if is_complete else []
-    if is_complete and not damaged and record["steps"] >= total_steps:
-        return Start(finished=True)
+    damaged = []
+    if is_complete:
+        damaged = damaged_files(output_dir, record.get("files", {}))
+        if not damaged and record["steps"] >= total_steps:
+            return Start(finished=True)
     for name in damaged:
         logger.warning("%s is damaged, and is made again from the last checkpoint", output_dir / name)
     for _, directory in reversed(list_checkpoints(output_dir)):
@@ -3341,9 +3351,9 @@ def prepare_training(training: Training) -> None:
     """Make AdamW, with weight decay for matrices, and the schedule; let accelerate wrap what is trained."""
     args = training.args
     accelerator = training.accelerator
-    trained = [parameter for parameter in training.models.trained.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    weights = [weight for weight in training.models.trained.parameters() if weight.requires_grad]
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    vectors = [weight for weight in weights if weight.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -3515,8 +3525,8 @@ def train(training: Training) -> int:
     while state.step < data.total_steps and not is_stopped:
         sums, grad_norm, is_stopped = optimiser_step(training, batches)
         num_clips += len(data.plan.rows(state.step))
-        for place, value in enumerate(sums):
-            state.window[place] += value
+        for number, value in enumerate(sums):
+            state.window[number] += value
         state.step += 1
         is_last = state.step == data.total_steps
         bar.update()
@@ -3860,6 +3870,7 @@ def measure_steps(training: Training) -> tuple[float, float]:
     rows = training.data.train[0]
     size = training.args.per_device_train_batch_size
     sample = np.resize(np.arange(len(rows)), size)  # repeated where there are fewer
+    # A dry run has read the first inputs only: they stand for those of all rows.
     inputs = itertools.cycle({rows.input_column: value} for value in rows.first_inputs)
     rows.dataset = dict(zip(rows.usable[sample].tolist(), inputs, strict=False))
     started = time.perf_counter()
@@ -4027,7 +4038,10 @@ def clean_output(start: Start, output_dir: Path) -> None:
     """
     for path in start.to_remove:
         logger.warning("removing %s", path)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     (output_dir / METRICS).touch()
     for path in (output_dir / METRICS, output_dir / PREDICTIONS):
         if path.exists():
