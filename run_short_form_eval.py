@@ -2045,16 +2045,6 @@ def timestamp_rules(
     scores[:, :first_timestamp].masked_fill_((time_logprob > best_text_logprob)[:, None], -math.inf)
 
 
-def prompt_ids(rules: GenerationConfig, language: str | None, task: str | None, return_timestamps: bool) -> list:
-    """The tokens before a text, as `generate` puts them there. None is in the place of a language to be detected."""
-    ids = [rules.decoder_start_token_id]
-    if rules.is_multilingual:
-        ids += [rules.lang_to_id[f"<|{language}|>"] if language else None, rules.task_to_id[task]]
-    if not return_timestamps:
-        ids.append(rules.no_timestamps_token_id)
-    return ids
-
-
 def attend(
     attention: WhisperAttention,
     hidden: torch.Tensor,
@@ -2113,7 +2103,12 @@ class GreedyDecoder:
         self.extractor = extractor
         self.batch_size = batch_size
         rules = model.generation_config
-        self.prompt = prompt_ids(rules, language, task, return_timestamps)
+        self.prompt = [rules.decoder_start_token_id]  # the tokens before a text, as `generate` puts them there
+        if rules.is_multilingual:
+            language_id = rules.lang_to_id[f"<|{language}|>"] if language else None  # None = to be detected
+            self.prompt += [language_id, rules.task_to_id[task]]
+        if not return_timestamps:
+            self.prompt.append(rules.no_timestamps_token_id)
         self.length = len(self.prompt) + max_new_tokens
         self.end = rules.eos_token_id
         self.first_timestamp = rules.no_timestamps_token_id + 1 if return_timestamps else None
@@ -2138,21 +2133,21 @@ class GreedyDecoder:
         """Memory for as many clips as a batch has."""
         config = self.model.config
         heads = config.decoder_attention_heads
-        new = functools.partial(torch.zeros, device=self.model.device)
 
         def memory(positions: int) -> torch.Tensor:
             size = config.d_model // heads
-            return new(self.batch_size, heads, positions, size, dtype=self.model.dtype)
+            return torch.zeros(self.batch_size, heads, positions, size, dtype=self.model.dtype)
 
         positions = (self.length, self.length, config.max_source_positions, config.max_source_positions)
-        return Slots(
-            sequences=new(self.batch_size, self.length, dtype=torch.long),
-            position=new(self.batch_size, dtype=torch.long),
-            ended=torch.ones(self.batch_size, dtype=torch.bool, device=self.model.device),
-            before_is_time=new(self.batch_size, dtype=torch.bool),
-            latest=new(self.batch_size, dtype=torch.long),
-            keys_values=[tuple(map(memory, positions)) for _ in range(config.decoder_layers)],
-        )
+        with self.model.device:
+            return Slots(
+                sequences=torch.zeros(self.batch_size, self.length, dtype=torch.long),
+                position=torch.zeros(self.batch_size, dtype=torch.long),
+                ended=torch.ones(self.batch_size, dtype=torch.bool),
+                before_is_time=torch.zeros(self.batch_size, dtype=torch.bool),
+                latest=torch.zeros(self.batch_size, dtype=torch.long),
+                keys_values=[tuple(map(memory, positions)) for _ in range(config.decoder_layers)],
+            )
 
     def fill(self, states: BaseModelOutput, targets: list[int]) -> None:
         """Put the prompts of clips, and the keys and values of their audio, into these slots."""
