@@ -3025,10 +3025,14 @@ def load_shards(
     shards: Iterable[list[Rows]],
 ) -> Iterator[list[Recording]]:
     """Yield the recordings of each shard, and load those of the next shard meanwhile."""
-    no_shard = []  # so that the last one has a next one too
-    loading = (pool.map(load, recording_rows) for recording_rows in [*shards, no_shard])
-    for recordings, _ in itertools.pairwise(loading):
-        yield list(recordings)
+    loading = None
+    for recording_rows in shards:
+        next_loading = pool.map(load, recording_rows)
+        if loading:
+            yield list(loading)
+        loading = next_loading
+    if loading:
+        yield list(loading)
 
 
 def predict(
@@ -3408,81 +3412,172 @@ select()
 """
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '{{ script|digest }}';
- style-src '{{ style|digest }}'; media-src data:; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{{ style|safe }}</style></head><body>
+{% macro interval(summary) %}{{ "%.2f to %.2f %%"|format(summary.low, summary.high) }}{% endmacro %}
+{% macro characters(low, high) %}{{ low }}{{ " to %d"|format(high) if high else " or more" }}{% endmacro %}
+{% macro bar(summary, scale) %}
+<span class="number"><svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">
+  <rect width="{{ [100 * summary.rate / scale, 100]|min }}" height="10"/>
+  <path d="M{{ [100 * summary.low / scale, 100]|min }} 5H{{ [100 * summary.high / scale, 100]|min }}"/>
+</svg>{{ " »" if summary.rate > scale }}</span>
+{% endmacro %}
+{% macro rate_cells(summary, scale) %}
+{% if summary.rate is none %}
+  <td></td>
+  <td></td>
+{% else %}
+  <td class="number">{{ summary.rate|percent }}</td>
+  <td class="text">{{ bar(summary, scale) }} <span class="number">{{ interval(summary) }}</span></td>
+{% endif %}
+{% endmacro %}
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <title>{{ title }}</title>
+  <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src '{{ script|digest }}';
+   style-src '{{ style|digest }}'; media-src data:; base-uri 'none'; form-action 'none'">
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <style>{{ style|safe }}</style>
+</head>
+<body>
+<main>
+<h1>{{ title }}</h1>
 
-{%- macro interval(summary) %}{{ "%.2f to %.2f %%"|format(summary.low, summary.high) }}{% endmacro %}
+{% if evaluations|length == 1 %}
+{% set metrics = evaluations[0].metrics %}
+{% set headline = evaluations[0].headline %}
+<p><span class="rate">{{ headline.rate|percent }}</span><br>
+  {{ titles[scorer] }}, 95 % interval {{ interval(headline) }}</p>
+<dl class="facts">
+{% for name, value in facts.items() %}
+  <dt>{{ name }}</dt><dd>{{ value }}</dd>
+{% endfor %}
+</dl>
 
-{%- macro characters(low, high) %}{{ low }}{{ " to %d"|format(high) if high else " or more" }}{% endmacro %}
-
-{%- macro bar(summary, scale) %}<span class="number">
-<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">
-<rect width="{{ [100 * summary.rate / scale, 100]|min }}" height="10"/>
-<path d="M{{ [100 * summary.low / scale, 100]|min }} 5H{{ [100 * summary.high / scale, 100]|min }}"/></svg>
-{{- " »" if summary.rate > scale }}</span>{% endmacro %}
-
-{%- macro rate_cells(summary, scale) %}
-{% if summary.rate is none %}<td><td>{% else %}<td class="number">{{ summary.rate|percent }}<td class="text">
-{{- bar(summary, scale) }} <span class="number">{{ interval(summary) }}</span>
-{%- endif %}{% endmacro %}
-
-<main><h1>{{ title }}</h1>
-{%- if evaluations|length == 1 %}{% set metrics = evaluations[0].metrics %}{% set headline = evaluations[0].headline %}
-<p><span class="rate">{{ headline.rate|percent }}</span><br>{{ titles[scorer] }}, 95 % interval
-{{ interval(headline) }}
-<dl class="facts">{% for name, value in facts.items() %}<dt>{{ name }}<dd>{{ value }}{% endfor %}</dl>
 <h2>All scorers</h2>
-<div class="scroll" tabindex="0"><table><caption>Error rates; the line on a bar is the 95 % interval</caption>
-<tr><th scope="col" class="text">Scorer<th scope="col">Rate<th scope="col" class="text">95 % interval
-{%- for count in counts %}<th scope="col" class="minor">{{ count }}{% endfor %}
-{%- for name, summary in rates.items() %}<tr><th scope="row">{{ name }}{{ rate_cells(summary, scale) }}
-{%- for count in counts %}<td class="number minor">{{ "{:,}".format(summary[count]) }}{% endfor %}
-{%- endfor %}</table></div>
+<div class="scroll" tabindex="0"><table>
+<caption>Error rates; the line on a bar is the 95 % interval</caption>
+<tr>
+  <th scope="col" class="text">Scorer</th>
+  <th scope="col">Rate</th>
+  <th scope="col" class="text">95 % interval</th>
+{% for count in counts %}
+  <th scope="col" class="minor">{{ count }}</th>
+{% endfor %}
+</tr>
+{% for name, summary in rates.items() %}
+<tr>
+  <th scope="row">{{ name }}</th>
+  {{- rate_cells(summary, scale) }}
+{% for count in counts %}
+  <td class="number minor">{{ "{:,}".format(summary[count]) }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
+
 <h2>By length of the reference</h2>
-<div class="scroll" tabindex="0"><table><caption>Character error rate of the clips of each length</caption>
-<tr><th scope="col" class="text">Characters<th scope="col" class="minor">Clips<th scope="col">Rate
-<th scope="col" class="text">95 % interval
-{%- for group in metrics.by_length %}<tr><th scope="row" class="number">{{ characters(*group.characters) }}
-<td class="number minor">{{ "{:,}".format(group.clips) }}{{ rate_cells(group.cer, length_scale) }}
-{%- endfor %}</table></div>
+<div class="scroll" tabindex="0"><table>
+<caption>Character error rate of the clips of each length</caption>
+<tr>
+  <th scope="col" class="text">Characters</th>
+  <th scope="col" class="minor">Clips</th>
+  <th scope="col">Rate</th>
+  <th scope="col" class="text">95 % interval</th>
+</tr>
+{% for group in metrics.by_length %}
+<tr>
+  <th scope="row" class="number">{{ characters(*group.characters) }}</th>
+  <td class="number minor">{{ "{:,}".format(group.clips) }}</td>
+  {{- rate_cells(group.cer, length_scale) }}
+</tr>
+{% endfor %}
+</table></div>
+
 <h2>What is confused most</h2>
 <div class="scroll long" tabindex="0"><table>
 <caption>Differences of the normalised texts; a clip's name shows that clip</caption>
-<tr><th scope="col" class="text">Reference<th scope="col" class="text">Prediction<th scope="col" class="text minor">Kind
-<th scope="col">Times<th scope="col" class="text">For example
-{%- for confusion in metrics.confusions %}<tr>
-<td class="text" lang="{{ metrics.language }}"><del>{{ confusion.reference }}</del>
-<td class="text" lang="{{ metrics.language }}"><ins>{{ confusion.hypothesis }}</ins>
-<td class="text minor">{{ confusion.kind }}<td class="number">{{ "{:,}".format(confusion.count) }}<td class="text">
-{%- for clip in confusion.clips %}<button class="example">{{ clip }}</button>{% endfor %}{% endfor %}</table></div>
-{%- else %}{# the rows of the printed table, with the bar and the paired test in front of the other figures #}
+<tr>
+  <th scope="col" class="text">Reference</th>
+  <th scope="col" class="text">Prediction</th>
+  <th scope="col" class="text minor">Kind</th>
+  <th scope="col">Times</th>
+  <th scope="col" class="text">For example</th>
+</tr>
+{% for confusion in metrics.confusions %}
+<tr>
+  <td class="text" lang="{{ metrics.language }}"><del>{{ confusion.reference }}</del></td>
+  <td class="text" lang="{{ metrics.language }}"><ins>{{ confusion.hypothesis }}</ins></td>
+  <td class="text minor">{{ confusion.kind }}</td>
+  <td class="number">{{ "{:,}".format(confusion.count) }}</td>
+  <td class="text">
+    {%- for clip in confusion.clips %}<button class="example">{{ clip }}</button>{% endfor %}</td>
+</tr>
+{% endfor %}
+</table></div>
+
+{% else %}
+{# The rows of the printed table, with the bar and the paired test in front of the other figures. #}
 <div class="scroll compared" tabindex="0"><table>
 <caption>Rates with their 95 % intervals; paired tests against the first of the same data, in points</caption>
-<tr><th scope="col" class="text">{{ table[0][0] }}<th scope="col" class="text">Rate<th scope="col">{{ table[0][-3] }}
-{%- for name in table[0][1:-3] + table[0][-2:] %}<th scope="col">{{ name }}{% endfor %}
-{%- for cells in table[1:] %}{% set headline = headlines[loop.index0] %}<tr><th scope="row">{{ cells[0] }}
-<td class="text"><span class="number">{{ headline.rate|percent }}</span> {{ bar(headline, scale) }}<td>{{ cells[-3] }}
-{%- for cell in cells[1:-3] + cells[-2:] %}<td>{{ cell }}{% endfor %}{% endfor %}</table></div>
-{%- endif %}
-<h2>All clips</h2><noscript>This table needs JavaScript; all_predictions.*.csv has the same rows.</noscript>
-<div class="controls"><label>Search in texts and names<input type="search" id="search"></label>
-<label>Show<select id="kind"><option value="">all clips<option value="wrong">only wrong<option value="runaway">runaways
-<option value="empty">without a reference</select></label>
-<label>Characters<select id="length"><option value="0 Infinity">any length
-{%- for low, high in length_groups %}<option value="{{ low }} {{ high or 'Infinity' }}">
-{{- characters(low, high) }}{% endfor %}</select></label></div>
+<tr>
+  <th scope="col" class="text">{{ table[0][0] }}</th>
+  <th scope="col" class="text">Rate</th>
+  <th scope="col">{{ table[0][-3] }}</th>
+{% for name in table[0][1:-3] + table[0][-2:] %}
+  <th scope="col">{{ name }}</th>
+{% endfor %}
+</tr>
+{% for cells in table[1:] %}
+{% set headline = headlines[loop.index0] %}
+<tr>
+  <th scope="row">{{ cells[0] }}</th>
+  <td class="text"><span class="number">{{ headline.rate|percent }}</span> {{ bar(headline, scale) }}</td>
+  <td>{{ cells[-3] }}</td>
+{% for cell in cells[1:-3] + cells[-2:] %}
+  <td>{{ cell }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
+{% endif %}
+
+<h2>All clips</h2>
+<noscript>This table needs JavaScript; all_predictions.*.csv has the same rows.</noscript>
+<div class="controls">
+  <label>Search in texts and names<input type="search" id="search"></label>
+  <label>Show<select id="kind">
+    <option value="">all clips</option>
+    <option value="wrong">only wrong</option>
+    <option value="runaway">runaways</option>
+    <option value="empty">without a reference</option>
+  </select></label>
+  <label>Characters<select id="length">
+    <option value="0 Infinity">any length</option>
+{% for low, high in length_groups %}
+    <option value="{{ low }} {{ high or 'Infinity' }}">{{ characters(low, high) }}</option>
+{% endfor %}
+  </select></label>
+</div>
 <table id="clips" role="table">
 <caption>A row opens to the texts side by side, and to the audio where the page has it</caption>
-<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader" class="text"><button>Clip</button>
-{%- for column in data.columns %}<th scope="col" role="columnheader"><button>{{ column.label }}</button>
-{%- endfor %}</thead>
-<tbody id="rows" role="rowgroup"></tbody></table>
-<div class="controls"><button id="previous">Previous</button><span id="count" role="status"></span>
-<button id="next">Next</button></div></main>
+<thead role="rowgroup"><tr role="row">
+  <th scope="col" role="columnheader" class="text"><button>Clip</button></th>
+{% for column in data.columns %}
+  <th scope="col" role="columnheader"><button>{{ column.label }}</button></th>
+{% endfor %}
+</tr></thead>
+<tbody id="rows" role="rowgroup"></tbody>
+</table>
+<div class="controls">
+  <button id="previous">Previous</button>
+  <span id="count" role="status"></span>
+  <button id="next">Next</button>
+</div>
+</main>
 <script type="application/json" id="data">{{ data|tojson }}</script>
-<script>{{ script|safe }}</script></body></html>
+<script>{{ script|safe }}</script>
+</body>
+</html>
 """
 
 
@@ -3635,7 +3730,7 @@ def page_rates(metrics: dict) -> dict[str, dict]:
 
 def render_page(title: str, evaluations: list[Evaluation]) -> str:
     """One self-contained page about one evaluation, or about several."""
-    environment = jinja2.Environment(autoescape=True)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     environment.filters |= {"percent": format_rate, "digest": digest_source}
     first = evaluations[0]
