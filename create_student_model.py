@@ -770,9 +770,15 @@ def remap_alignment_heads(heads: list[list[int]] | None, decoder_layers: list[in
     Heads of layers that were not copied are dropped. Where none is left, or the teacher names none, all heads of the
     last half of the layers are used, as openai/whisper does for a model that it does not know.
     """
-    kept = [[decoder_layers.index(layer), head] for layer, head in heads or [] if layer in decoder_layers]
+    kept = []
+    for layer, head in heads or []:
+        if layer in decoder_layers:
+            kept.append([decoder_layers.index(layer), head])
+    if kept:
+        return kept
     depth = len(decoder_layers)
-    return kept or [[layer, head] for layer in range(depth // 2, depth) for head in range(num_heads)]
+    last_half = range(depth // 2, depth)
+    return [[layer, head] for layer in last_half for head in range(num_heads)]
 
 
 # ---- student ---------------------------------------------------------------------------------------------------------
