@@ -1009,11 +1009,10 @@ def name_silent_processes() -> None:
     earlier: dict[int, tuple[int, int]] = {}
     named: list[int] = []
     with contextlib.suppress(RuntimeError, ValueError):
-        for beat in itertools.count(1):
-            time.sleep(SILENCE_SECONDS / 6)
-            counter("beats", own_rank, 1)
-            if beat % 6:
-                continue
+        while True:
+            for _ in range(6):
+                time.sleep(SILENCE_SECONDS / 6)
+                counter("beats", own_rank, 1)
             now = {}  # beats and arrivals of the processes that have not ended
             for rank in range(torch.distributed.get_world_size()):
                 if not counter("left", rank):
