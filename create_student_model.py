@@ -67,8 +67,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 RECORD = "student.json"
 TRAINING_RECORD = "distillation.json"  # which the training leaves beside a trained model
-# Everything that this script writes into --save_dir. The configuration and the record come last, because without them
-# nothing takes the directory for a model.
+# What this script writes into --save_dir beside its card, in which others may write too. The configuration and the
+# record come last, because without them nothing takes the directory for a model.
 STUDENT_FILES = [
     "model.safetensors",
     "generation_config.json",
@@ -81,7 +81,6 @@ STUDENT_FILES = [
     "added_tokens.json",
     "special_tokens_map.json",
     "normalizer.json",
-    "README.md",
     "config.json",
     RECORD,
 ]
@@ -867,7 +866,7 @@ def check_saved(directory: Path, expected: str) -> None:
 
 def find_student(save_dir: Path, settings: dict) -> bool:
     """Whether `save_dir` has a student of these settings. Fails for anything else that a run would overwrite."""
-    present = [name for name in STUDENT_FILES if (save_dir / name).exists() and name != "README.md"]
+    present = [name for name in STUDENT_FILES if (save_dir / name).exists()]
     if not present:
         return False
     if RECORD not in present:
@@ -1007,9 +1006,8 @@ def install(partial: Path, save_dir: Path, record: dict) -> None:
         return
     write_record(save_dir / RECORD, {**record, "status": "running"})
     for name in reversed(STUDENT_FILES[:-1]):
-        if name != "README.md":  # which may hold what others wrote, until the new one takes its place
-            (save_dir / name).unlink(missing_ok=True)
-    for name in STUDENT_FILES:
+        (save_dir / name).unlink(missing_ok=True)
+    for name in ["README.md", *STUDENT_FILES]:
         if (partial / name).exists():
             shutil.move(partial / name, save_dir / name)
 
@@ -1041,9 +1039,8 @@ def push_student(save_dir: Path, repository: str, record: dict) -> None:
     """Upload the student, but no other files of its directory."""
     api = HfApi()
     try:
-        files = [name for name in STUDENT_FILES if name != "README.md"]
         upload = functools.partial(api.upload_folder, repo_id=repository, folder_path=save_dir)
-        for patterns in ([RECORD], files):  # the record says what the rest is, also if the push is cut off
+        for patterns in ([RECORD], STUDENT_FILES):  # the record says what the rest is, also if the push is cut off
             # The training's record goes: it would tell of a model that is replaced here.
             push_again(functools.partial(upload, allow_patterns=patterns, delete_patterns=[TRAINING_RECORD]))
         local_card = read_card(save_dir / "README.md")
@@ -1063,9 +1060,16 @@ def print_student_plan(
     for side, chosen in layers.items():
         setattr(config, f"{side}_layers", len(chosen))
     size = count_parameters(config) * getattr(torch, args.dtype).itemsize / 1e9
-    print(f"done: {'the student is there and would be checked' if exists else 'nothing'}")
-    print(f"writes: {'nothing' if exists else f'{args.save_dir}, about {size:,.3f} GB'}")
-    print(f"pushes: {f'{pushes}, about {size:,.3f} GB' if args.push_to_hub else 'nothing'}")
+    done = written = pushed = "nothing"
+    if exists:
+        done = "the student is there and would be checked"
+    else:
+        written = f"{args.save_dir}, about {size:,.3f} GB"
+    if args.push_to_hub:
+        pushed = f"{pushes}, about {size:,.3f} GB"
+    print(f"done: {done}")
+    print(f"writes: {written}")
+    print(f"pushes: {pushed}")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------

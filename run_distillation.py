@@ -2755,7 +2755,7 @@ class Models:
         return self.teacher.proj_out.weight if self.teacher else None
 
 
-def hear_teacher(
+def run_teacher(
     models: Models,
     encoder: nn.Module,
     states: Tensor | None,
@@ -2782,7 +2782,7 @@ def run_frozen(models: Models, batch: dict) -> tuple[Tensor | None, Tensor | Non
         return batch["states"], batch["teacher_hidden"]
     encoder = models.student.model.encoder
     states = encode_features(encoder, batch) if models.trained.encoder is None else None
-    return states, hear_teacher(models, encoder, states, batch)
+    return states, run_teacher(models, encoder, states, batch)
 
 
 def load_model(
@@ -3067,7 +3067,7 @@ def evaluate_batch(
     encoder = model.model.encoder
     with in_precision(encoder, training.accelerator):
         states = encode_features(encoder, batch)
-    teacher_hidden = hear_teacher(models, encoder, states, batch)
+    teacher_hidden = run_teacher(models, encoder, states, batch)
     with in_precision(model, training.accelerator):
         hidden = decode_labels(model.model.decoder, states, batch)
         inputs = (hidden, model.proj_out.weight, teacher_hidden, models.teacher_head, batch["targets"])
@@ -3412,7 +3412,7 @@ def optimiser_step(training: Training, batches: Iterator[dict]) -> tuple[list[fl
 
 
 def check_loss(training: Training, loss: float, grad_norm: float) -> None:
-    """End the run before weights get into a checkpoint whose loss is not a number or has exploded."""
+    """Follow the loss, and end the run before a checkpoint has weights whose loss is not a number or has exploded."""
     args = training.args
     state = training.state
     if state.trend is None:
@@ -3899,7 +3899,8 @@ def print_plan(
     print_inputs(data)
     print(f"work: {total} steps of {data.plan.batch_size} rows, {data.plan.steps_per_epoch} an epoch")
     step = total if start.finished else start.state.step
-    print(f"done: {step} of {total} steps{f' ({start.checkpoint.name})' if start.checkpoint else ''}")
+    checkpoint = f" ({start.checkpoint.name})" if start.checkpoint else ""
+    print(f"done: {step} of {total} steps{checkpoint}")
     if start.to_remove:
         print(f"removes: {', '.join(path.name for path in start.to_remove)} in {args.output_dir}")
     size = sum(4 * weight.numel() for weight in models.student.parameters()) / 1e9  # float32
@@ -3908,7 +3909,8 @@ def print_plan(
     kept = min(saved, args.save_total_limit or saved)
     checkpoints = f"{kept} checkpoints of {3 * trained_size:.2f} GB each"  # weights, and AdamW's two averages
     print(f"writes: {args.output_dir}, the model of {size:.2f} GB, {checkpoints}")
-    print(f"pushes: {f'{pushes}, {size:.2f} GB at every save' if pushes else 'nothing'}")
+    pushed = f"{pushes}, {size:.2f} GB at every save" if pushes else "nothing"
+    print(f"pushes: {pushed}")
     hours = (total - step) * step_seconds / 3600
     device = training.accelerator.device.type
     print(f"left: {total - step} steps, {hours:.2f} h at {step_seconds:.3f} s a step (measured on this {device})")

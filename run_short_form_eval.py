@@ -3860,7 +3860,7 @@ def own_references(rows: list[dict]) -> list[dict]:
     return clips
 
 
-def named(ids: list[str]) -> str:
+def count_ids(ids: list[str]) -> str:
     """How many ids these are, and the first of them, for a message."""
     return f"{len(ids):,} ({first_names(ids)})"
 
@@ -3874,11 +3874,11 @@ def match_rows(rows: list[dict], ids: list[str]) -> list[dict | None]:
     by_id = {row["id"]: row for row in rows}
     times = Counter(row["id"] for row in rows)
     if twice := [name for name in times if times[name] > 1]:
-        fail(f"--predictions has several rows of {named(twice)}")
+        fail(f"--predictions has several rows of {count_ids(twice)}")
     if unknown := sorted(times.keys() - set(ids)):
-        logger.warning("rows of --predictions that no clip has the id of: %s", named(unknown))
+        logger.warning("rows of --predictions that no clip has the id of: %s", count_ids(unknown))
     if missing := [name for name in ids if name not in times]:
-        logger.warning("clips that --predictions has no row of: %s", named(missing))
+        logger.warning("clips that --predictions has no row of: %s", count_ids(missing))
     return [by_id.get(name) for name in ids]
 
 
