@@ -3718,12 +3718,12 @@ def page_facts(evaluation: Evaluation) -> dict[str, str]:
 def page_rates(metrics: dict) -> dict[str, dict]:
     """All rates of an evaluation by title: those of the scorers, then the others by the headline scorer's rule."""
     rates = {title: metrics["scores"][name] for name, title in scorer_titles(metrics).items()}
-    # A text without spaces is one word, which is right or wrong as a whole.
+    # A normalised text without spaces is one word, which is right or wrong as a whole.
     word = "Sentence error rate" if metrics["language"] in UNSPACED else "WER"
     rates.setdefault(f"CER ({metrics['scorer']})", metrics["details"]["cer"])
     rates["CER of the raw texts"] = metrics["details"]["cer_raw"]
     rates.setdefault(f"{word} ({metrics['scorer']})", metrics["details"]["wer"])
-    rates[f"{word} of the raw texts"] = metrics["details"]["wer_raw"]
+    rates["WER of the raw texts"] = metrics["details"]["wer_raw"]  # which may have spaces
     return rates
 
 

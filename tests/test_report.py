@@ -267,7 +267,8 @@ def test_the_page_begins_with_what_one_wants_to_know_and_names_no_path(visit, ho
             assert f"{group['cer']['rate']:.2f} %" in text
     assert page.locator(".rate").inner_text() == f"{metrics['scores']['reazon']['rate']:.2f} %"
     assert f"{metrics['rtfx']} seconds of audio per second" in text
-    assert "Sentence error rate" in text
+    assert "Sentence error rate (reazon)" in text
+    assert "WER of the raw texts" in text  # spaces count there
     assert "WER (reazon)" not in text
     assert "tiny-whisper-v3 on data, train" in text
     assert str(hostile.parent.parent) not in hostile.read_text(encoding="utf-8")
