@@ -740,7 +740,7 @@ def main(argv: list[str] | None = None) -> int:
         failed = ask_sizes(missing, run)
         wanted = [file for file in missing if file.name not in failed]
         total = sum(file.size or 0 for file in wanted)
-        received = sum(file.received() for file in wanted)
+        received = sum(file.received() for file in wanted if file.size is not None)  # the total has no others
         print(f"to download: {len(wanted)} files, {total / 1e9:,.3f} GB ({received / 1e9:,.3f} GB already received)")
 
         # 2. Refuse what can be refused.

@@ -3908,7 +3908,8 @@ def print_plan(
     size = sum(4 * weight.numel() for weight in models.student.parameters()) / 1e9  # float32
     trained_size = sum(weight.nbytes for weight in models.trained.parameters()) / 1e9
     saved = math.ceil(total / args.save_steps)
-    kept = min(saved, args.save_total_limit or saved)
+    limit = args.save_total_limit
+    kept = saved if limit is None else min(saved, max(1, limit))
     checkpoints = f"{kept} checkpoints of {3 * trained_size:.2f} GB each"  # weights, and AdamW's two averages
     print(f"writes: {args.output_dir}, the model of {size:.2f} GB, {checkpoints}")
     pushed = f"{pushes}, {size:.2f} GB at every save" if pushes else "nothing"
