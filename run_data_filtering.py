@@ -1203,6 +1203,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 # Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
+AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp.sh"
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8 (Unicode text of Excel: -f UTF-16)"
@@ -1606,6 +1607,8 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
         saved = datasets.load_from_disk(str(path))
     elif path.suffix.lower() in MANIFESTS:
         saved = datasets.Dataset(read_table(str(path), path.suffix.lower()))
+        if any(map(is_audio, saved.column_names)):
+            raise ValueError("its first line has to name the columns, such as path and text")
     else:
         fail(f"{path} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
     if isinstance(saved, datasets.DatasetDict):
@@ -1642,8 +1645,10 @@ def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset
     if audio_column == "audio" and "audio" not in features:  # the default
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
         if not found:
-            paths = [name for name in PATH_COLUMNS if features.get(name) == datasets.Value("string")]
-            found = paths[:1]
+            texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
+            found = [name for name in PATH_COLUMNS if name in texts][:1]
+            if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
+                found = [name for name in texts if is_audio(dataset[0][name] or "")]
         if len(found) == 1:
             logger.info("the audio is in the column %s", found[0])
             dataset = dataset.rename_column(found[0], audio_column)
@@ -1890,8 +1895,7 @@ def find_file(path: str, place: Place) -> str:
         file.replace("\\", "/"),
         unicodedata.normalize("NFC", file),
         unicodedata.normalize("NFD", file),
-        f"clips/{file}",  # as in Common Voice, beside the table
-        f"audios/{file}",  # as in its spontaneous speech
+        *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
     ]
     found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
     full = next(filter(os.path.exists, found), found[0])
@@ -1900,7 +1904,8 @@ def find_file(path: str, place: Place) -> str:
         target = f", a link to {full}" if os.path.islink(os.path.join(place.base, file)) else ""
         raise Unreadable(f"not in the dataset: {path}{target}")
     if not os.path.exists(full):
-        raise Unreadable(f"file not found: {path}")
+        origin = "" if place.is_confined or os.path.isabs(path) else f" (paths count from {place.base})"
+        raise Unreadable(f"file not found: {path}{origin}")
     if not os.path.isfile(full) or full.startswith(("/proc/", "/sys/")):
         raise Unreadable(f"not a regular file: {path}")
     return inner + separator + full

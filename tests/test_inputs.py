@@ -553,6 +553,33 @@ def test_the_tables_of_common_voice_name_files_in_a_directory_beside_them(column
     assert opened(write_csv(tmp_path / "TRAIN.TSV", rows, delimiter="\t"), text="sentence") == WHOLE
 
 
+@pytest.mark.parametrize("directory", ["audio", "wavs", "wav"])
+def test_a_table_may_name_files_in_the_usual_directory_beside_it_in_a_column_of_any_name(directory, tmp_path):
+    write_clips(tmp_path / directory)
+    rows = [
+        ("ファイル名", "transcription", "話者"),
+        *((name, text, "佐藤") for name, text in zip(NAMES, TEXTS, strict=True)),
+    ]
+    assert opened(write_csv(tmp_path / "list.csv", rows)) == WHOLE
+
+
+def test_a_table_with_two_columns_of_audio_leaves_the_choice_to_the_flag(tiny_teacher, tmp_path):
+    table = write_csv(tmp_path / "list.csv", [("mic", "phone", "text"), *((name, name, "はい") for name in NAMES)])
+    assert "it has mic, phone, text" in refusal(label, tiny_teacher, table, tmp_path / "out")
+
+
+def test_a_table_tells_from_where_its_paths_count(tmp_path):
+    rows = [("path", "transcription"), (NAMES[0], TEXTS[0]), ("/gone.flac", TEXTS[1])]
+    table = write_csv(write_clips(tmp_path / "recordings").parent / "list.csv", rows)
+    said = [f"file not found: clip0.flac (paths count from {tmp_path})", "file not found: /gone.flac"]
+    assert [problem for *_, problem in opened(table)] == said
+
+
+def test_a_table_without_a_header_is_one_line(tmp_path):
+    table = write_csv(write_clips(tmp_path) / "list.tsv", zip(NAMES, TEXTS, strict=True), delimiter="\t")
+    assert "its first line has to name the columns, such as path and text" in refusal(opened, table)
+
+
 @pytest.mark.parametrize("name", ["data/clips.csv", "data/wav.scp"])
 def test_a_model_is_trained_on_a_table_and_its_card_names_no_dataset_of_the_hub(name, student, tmp_path, monkeypatch):
     monkeypatch.chdir(write_clips(tmp_path))
@@ -568,7 +595,7 @@ def test_a_model_is_not_trained_where_no_clip_can_be_read(student, tmp_path):
     rows = [("audio", "text"), *((f"C:\\speech\\{name}", TEXTS[0]) for name in NAMES)]
     table = write_csv(tmp_path / "clips.csv", rows)
     line = refusal(fine_tune, student, table, tmp_path / "out")
-    assert line.endswith(f"none of the 6 rows of {table} (train) can be used: file not found: C:\\speech\\clip0.flac")
+    assert f"none of the 6 rows of {table} (train) can be used: file not found: C:\\speech\\clip0.flac (" in line
     write(tmp_path / "C:\\speech\\clip3.flac", clip(3))
     fine_tune(student, table, tmp_path / "out")
 
@@ -601,7 +628,10 @@ def test_only_tables_with_the_column_are_named_and_metadata_where_there_are_none
     rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
     columns = {"text_column_name": "sentence"}
     assert f"Texts may lie in {tmp_path / 'metadata.csv'}" in refusal(require_columns, str(tmp_path), rows, columns)
-    write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]\n")
+    other = write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]\n")
+    write(tmp_path / "clips" / "clip0.json", "{}")
+    line = refusal(require_columns, str(tmp_path), rows, columns)
+    assert line.endswith(f"name it instead of the directory, and its column by --text_column_name: {other}")
     tables = [write(tmp_path / name, "path\tsentence\n") for name in ("DEV.TSV", "train.tsv")]
     line = refusal(require_columns, str(tmp_path), rows, columns)
     assert line.endswith(f"Name a table instead of the directory: {tables[0]}, {tables[1]}")

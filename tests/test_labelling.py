@@ -518,7 +518,9 @@ def test_a_manifest_names_audio_files_whose_bytes_are_stored_and_of_which_some_m
         {"bytes": clip["audio"], "path": f"{number}.flac"} for number, clip in enumerate(clips[:3])
     ]
     assert labels(tmp_path / "out") == labels(whole)[:3]
-    assert record(tmp_path / "out")["unusable"] == [["lost", "file not found: audio/lost.flac"]]
+    assert record(tmp_path / "out")["unusable"] == [
+        ["lost", f"file not found: audio/lost.flac (paths count from {tmp_path})"]
+    ]
 
 
 @pytest.mark.parametrize(
