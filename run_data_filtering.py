@@ -1120,8 +1120,14 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     location = str(directory.resolve() if directory else reference)
     if directory:
         name_linked_directories(location)
-    builder = datasets.load_dataset_builder(location, config)
     has_card = directory and (directory / "README.md").exists()  # which may say what to read
+    try:
+        builder = datasets.load_dataset_builder(location, config)
+    except ValueError:
+        # Among other things where the directory of one split has less audio than texts, and that of another has more.
+        if not directory or has_card or not any(map(is_audio, resolve_pattern("**", location))):
+            raise
+        builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
     beside_audio = ("text",) if has_card else ("csv", "json", "text")  # which counts more than these
     if not directory or builder.name not in ("audiofolder", *beside_audio):  # such as a repository of many shards
         return builder

@@ -258,6 +258,15 @@ def test_a_text_of_which_nobody_can_say_whose_it_is_is_given_to_no_clip(tmp_path
     assert f"3 of 6 rows of {tmp_path} have no transcription" in caplog.text
 
 
+def test_a_text_that_is_missing_in_one_split_does_not_hide_the_audio_of_the_others(tmp_path):
+    for split in ("train", "test"):
+        for name, text in zip(write_clips(tmp_path / split) and NAMES, TEXTS, strict=True):
+            write(tmp_path / split / name.replace("flac", "txt"), text)
+    (tmp_path / "train" / "clip5.txt").unlink()
+    assert opened(tmp_path) == [*WHOLE[:5], (None, *WHOLE[5][1:])]
+    assert opened(tmp_path, "test") == WHOLE
+
+
 def test_texts_in_a_tree_beside_that_of_the_audio_are_read_as_vctk_has_them(tmp_path):
     names = ["p225/1.flac", "p225/2_mic1.flac", "p225/2_mic2.flac", "p225/3.flac", "p226/1.flac", "p226/3.flac"]
     write_clips(tmp_path / "wav48", names)
