@@ -3120,7 +3120,10 @@ def report_total(split: LabelledSplit, total: dict) -> None:
         logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", split.name)
     elif not total["rows_out"]:
         first = ": ".join(total["unusable"][0])
-        fail(f"none of the {total['rows_in']} clips could be labelled ({first}, …); {split.record} has the reasons")
+        fail(
+            f"none of the {total['rows_in']} clips could be labelled ({first}, …); {split.record} has the reasons. "
+            "With these mended, pass --overwrite_output_dir"
+        )
 
 
 def labelling_card(teacher: str, split: LabelledSplit, total: dict, card: RepoCard | None) -> str:

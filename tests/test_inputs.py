@@ -155,6 +155,10 @@ def test_metadata_that_names_no_file_that_is_there_is_an_error(tiny_teacher, tmp
     line = refusal(label, tiny_teacher, data.parent, tmp_path / "labels")
     assert "none of the 2 clips" in line and f"file not found: {data / 'x.flac'}" in line
     assert "none" in refusal(score, tiny_teacher, data.parent, tmp_path / "eval")
+    write_csv(data / "metadata.csv", [("file_name", "transcription"), (NAMES[0], TEXTS[0])])
+    assert "pass --overwrite_output_dir" in line
+    rows = read_rows(label(tiny_teacher, data.parent, tmp_path / "labels", "--overwrite_output_dir"))
+    assert [row["transcription"] for row in rows] == TEXTS[:1]
 
 
 def test_files_that_are_not_there_or_not_named_are_counted_and_named(tiny_teacher, tmp_path, caplog):
