@@ -624,3 +624,17 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny, clips, tm
     output = capsys.readouterr().out
     assert "done: 1 of 1 shards\nleft: 0 tars" in output
     assert "pushes: nothing" in output
+
+
+@pytest.mark.parametrize(
+    ("present", "missing"),
+    [(["tiny.000.tar"], "tiny.tiny.tsv"), (["tiny.tiny.tsv"], r"tiny\.\*\.tar"), ([], r"tiny\.\*\.tar")],
+)
+def test_what_is_missing_of_a_download_is_named(tmp_path, present, missing):
+    (tmp_path / "tiny").mkdir()
+    for name in present:
+        (tmp_path / "tiny" / name).write_bytes(b"")
+    with pytest.raises(
+        SystemExit, match=f"no {missing} in {tmp_path}/tiny; download it with: python .*downloader.py -t tiny"
+    ):
+        loader.main(["-t", "tiny", "--data_dir", str(tmp_path)])

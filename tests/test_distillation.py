@@ -1724,3 +1724,43 @@ def test_the_seeds_command_is_accepted(capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
     assert "--kl_weight" in capsys.readouterr().out
+
+
+# ---- flags that contradict each other --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--do_train --train_dataset_name d", None),
+        ("--do_train --eval_dataset_name d", "nothing to do"),
+        ("--eval_dataset_name d", None),
+        ("--train_dataset_name d", "nothing to do"),
+        ("--eval_dataset_name d --cache_encoder_outputs c", "needs --freeze_encoder"),
+        ("--eval_dataset_name d --cache_encoder_outputs c --freeze_encoder", None),
+        ("--eval_dataset_name d --cache_encoder_outputs c --freeze_encoder --kl_weight 0", "with --kl_weight 0"),
+        ("--do_train --train_dataset_name d --lr_scheduler_type greedy", "greedy follows the held-out loss"),
+        ("--do_train --train_dataset_name d --eval_dataset_name d --lr_scheduler_type greedy", None),
+        ("--do_train --train_dataset_name d --lr_scheduler_type cosine", None),
+        ("--eval_dataset_name d --dtype float16", "--dtype float16 needs a GPU"),
+        ("--eval_dataset_name d --dtype bfloat16", None),
+        ("--eval_dataset_name d --output_dir m", "--output_dir m is the student to start from"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused_and_others_are_not(flags, problem):
+    needed = "--model_name_or_path m --teacher_model_name_or_path t --output_dir o"
+    args = script.parse_args([*needed.split(), *flags.split()])
+    with contextlib.nullcontext() if problem is None else pytest.raises(SystemExit, match=problem):
+        script.refuse_contradictions(args)
+
+
+ENGINES = [("FSDP", "true", True), ("DEEPSPEED", "true", True), ("FSDP", "false", False)]
+
+
+@pytest.mark.parametrize(("engine", "value", "is_refused"), ENGINES)
+def test_engines_with_checkpoints_of_another_form_are_refused(monkeypatch, engine, value, is_refused):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", value)
+    flags = "--model_name_or_path m --kl_weight 0 --output_dir o --eval_dataset_name d"
+    args = script.parse_args(flags.split())
+    with pytest.raises(SystemExit, match="is not supported") if is_refused else contextlib.nullcontext():
+        script.refuse_contradictions(args)

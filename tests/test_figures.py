@@ -24,6 +24,7 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
+from accelerate import PartialState
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import create_student_model
@@ -227,6 +228,19 @@ def test_the_plan_of_a_labelling_counts_the_rows_of_the_shards_that_are_left(
     assert measured == [3]  # usable ones of the first batch
 
 
+def test_the_first_ten_rows_that_are_left_out_are_named(caplog):
+    caplog.set_level("INFO")
+    unusable = [[f"clip {number}", "broken"] for number in range(12)]
+    split = types.SimpleNamespace(record="record", name="train")
+    total = {"rows_in": 1200, "rows_out": 1188, "unusable": unusable}
+    run_pseudo_labelling.report_total(split, total)
+    messages = [record.getMessage() for record in caplog.records]
+    named = [f"left out: 'clip {number}' (broken)" for number in range(10)]
+    assert messages == ["1188 of 1200 rows are labelled: record", *named]
+    with pytest.raises(SystemExit, match=r"none of the 12 clips could be labelled \(clip 0: broken, …\)"):
+        run_pseudo_labelling.report_total(split, {"rows_in": 12, "rows_out": 0, "unusable": unusable})
+
+
 def test_the_rate_of_a_teacher_is_that_of_the_second_time(clock, monkeypatch):
     durations = iter([100.0, 4.0])
 
@@ -398,7 +412,10 @@ def test_the_card_of_a_filtering_has_the_figures_of_its_report(filtering):
     assert f"Labels have {mean} tokens on average and at most {longest}: train with `--max_label_length 90`" in card
 
 
-def test_a_second_filtering_records_the_rate_of_what_it_made(filtering, tiny_teacher, tmp_path, clock, monkeypatch):
+def test_a_second_filtering_tells_and_records_what_it_made(
+    filtering, tiny_teacher, tmp_path, clock, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
     dataset, output = filtering
     shutil.copytree(output.parent, tmp_path / "place")
     place = tmp_path / "place" / "out"
@@ -412,6 +429,11 @@ def test_a_second_filtering_records_the_rate_of_what_it_made(filtering, tiny_tea
     assert (record["seconds"], record["clips_per_second"]) == (3.0, round(len(JUDGED) / 3 / 3, 1))
     assert record["report"] == record_of(output / OUTPUTS[0] / FILTER_RECORD)["report"]
     assert (place / OUTPUTS[1] / FILTER_RECORD).read_bytes() == before  # which was complete
+    assert "filtered: 2 of 6 shards are left, workers: 1" in caplog.text
+    assert "packed: 0 of 1 shards are left, workers: 1" in caplog.text
+    kept = [row[0] / 3600 for row in JUDGED if row[-1] == "kept"]
+    hours = sum(row[0] for row in JUDGED) / 3600
+    assert f"kept {len(kept)} of 21 clips, {sum(kept):.3f} of {hours:.3f} h: {{" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -455,7 +477,15 @@ def test_the_plan_of_a_filtering_is_scaled_from_its_sample_to_what_is_left(
         monkeypatch.setitem(run_data_filtering.SHARD_WRITERS, kind, write)
     monkeypatch.setitem(run_data_filtering.SHARD_WRITERS, "vectorized", writer("vectorized", 3000))
     monkeypatch.setattr(run_data_filtering, "SAMPLE_ROWS", 7)
-    more = ("--preprocessing_num_workers", 3, "--dry_run", *flags)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on this machine, of four in all
+
+    def join_others(**options) -> PartialState:
+        state = PartialState(**options)
+        state.num_processes = 4
+        return state
+
+    monkeypatch.setattr(run_data_filtering, "PartialState", join_others)
+    more = ("--preprocessing_num_workers", 7, "--dry_run", *flags)
     filter_clips(tiny_teacher, dataset, *filter_flags(place), *more)
     said = capsys.readouterr().out
     hours = 3 * sum(row[0] for row in JUDGED[:7]) / 3600
@@ -466,8 +496,8 @@ def test_the_plan_of_a_filtering_is_scaled_from_its_sample_to_what_is_left(
         size = sizes[kind] * part / 1e6
         assert f"done: {is_done} of {total} shards of {place / name}\n" in said
         assert f"writes: {place / name}, about {size:.1f} MB\n" in said
-    minutes = sum(seconds * part for seconds, part in zip((600, 1200, 3000), parts, strict=True)) / 60 / 3
-    assert f"time: about {minutes:.1f} min on 3 cores\n" in said
+    minutes = sum(seconds * part for seconds, part in zip((600, 1200, 3000), parts, strict=True)) / 60 / 12
+    assert f"time: about {minutes:.1f} min on 12 cores\n" in said
 
 
 # ---- the student -----------------------------------------------------------------------------------------------------
@@ -475,7 +505,11 @@ def test_the_plan_of_a_filtering_is_scaled_from_its_sample_to_what_is_left(
 
 @pytest.mark.parametrize(
     ("stored", "dtype", "teacher_size", "student_size"),
-    [("float16", "float32", "3.087", "3.026"), ("float32", "bfloat16", "6.174", "1.513")],
+    [
+        ("float16", "float32", "3.087", "3.026"),
+        ("float32", "bfloat16", "6.174", "1.513"),
+        (None, "float16", "6.174", "1.513"),
+    ],
 )
 def test_the_plan_of_a_student_has_the_sizes_of_large_v3_and_of_its_student(
     capsys, stored, dtype, teacher_size, student_size
@@ -486,7 +520,7 @@ def test_the_plan_of_a_student_has_the_sizes_of_large_v3_and_of_its_student(
     layers = {"encoder": list(range(32)), "decoder": [0, 31]}
     args = types.SimpleNamespace(teacher_checkpoint="acme/large", dtype=dtype, save_dir="init", push_to_hub=True)
     for exists in (False, True):
-        config = WhisperConfig(**sizes, encoder_layers=32, decoder_layers=32, dtype=getattr(torch, stored))
+        config = WhisperConfig(**sizes, encoder_layers=32, decoder_layers=32, dtype=stored)
         create_student_model.print_student_plan(args, config, layers, exists, "acme/init (private)")
         assert told(capsys) == {
             "input": f"acme/large, {teacher_size} GB of weights",
@@ -756,17 +790,19 @@ def training(tiny_teacher, clips, tmp_path_factory):
     command = (init, tiny_teacher, f"{place / 'one'}+{place / 'two'}", place / "out", *flags)
     seconds = [0.0]
     reports = []
+    messages = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("time.monotonic", lambda: seconds[0])
         step = run_distillation.optimiser_step
         patch.setattr(run_distillation, "optimiser_step", taking(2, seconds, step))
         patch.setattr(run_distillation, "track", lambda _, values, step: reports.append({"step": step, **values}))
+        patch.setattr(run_distillation.logger, "info", lambda text, *values: messages.append(text % values))
         distil(*command)
-    return command, rows, reports
+    return command, rows, reports, messages
 
 
 def test_the_record_of_a_training_has_every_setting_and_the_figures_of_the_usable_rows(training):
-    (_, _, _, output, *_), rows, _ = training
+    (_, _, _, output, *_), rows, _, _ = training
     record = record_of(output / "distillation.json")
     settings = without_digests(record["settings"])
     settings["train_data"] = [... if HASH.fullmatch(digest) else digest for digest in settings["train_data"]]
@@ -784,7 +820,7 @@ def test_the_record_of_a_training_has_every_setting_and_the_figures_of_the_usabl
 
 def test_the_log_of_a_training_has_the_rate_of_each_window_and_the_tracker_gets_the_same(training):
     """Of seven rows every second step has three."""
-    (_, _, _, output, *_), _, reports = training
+    (_, _, _, output, *_), _, reports, messages = training
     entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["step"], "eval_loss" in entry) for entry in entries] == [
         *((0, True), (2, False), (2, True), (4, False), (4, True), (5, False), (5, True)),
@@ -796,10 +832,16 @@ def test_the_log_of_a_training_has_the_rate_of_each_window_and_the_tracker_gets_
         prefix = "eval_" if "eval_loss" in entry else ""
         names = ("eval_ce", "eval_kl") if prefix else ("ce_loss", "kl_loss")
         assert entry[f"{prefix}loss"] == pytest.approx(0.7 * entry[names[0]] + entry[names[1]])
+    assert "7 rows; 5 steps, 2 an epoch, of 4 rows" in messages
+    figures = [("teacher", record_of(output / "distillation.json")["teacher_evaluation"])]
+    figures += [(f"step {entry['step']}", entry) for entry in entries if "eval_loss" in entry]
+    for name, values in figures:
+        cer, wer, loss = (values[f"eval_{figure}"] for figure in ("cer", "wer", "loss"))
+        assert f"held-out rows, {name}: CER {cer:.2f}, WER {wer:.2f}, loss {loss:.3f}" in messages
 
 
 def test_the_card_of_a_training_has_the_figures_of_its_record_and_its_log(training):
-    (_, teacher, _, output, *_), _, _ = training
+    (_, teacher, _, output, *_), _, _, _ = training
     record = record_of(output / "distillation.json")
     entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     card = (output / "README.md").read_text()
@@ -816,7 +858,7 @@ def test_the_card_of_a_training_has_the_figures_of_its_record_and_its_log(traini
 
 
 def test_a_second_training_adds_nothing_and_one_that_lost_its_end_adds_it_once(training, tmp_path):
-    command, _, _ = training
+    command, *_ = training
     output = tmp_path / "out"
     shutil.copytree(command[3], output)
     log = (output / "metrics.jsonl").read_text()
@@ -952,7 +994,15 @@ def test_the_speed_of_an_evaluation_is_that_of_all_shards_but_their_first_batche
 
 @pytest.mark.parametrize(
     ("number", "long_form", "size"),
-    [(10, False, 64), (1024, False, 64), (1040, False, 65), (8192, False, 512), (9000, False, 512), (17, True, 8)],
+    [
+        (10, False, 64),
+        (640, False, 64),
+        (1024, False, 64),
+        (1040, False, 65),
+        (8192, False, 512),
+        (9000, False, 512),
+        (17, True, 8),
+    ],
 )
 def test_a_shard_of_an_evaluation_is_a_sixteenth_of_all_but_neither_small_nor_large(number, long_form, size):
     shards = run_short_form_eval.plan_shards(Path(), [[row] for row in range(number)], {"a": 1}, long_form)
@@ -1013,6 +1063,21 @@ def test_a_runaway_is_over_twice_as_long_as_its_reference_and_ten_characters(len
 def test_the_full_bar_of_a_page_is_the_highest_interval_but_at_most_four_medians(rates, scale):
     summaries = [{"rate": None, "high": None}, *({"rate": rate, "high": high} for rate, high in rates)]
     assert run_short_form_eval.bar_scale(summaries) == scale
+
+
+def test_the_p_value_of_a_difference_is_two_sided():
+    """By a thousand draws: all of them show that a model is better, none does, or about a half."""
+    better = np.array([[1, 0, 0, 10]] * 20)
+    worse = np.array([[5, 0, 0, 10]] * 20)
+    test = run_short_form_eval.paired_difference(better, worse)
+    assert test == {"difference": pytest.approx(40), "low": pytest.approx(40), "high": pytest.approx(40), "p": 2 / 1001}
+    assert run_short_form_eval.paired_difference(better, better) == {"difference": 0, "low": 0, "high": 0, "p": 1.0}
+    mixed = np.array([[0, 0, 0, 10], [3, 0, 0, 10]] * 10)  # on average 0.5 points more
+    test = run_short_form_eval.paired_difference(better, mixed)
+    drawn = run_short_form_eval.bootstrap(np.stack([better, mixed], axis=1))
+    fewer = sum(second <= first for first, second in drawn.tolist())
+    assert 0 < fewer < 500
+    assert (test["difference"], test["p"]) == (pytest.approx(5), pytest.approx(2 * (1 + fewer) / 1001))
 
 
 def fake_evaluation(**changes) -> run_short_form_eval.Evaluation:
@@ -1134,6 +1199,18 @@ def test_the_statistics_of_loading_are_the_sums_in_their_units_and_a_bar_for_eac
     assert lines[12] == " 30 to ... s         20 #"
 
 
+def test_the_record_of_loading_has_hours_and_the_rate_of_this_run():
+    counts = {"clips": 100, "bytes": 10, "seconds": 1800.0, "characters": 1000}
+    notes = {"counts": counts, "problems": {"malformed lines": ["a"]}}
+    args = argparse.Namespace(target="tiny")
+    record = reazonspeech_manual_dataloader.loading_record(args, {"tars": 2}, notes, 40, 8.0)
+    assert record.pop("versions").keys() == {"datasets", "huggingface_hub", "pyarrow"}
+    assert record == {
+        **{"status": "complete", "settings": {"tars": 2}, "clips": 100, "hours": 0.5, **notes},
+        **{"wall_seconds": 8.0, "clips_per_second": 5.0, "arguments": {"target": "tiny"}},
+    }
+
+
 @pytest.mark.parametrize("change", ["name", "size", "time", "tsv", "fewer"])
 def test_the_fingerprint_of_a_download_changes_with_each_of_its_parts(tmp_path, change):
     files = [tmp_path / name for name in ("a.tsv", "a.000.tar", "a.001.tar", "a.002.tar")]
@@ -1203,3 +1280,59 @@ def test_what_was_received_of_a_file_of_unknown_size_makes_no_other_file_smaller
     assert script.main(["--data_dir", str(tmp_path), "--dry_run"]) == 0
     assert "to download: 2 files, 3.000 GB (1.000 GB already received)\n" in capsys.readouterr().out
     assert lefts == [2 * 10**9]
+
+
+@pytest.mark.parametrize(
+    ("asked", "pauses"),
+    [(0.0, [2, 4, 8, 16, 32, 60, 60, 60]), (50.0, [50, 50, 50, 50, 50, 60, 60, 60]), (10_000.0, [600] * 8)],
+)
+def test_pauses_between_attempts_double_up_to_a_minute_and_obey_the_server_up_to_ten(monkeypatch, asked, pauses):
+    script = reazonspeech_manual_downloader
+    waited = []
+    args = types.SimpleNamespace(retries=8, backoff=2.0)
+    run = types.SimpleNamespace(args=args, wait=waited.append)
+    file = types.SimpleNamespace(name="f", received=lambda: 0)
+    monkeypatch.setattr(script.random, "uniform", lambda low, high: high if (low, high) == (0.5, 1.0) else None)
+
+    def attempt(file, run) -> None:
+        raise script.TryAgainError("lost", asked)
+
+    with pytest.raises(script.GiveUpError, match=r"lost \(gave up after 9 attempts\)"):
+        script.retry(attempt, file, run)
+    assert waited == pauses
+
+
+def test_the_rate_limit_makes_each_block_wait_for_those_before(clock, monkeypatch):
+    script = reazonspeech_manual_downloader
+    run = script.Run(types.SimpleNamespace(bytes_per_second=500_000.0))
+    waited = []
+    monkeypatch.setattr(run, "wait", waited.append)
+    run.throttle(1_000_000)
+    clock[0] = 0.5
+    run.throttle(500_000)
+    clock[0] = 10.0  # nothing is saved up in a pause
+    run.throttle(500_000)
+    assert waited == [2.0, 2.5, 1.0]
+
+
+@pytest.mark.parametrize(("bytes_a_second", "limit", "is_slow"), [(1024, 0, False), (1023, 0, True), (1023, 5, False)])
+def test_a_connection_under_a_kilobyte_a_second_is_closed_unless_the_user_limits_it(
+    clock, tmp_path, bytes_a_second, limit, is_slow
+):
+    script = reazonspeech_manual_downloader
+    blocks = [bytes(bytes_a_second * 10)] * 12
+    response = types.SimpleNamespace(
+        raw=types.SimpleNamespace(read1=taking(10.01, clock, lambda *_, **__: blocks.pop() if blocks else b""))
+    )
+    run = types.SimpleNamespace(
+        args=types.SimpleNamespace(timeout=60.0, rate_limit=limit),
+        advance=lambda received: None,
+        throttle=lambda received: None,
+    )
+    file = types.SimpleNamespace(part=tmp_path / "part")
+    if is_slow:
+        with pytest.raises(script.TryAgainError, match="received only 61,380 bytes in 60 s"):
+            script.receive_body(response, file, run)
+    else:
+        script.receive_body(response, file, run)
+        assert file.part.stat().st_size == 120 * bytes_a_second

@@ -938,3 +938,18 @@ def test_a_file_that_cannot_be_read_just_now_is_named_and_nothing_is_made_again(
         assert "Traceback" not in done.stderr
     (student / name).chmod(0o644)
     assert snapshot(student) == before
+
+
+def test_the_fingerprint_of_a_student_changes_with_each_of_its_parts(tiny_teacher, tiny_teacher_v2):
+    tokenizers = [script.load_tokenizer(str(path)) for path in (tiny_teacher, tiny_teacher_v2)]
+    student = script.WhisperForConditionalGeneration.from_pretrained(tiny_teacher, dtype=torch.float32)
+    found = [script.fingerprint(student, tokenizer) for tokenizer in tokenizers]
+    student.generation_config.alignment_heads = [[0, 1]]
+    found.append(script.fingerprint(student, tokenizers[0]))
+    with torch.no_grad():
+        student.model.decoder.layers[-1].fc2.bias[-1] += 1e-5
+    found.append(script.fingerprint(student, tokenizers[0]))
+    found.append(script.fingerprint(student.to(torch.bfloat16), tokenizers[0]))
+    assert len(set(found)) == 5
+    student.generation_config.transformers_version = "0"
+    assert script.fingerprint(student, tokenizers[0]) == found[-1]
