@@ -3116,6 +3116,9 @@ def report_total(split: LabelledSplit, total: dict) -> None:
     logger.info("%d of %d rows are labelled: %s", total["rows_out"], total["rows_in"], split.record)
     for name, problem in total["unusable"][:10]:
         logger.warning("left out: %.100r (%s)", name, problem)
+    if total["over_30_s"]:
+        heard = "only their first 30 s are labelled, and the filter drops them"
+        logger.warning("%d clips are longer than 30 s: %s", total["over_30_s"], heard)
     if not total["rows_in"]:
         logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", split.name)
     elif not total["rows_out"]:

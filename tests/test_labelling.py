@@ -191,7 +191,7 @@ def test_a_label_that_does_not_end_is_cut_ended_and_counted(whole, tiny_teacher,
     assert record(tmp_path)["truncated"] == sum(len(label) > bound for label in labels(whole)) > 0
 
 
-def test_a_clip_over_30_seconds_is_labelled_on_its_first_30(tiny_teacher, clips, tmp_path):
+def test_a_clip_over_30_seconds_is_labelled_on_its_first_30_with_a_warning(tiny_teacher, clips, tmp_path, caplog):
     long = np.concatenate([waveform(clip["audio"]) for clip in clips])[: 41 * 16000]
     wide = librosa.resample(long, orig_sr=16000, target_sr=44100)
     rows = [
@@ -205,6 +205,7 @@ def test_a_clip_over_30_seconds_is_labelled_on_its_first_30(tiny_teacher, clips,
     assert long == cut
     assert_stock_labels(tiny_teacher, [rows[1]["audio"]], [wide], language="ja", task="transcribe")
     assert record(tmp_path / "out")["over_30_s"] == 2
+    assert "2 clips are longer than 30 s: only their first 30 s are labelled" in caplog.text
     assert record(tmp_path / "out")["hours"] == pytest.approx((41 + 41 + 30) / 3600, abs=1e-4)
 
 

@@ -4,11 +4,11 @@
     python -m tests.benchmarks.study --recipes base clips   only these
     python -m tests.benchmarks.study --list                 the recipes, and what each changes
 
-Every student takes the same number of steps with the same number of windows, but those of `steps_4` and `combined`. A
-recipe differs from `base` in one thing, but `combined`. The results go to DIRECTORY: `results.json`, `table.md` and
+Every student takes the same number of steps with the same number of windows, but that of `steps_4`. A recipe differs
+from `base` in one thing, but `combined`. The results go to DIRECTORY: `results.json`, `table.md` and
 `curves.png`. Run the same command again to continue: every stage keeps what it has finished, and recipes that have been
 measured are not run again. On several devices, run it once on each, with other recipes; the first makes the speech and
-the labels, so let it begin alone.
+the labels, so let it begin alone. `encoder_outputs/` takes gigabytes, and may be deleted between two runs.
 
 The study calls the scripts as a user does: run_pseudo_labelling.py once, run_data_filtering.py and run_distillation.py
 for each recipe, and run_short_form_eval.py on single clips and on windows. `study_speech.py` says what is spoken.
@@ -20,7 +20,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -93,7 +92,7 @@ RECIPES = {
     "clips_300": Recipe("data", clips=300),
     "clips_1000": Recipe("data", clips=1000),
     "steps_4": Recipe("steps", times_steps=4),
-    "combined": Recipe("all that helps", filter_flags=("--cer_threshold", "20"), packed=0.5, noise=0.05, times_steps=4),
+    "combined": Recipe("all that helps", filter_flags=("--cer_threshold", "20"), packed=0.5, noise=0.05),
 }
 
 
@@ -205,13 +204,10 @@ class Study:
         flags += ["--do_train", "--max_steps", steps, "--per_device_train_batch_size", args.batch_size]
         flags += ["--warmup_steps", min(50, steps // 10), "--lr_scheduler_type", "linear", "--seed", seed]
         flags += ["--save_steps", 200, "--save_total_limit", 1, "--report_to", "none", "--output_dir", output]
-        cache = None
         if "--freeze_encoder" in recipe.train_flags:
-            cache = self.directory / "encoder_outputs" / f"{output.parent.name}_{seed}"
-            flags += ["--cache_encoder_outputs", cache]
+            # One directory for all: recipes that train on the same windows share what is in it.
+            flags += ["--cache_encoder_outputs", self.directory / "encoder_outputs"]
         self.run("run_distillation.py", *flags, *recipe.train_flags, *self.dtype)
-        if cache:
-            shutil.rmtree(cache)  # gigabytes
 
     def evaluate(self, model: str | Path, output: Path) -> dict[str, float]:
         """CER of each kind of held-out clip and of windows; runaways in 100 clips; characters on a clip of noise."""
