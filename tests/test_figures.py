@@ -232,13 +232,13 @@ def test_the_first_ten_rows_that_are_left_out_are_named(caplog):
     caplog.set_level("INFO")
     unusable = [[f"clip {number}", "broken"] for number in range(12)]
     split = types.SimpleNamespace(record="record", name="train")
-    total = {"rows_in": 1200, "rows_out": 1188, "unusable": unusable}
+    total = {"rows_in": 1200, "rows_out": 1188, "over_30_s": 0, "unusable": unusable}
     run_pseudo_labelling.report_total(split, total)
     messages = [record.getMessage() for record in caplog.records]
     named = [f"left out: 'clip {number}' (broken)" for number in range(10)]
     assert messages == ["1188 of 1200 rows are labelled: record", *named]
     with pytest.raises(SystemExit, match=r"none of the 12 clips could be labelled \(clip 0: broken, …\)"):
-        run_pseudo_labelling.report_total(split, {"rows_in": 12, "rows_out": 0, "unusable": unusable})
+        run_pseudo_labelling.report_total(split, total | {"rows_in": 12, "rows_out": 0})
 
 
 def test_the_rate_of_a_teacher_is_that_of_the_second_time(clock, monkeypatch):
