@@ -100,10 +100,22 @@ def seconds_of(row: dict) -> float:
 
 
 LABELLING = {
-    **{"audio_column_name": "sound", "id_column_name": "name", "shard_size": 3, "dtype": "float32"},
-    **{"return_timestamps": True, "generation_num_beams": 2, "max_label_length": 12, "decode_token_ids": False},
-    **{"scores": True, "language": "ja", "task": "translate", "attention": "eager", "rows": 8},
-    **{"dataset_digest": ..., "teacher_digest": ..., "split": "train[:9]"},
+    "audio_column_name": "sound",
+    "id_column_name": "name",
+    "shard_size": 3,
+    "dtype": "float32",
+    "return_timestamps": True,
+    "generation_num_beams": 2,
+    "max_label_length": 12,
+    "decode_token_ids": False,
+    "scores": True,
+    "language": "ja",
+    "task": "translate",
+    "attention": "eager",
+    "rows": 8,
+    "dataset_digest": ...,
+    "teacher_digest": ...,
+    "split": "train[:9]",
 }
 LABELLING_FLAGS = [
     *("--audio_column_name", "sound", "--id_column_name", "name", "--shard_size", 3, "--dtype", "float32"),
@@ -143,7 +155,11 @@ def test_the_record_of_a_labelling_has_every_setting_and_the_sums_of_all_rows(la
     assert without_digests(record["settings"]) == LABELLING
     found = read_rows(output, split="train.to_9")
     expected = {
-        **{"rows_in": 8, "rows_out": 7, "over_30_s": 1, "unusable_rows": 1, "status": "complete"},
+        "rows_in": 8,
+        "rows_out": 7,
+        "over_30_s": 1,
+        "unusable_rows": 1,
+        "status": "complete",
         "tokens": sum(len(row["whisper_transcript"]) for row in found),
         "hours": round(sum(map(seconds_of, speech[:8])) / 3600, 4),
     }
@@ -289,13 +305,32 @@ JUDGED = [
     (1.0, *texts(1, 15, wrong=1), {}, OVER),
 ]
 FILTER = {
-    **{"dataset": ..., "config": "default", "language": "ja", "normaliser": run_data_filtering.NORMALISER},
-    **{"tokenizer": ..., "feature_extractor": ..., "max_positions": 448, "max_label_length": 90, "split": "train"},
-    **{"text_column_name": "sentence", "audio_column_name": "sound", "speaker_id_column_name": "speaker"},
-    **{"task": "transcribe", "metric": "cer", "threshold": 20.0, "shard_size": 4, "seed": 7},
-    **{"min_duration_in_seconds": 0.5, "max_duration_in_seconds": 20.0, "max_ngram_repeats": 4},
-    **{"hallucinations": ["しろいねこ"], "min_avg_logprob": -0.9, "max_compression_ratio": 2.3},
-    **{"max_no_speech_prob": 0.7, "timestamp_probability": 0.5, "condition_on_prev_probability": 0.1},
+    "dataset": ...,
+    "config": "default",
+    "language": "ja",
+    "normaliser": run_data_filtering.NORMALISER,
+    "tokenizer": ...,
+    "feature_extractor": ...,
+    "max_positions": 448,
+    "max_label_length": 90,
+    "split": "train",
+    "text_column_name": "sentence",
+    "audio_column_name": "sound",
+    "speaker_id_column_name": "speaker",
+    "task": "transcribe",
+    "metric": "cer",
+    "threshold": 20.0,
+    "shard_size": 4,
+    "seed": 7,
+    "min_duration_in_seconds": 0.5,
+    "max_duration_in_seconds": 20.0,
+    "max_ngram_repeats": 4,
+    "hallucinations": ["しろいねこ"],
+    "min_avg_logprob": -0.9,
+    "max_compression_ratio": 2.3,
+    "max_no_speech_prob": 0.7,
+    "timestamp_probability": 0.5,
+    "condition_on_prev_probability": 0.1,
 }
 WINDOWS = {"concatenate_seconds": 20.0, "concatenate_gap_seconds": 0.2, "concatenate_probability": 0.9}
 OUTPUTS = ("cut.cer_20.0", "cut.cer_20.0.packed", "cut.cer_20.0.packed.vectorized")
@@ -536,9 +571,11 @@ def test_the_record_and_the_card_of_a_student_have_the_figures_of_both_models(ti
     teacher = WhisperConfig.from_pretrained(tiny_teacher)
     copied = {side: record["settings"][f"{side}_layer_indices"] for side in ("encoder", "decoder")}
     assert record["settings"] == {
-        **{"teacher_checkpoint": tiny_teacher.name, "subfolder": "", "dtype": "bfloat16"},
-        **{"encoder_layer_indices": [0, teacher.encoder_layers - 1]},
-        **{"decoder_layer_indices": [0, teacher.decoder_layers - 1]},
+        "teacher_checkpoint": tiny_teacher.name,
+        "subfolder": "",
+        "dtype": "bfloat16",
+        "encoder_layer_indices": [0, teacher.encoder_layers - 1],
+        "decoder_layer_indices": [0, teacher.decoder_layers - 1],
     }
     assert record["teacher_layers"] == {"encoder": teacher.encoder_layers, "decoder": teacher.decoder_layers}
     numbers = {}
@@ -636,8 +673,15 @@ def test_the_record_at_the_start_of_a_training_has_the_sums_of_its_datasets():
     record = script.make_record(script.Training(argparse.Namespace(seed=1), None, models, data, state=state), {"a": 1})
     assert record.pop("versions").keys() == {"torch", "transformers", "datasets", "accelerate"}
     assert record == {
-        **{"status": "running", "settings": {"a": 1}, "rows": 13, "hours": 3.76, "steps": 7, "steps_per_epoch": 3},
-        **{"layers": {"encoder": 32, "decoder": 2}, "processes": 3, "arguments": {"seed": 1}},
+        "status": "running",
+        "settings": {"a": 1},
+        "rows": 13,
+        "hours": 3.76,
+        "steps": 7,
+        "steps_per_epoch": 3,
+        "layers": {"encoder": 32, "decoder": 2},
+        "processes": 3,
+        "arguments": {"seed": 1},
         "rows_left_out": {"one": {"x": 2}, "one (2)": {}},
     }
 
@@ -757,12 +801,31 @@ def test_the_digest_of_weights_changes_with_their_names_shapes_and_values():
 
 
 TRAINING = {
-    **{"train_dataset_samples": [1.0, 2.0], "max_label_length": 60, "language": "ja", "task": "transcribe"},
-    **{"freeze_encoder": True, "dtype": "float32", "learning_rate": 0.002, "lr_scheduler_type": "cosine"},
-    **{"lr_scheduler_kwargs": {"num_cycles": 0.4}, "warmup_steps": 1, "weight_decay": 0.01, "adam_beta1": 0.8},
-    **{"adam_beta2": 0.99, "adam_epsilon": 1e-7, "max_grad_norm": 0.5, "ce_weight": 0.7, "kl_weight": 1.0},
-    **{"kl_shares": [1.0, 0.5], "temperature": 3.0, "seed": 5, "train_data": [..., ...], "global_batch_size": 4},
-    **{"steps": 5, "student": ..., "teacher": ...},
+    "train_dataset_samples": [1.0, 2.0],
+    "max_label_length": 60,
+    "language": "ja",
+    "task": "transcribe",
+    "freeze_encoder": True,
+    "dtype": "float32",
+    "learning_rate": 0.002,
+    "lr_scheduler_type": "cosine",
+    "lr_scheduler_kwargs": {"num_cycles": 0.4},
+    "warmup_steps": 1,
+    "weight_decay": 0.01,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.99,
+    "adam_epsilon": 1e-7,
+    "max_grad_norm": 0.5,
+    "ce_weight": 0.7,
+    "kl_weight": 1.0,
+    "kl_shares": [1.0, 0.5],
+    "temperature": 3.0,
+    "seed": 5,
+    "train_data": [..., ...],
+    "global_batch_size": 4,
+    "steps": 5,
+    "student": ...,
+    "teacher": ...,
 }
 
 
@@ -809,7 +872,12 @@ def test_the_record_of_a_training_has_every_setting_and_the_figures_of_the_usabl
     assert settings == TRAINING
     usable = [row for row in rows if len(row["labels"]) > 1]
     expected = {
-        **{"status": "complete", "rows": 7, "steps": 5, "steps_per_epoch": 2, "processes": 1, "seconds": 10.0},
+        "status": "complete",
+        "rows": 7,
+        "steps": 5,
+        "steps_per_epoch": 2,
+        "processes": 1,
+        "seconds": 10.0,
         "hours": round(sum(row["input_length"] for row in usable) / 16_000 / 3600, 2),
         "rows_left_out": {"one": {"no label": 1}, "two": {"no label": 1}},
         "layers": {"encoder": 4, "decoder": 2},
@@ -882,9 +950,19 @@ def test_a_second_training_adds_nothing_and_one_that_lost_its_end_adds_it_once(t
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 EVALUATION = {
-    **{"model_digest": ..., "assistant_model": None, "dtype": "float32", "language": "ja", "task": "translate"},
-    **{"dataset_config_name": "default", "dataset_split_name": "train[:8]", "rows": 7, "rows_digest": ..., "seed": 3},
-    **{"max_new_tokens": 5, "num_beams": 2, "return_timestamps": True},
+    "model_digest": ...,
+    "assistant_model": None,
+    "dtype": "float32",
+    "language": "ja",
+    "task": "translate",
+    "dataset_config_name": "default",
+    "dataset_split_name": "train[:8]",
+    "rows": 7,
+    "rows_digest": ...,
+    "seed": 3,
+    "max_new_tokens": 5,
+    "num_beams": 2,
+    "return_timestamps": True,
 }
 
 
@@ -987,8 +1065,13 @@ def test_the_speed_of_an_evaluation_is_that_of_all_shards_but_their_first_batche
     predictions, speed = script.read_predictions(paths)
     assert [prediction["seconds"] for prediction in predictions] == [4, 4, 2, 5, 5, 10.5]
     assert speed == {
-        **{"audio_seconds": 30.5, "process_seconds": 130.0, "real_time_factor": 4.2623, "rtfx": 1.75},
-        **{"clips_per_second": 0.046, "device": "cpu, gpu", "batch_size": "2"},
+        "audio_seconds": 30.5,
+        "process_seconds": 130.0,
+        "real_time_factor": 4.2623,
+        "rtfx": 1.75,
+        "clips_per_second": 0.046,
+        "device": "cpu, gpu",
+        "batch_size": "2",
     }
 
 
@@ -1083,10 +1166,23 @@ def test_the_p_value_of_a_difference_is_two_sided():
 def fake_evaluation(**changes) -> run_short_form_eval.Evaluation:
     score = {"rate": 12.344, "low": 10.0, "high": 15.0, "unit": "characters"}
     metrics = {
-        **{"name": "test", "dataset": "d", "language": "ja", "clips": 1234, "audio_seconds": 7200.0, "rtfx": 12.5},
-        **{"device": "gpu", "dtype": "bfloat16", "batch_size": "16", "runaways": 3, "runaway_rate": 0.243},
-        **{"empty_references": 5, "silence": {"clips_with_text": 2, "characters": 1500}, "parameters": 756_220_160},
-        **{"unusable": {"broken": [str(n) for n in range(12)]}, "process_seconds": 576.4, "scorer": "kotoba"},
+        "name": "test",
+        "dataset": "d",
+        "language": "ja",
+        "clips": 1234,
+        "audio_seconds": 7200.0,
+        "rtfx": 12.5,
+        "device": "gpu",
+        "dtype": "bfloat16",
+        "batch_size": "16",
+        "runaways": 3,
+        "runaway_rate": 0.243,
+        "empty_references": 5,
+        "silence": {"clips_with_text": 2, "characters": 1500},
+        "parameters": 756_220_160,
+        "unusable": {"broken": [str(n) for n in range(12)]},
+        "process_seconds": 576.4,
+        "scorer": "kotoba",
         "scores": {"kotoba": score, "words": score | {"rate": None, "unit": "words"}},
     }
     return run_short_form_eval.Evaluation("m", "d", metrics | changes, [])
@@ -1094,8 +1190,13 @@ def fake_evaluation(**changes) -> run_short_form_eval.Evaluation:
 
 def test_a_page_tells_the_facts_of_its_metrics():
     assert run_short_form_eval.page_facts(fake_evaluation()) == {
-        **{"Model": "m", "Dataset": "d, test", "Clips": "1,234, 2.00 h", "RTFx": "12.5 seconds of audio per second"},
-        **{"Computed by": "gpu, bfloat16, batches of 16", "Runaways": "3 (0.24 %)", "Parameters": "756.2 M"},
+        "Model": "m",
+        "Dataset": "d, test",
+        "Clips": "1,234, 2.00 h",
+        "RTFx": "12.5 seconds of audio per second",
+        "Computed by": "gpu, bfloat16, batches of 16",
+        "Runaways": "3 (0.24 %)",
+        "Parameters": "756.2 M",
         "Without a reference": "5; 2 of them got text, 1,500 characters",
         "Left out: broken": "12: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …",
     }
@@ -1179,8 +1280,12 @@ def test_the_plan_of_loading_is_scaled_from_the_first_tar_to_the_bytes_that_are_
     args = types.SimpleNamespace(output_dir=output, overwrite_output_dir=overwrite, preprocessing_num_workers=workers)
     script.print_loading_plan(args, jobs, "nothing")
     assert told(capsys) == {
-        **{"input": "4 tars, 9.000 GB, about 9,000 clips, 4.50 h", "done": done, "left": left},
-        **{"writes": output or "nothing", "pushes": "nothing", "time": f"about {time} (from a sample of 1000 clips)"},
+        "input": "4 tars, 9.000 GB, about 9,000 clips, 4.50 h",
+        "done": done,
+        "left": left,
+        "writes": output or "nothing",
+        "pushes": "nothing",
+        "time": f"about {time} (from a sample of 1000 clips)",
     }
 
 
@@ -1206,8 +1311,14 @@ def test_the_record_of_loading_has_hours_and_the_rate_of_this_run():
     record = reazonspeech_manual_dataloader.loading_record(args, {"tars": 2}, notes, 40, 8.0)
     assert record.pop("versions").keys() == {"datasets", "huggingface_hub", "pyarrow"}
     assert record == {
-        **{"status": "complete", "settings": {"tars": 2}, "clips": 100, "hours": 0.5, **notes},
-        **{"wall_seconds": 8.0, "clips_per_second": 5.0, "arguments": {"target": "tiny"}},
+        "status": "complete",
+        "settings": {"tars": 2},
+        "clips": 100,
+        "hours": 0.5,
+        **notes,
+        "wall_seconds": 8.0,
+        "clips_per_second": 5.0,
+        "arguments": {"target": "tiny"},
     }
 
 
