@@ -1736,7 +1736,8 @@ def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset
             texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
             found = [name for name in PATH_COLUMNS if name in texts][:1]
             if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
-                found = [name for name in texts if is_audio(dataset[0][name] or "")]
+                first = dataset[0]
+                found = [name for name in texts if is_audio(first[name] or "")]
         if len(found) == 1:
             logger.info("the audio is in the column %s", found[0])
             dataset = dataset.rename_column(found[0], audio_column)
