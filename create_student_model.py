@@ -67,8 +67,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 RECORD = "student.json"
 TRAINING_RECORD = "distillation.json"  # which the training leaves beside a trained model
-# What this script writes into --save_dir beside its card, in which others may write too. The configuration and the
-# record come last, because without them nothing takes the directory for a model.
+# The files of a student except its card, to which others may add. The configuration and the record come last,
+# because without them nothing takes the directory for a model.
 STUDENT_FILES = [
     "model.safetensors",
     "generation_config.json",
@@ -89,7 +89,7 @@ STUDENT_FILES = [
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=HelpFormatter,
@@ -230,9 +230,9 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
 
     Args:
-        path: the lock, a file whose directory is made.
-        output: what is written, for people.
-        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        path: the lock file. Its directory is made.
+        output: how a message names what is written.
+        leftovers: patterns of the half-written files beside the lock that killed runs have left. They are deleted.
         wait: wait until another run ends, instead of failing.
     """
     try:
@@ -254,11 +254,11 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
                 raise
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
-            for partial in path.parent.glob(pattern):
-                if partial.is_dir():
-                    shutil.rmtree(partial)
+            for leftover in path.parent.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    partial.unlink()
+                    leftover.unlink()
         yield
 
 
@@ -268,15 +268,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x+b") as file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -369,7 +369,7 @@ LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    """The first line of an error that says something, without its full stop. The Hub's errors begin with an id."""
     if isinstance(error, json.JSONDecodeError):
         return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
@@ -402,7 +402,7 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def push_again(push: Callable[[], object]) -> None:
+def push_with_retries(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
     for seconds in (1, 2, 4, 0):  # to wait after a try that failed; 0 = it was the last
         try:
@@ -506,7 +506,7 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
             commit_message=message,
         )
 
-    push_again(push)
+    push_with_retries(push)
 
 
 # ---- common: card texts ----------------------------------------------------------------------------------------------
@@ -554,14 +554,15 @@ def local_directory(reference: str) -> Path | None:
 
 
 def load_pretrained(kind: type, reference: str, **options) -> Any:
-    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    """`kind.from_pretrained` of a local directory or a Hub id. Fails in one line that says why."""
     # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    directory = local_directory(reference)
     try:
-        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+        return kind.from_pretrained(str(directory or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        remedy = "It may be damaged" if directory else "A private one needs `hf auth login`"
         fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
 
 
@@ -595,10 +596,11 @@ def refuse_damaged_model(directory: Path) -> None:
 
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
-    if directory := local_directory(reference):
+    directory = local_directory(reference)
+    if directory:
         refuse_damaged_model(directory / options.get("subfolder", ""))
-    with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
-        if find_adapter_config_file(str(local_directory(reference) or reference), **options):
+    with contextlib.suppress(*HUB_ERRORS):  # `load_pretrained` below reports them
+        if find_adapter_config_file(str(directory or reference), **options):
             fail(
                 f"{reference} has an adapter_config.json: an adapter (LoRA) has to be merged into its model first. "
                 "Load it with PEFT, call `merge_and_unload()`, and save model and processor in a directory of their own"
@@ -727,9 +729,9 @@ def load_whisper(reference: str, generation_config: GenerationConfig, **options)
     for problem, names in problems.items():
         if names:
             fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
-    model.config.forced_decoder_ids = None  # of 2022, in place of language and task
-    # The encoder only swaps the strides of the convolutions' states. All layers would keep them like that, and copying
-    # and adding them would take a quarter of an H200's time.
+    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
+    # The encoder transposes the output of its convolutions by strides alone. Without this copy, every layer would work
+    # on that layout, which costs a quarter of an H200's time.
     model.model.encoder.layers[0].register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model
 
@@ -796,7 +798,7 @@ def fetch_teacher(reference: str, cache_dir: str | None) -> tuple[Path, str | No
         directory = Path(snapshot_download(reference, allow_patterns=small_files, cache_dir=cache_dir))
     except HUB_ERRORS as error:
         hub_fail(f"downloading the teacher {reference}", error)
-    return directory, directory.name
+    return directory, directory.name  # the Hub client names the directory of a download after its commit
 
 
 def load_processor(folder: Path, config: WhisperConfig, reference: str) -> WhisperProcessor:
@@ -864,7 +866,7 @@ def check_saved(directory: Path, expected: str) -> None:
 # ---- files, record, card, push ---------------------------------------------------------------------------------------
 
 
-def find_student(save_dir: Path, settings: dict) -> bool:
+def has_student(save_dir: Path, settings: dict) -> bool:
     """Whether `save_dir` has a student of these settings. Fails for anything else that a run would overwrite."""
     present = [name for name in STUDENT_FILES if (save_dir / name).exists()]
     if not present:
@@ -898,7 +900,7 @@ def refuse_other_model(repository: str, settings: dict) -> None:
 def can_be_read(path: Path) -> bool:
     """Whether a student's file is there and has the format that its name says."""
     try:
-        path.open("rb").close()  # safetensors says of a file that it may not read that there is none
+        path.open("rb").close()  # without permission to read it, safetensors says that there is no file
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
                 return True
@@ -917,8 +919,8 @@ def is_undamaged(save_dir: Path, expected: str) -> bool:
 
     Fails for a file with other contents that can be read: somebody may have changed it on purpose.
     """
-    record = read_record(save_dir / RECORD)
-    hashes = record.get("files", {}) if record else {}
+    record = read_record(save_dir / RECORD) or {}
+    hashes = record.get("files", {})
     damaged = [name for name in (*hashes, "README.md") if not can_be_read(save_dir / name)]
     for name, hashed in hashes.items():
         if name not in damaged and file_hash(save_dir / name) != hashed:
@@ -927,7 +929,7 @@ def is_undamaged(save_dir: Path, expected: str) -> bool:
         logger.warning("%s has damaged files, and is made again: %s", save_dir, ", ".join(damaged))
         return False
     check_saved(save_dir, expected)
-    return record is not None
+    return bool(record)
 
 
 def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
@@ -946,7 +948,7 @@ def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
 
 
 def licence_of(card: Path) -> str | None:
-    """The licence that a model card names, if there is a card that can be read; it is not ours to correct."""
+    """The licence that the teacher's card names. A card that cannot be read is no error: it is not the user's."""
     try:
         return RepoCard(card.read_text(encoding="utf-8-sig")).data.get("license")
     except (OSError, yaml.YAMLError, ValueError, TypeError):
@@ -994,7 +996,7 @@ Made by `create_student_model.py`; `{RECORD}` has its arguments.
     return str(card)
 
 
-def install(partial: Path, save_dir: Path, record: dict) -> None:
+def put_in_place(partial: Path, save_dir: Path, record: dict) -> None:
     """Put the finished student in place: in one step, or file by file where `save_dir` holds other things as well."""
     shutil.copymode(partial / "config.json", partial / "model.safetensors")  # safetensors makes its files private
     for path in [*partial.iterdir(), partial]:
@@ -1005,7 +1007,7 @@ def install(partial: Path, save_dir: Path, record: dict) -> None:
         os.replace(partial, save_dir)
         return
     write_record(save_dir / RECORD, {**record, "status": "running"})
-    for name in reversed(STUDENT_FILES[:-1]):
+    for name in reversed(STUDENT_FILES[:-1]):  # the configuration first; the record stays, and says "running"
         (save_dir / name).unlink(missing_ok=True)
     for name in ["README.md", *STUDENT_FILES]:
         if (partial / name).exists():
@@ -1028,7 +1030,7 @@ def write_student(
         record["files"] = {path.name: file_hash(path) for path in sorted(partial.iterdir()) if path.suffix != ".md"}
         record["wall_time_s"] = round(time.monotonic() - started, 1)
         write_record(partial / RECORD, record)
-        install(partial, save_dir, record)
+        put_in_place(partial, save_dir, record)
     except (OSError, SafetensorError) as error:
         fail(f"cannot write the student to {save_dir}: {error}. {CONTINUE}")
     finally:
@@ -1039,10 +1041,12 @@ def push_student(save_dir: Path, repository: str, record: dict) -> None:
     """Upload the student, but no other files of its directory."""
     api = HfApi()
     try:
-        upload = functools.partial(api.upload_folder, repo_id=repository, folder_path=save_dir)
+        # The training's record goes: it would tell of a model that is replaced here.
+        upload = functools.partial(
+            api.upload_folder, repo_id=repository, folder_path=save_dir, delete_patterns=[TRAINING_RECORD]
+        )
         for patterns in ([RECORD], STUDENT_FILES):  # the record says what the rest is, also if the push is cut off
-            # The training's record goes: it would tell of a model that is replaced here.
-            push_again(functools.partial(upload, allow_patterns=patterns, delete_patterns=[TRAINING_RECORD]))
+            push_with_retries(functools.partial(upload, allow_patterns=patterns))
         local_card = read_card(save_dir / "README.md")
         push_card(repository, "model", lambda card: student_card(record, card or local_card), "Describe the student")
     except HUB_ERRORS as error:
@@ -1075,7 +1079,7 @@ def print_student_plan(
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     # 1. Set up.
     args = parse_args(argv)
     set_up_process()
@@ -1115,7 +1119,7 @@ def main(argv=None) -> int:
         refuse_other_model(repository, settings)
     lock = hold_lock(save_dir.with_name(f".{save_dir.name}.lock"), str(save_dir), f".{save_dir.name}.partial")
     with contextlib.nullcontext() if args.dry_run else lock:
-        exists = not args.overwrite_output_dir and find_student(save_dir, settings)
+        exists = not args.overwrite_output_dir and has_student(save_dir, settings)
         if args.dry_run:
             print_student_plan(args, config, layers, exists, f"{repository} ({visibility})")
             return 0
@@ -1139,7 +1143,8 @@ def main(argv=None) -> int:
         exists = exists and is_undamaged(save_dir, record["fingerprint"])
         if not exists:
             write_student(student, processor, save_dir, record, started)
-        logger.info("the student of the layers %s %s %s", layers, "was already in" if exists else "is in", save_dir)
+        place = f"was already in {save_dir}" if exists else f"is in {save_dir}"
+        logger.info("the student of the layers %s %s", layers, place)
 
         # 7. Push.
         if repository:

@@ -20,7 +20,6 @@ and named; a broken tar ends the run.
 """
 
 import argparse
-import bisect
 import collections
 import contextlib
 import errno
@@ -215,9 +214,9 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
 
     Args:
-        path: the lock, a file whose directory is made.
-        output: what is written, for people.
-        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        path: the lock file. Its directory is made.
+        output: how a message names what is written.
+        leftovers: patterns of the half-written files beside the lock that killed runs have left. They are deleted.
         wait: wait until another run ends, instead of failing.
     """
     try:
@@ -239,11 +238,11 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
                 raise
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
-            for partial in path.parent.glob(pattern):
-                if partial.is_dir():
-                    shutil.rmtree(partial)
+            for leftover in path.parent.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    partial.unlink()
+                    leftover.unlink()
         yield
 
 
@@ -253,15 +252,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x+b") as file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -375,7 +374,7 @@ LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    """The first line of an error that says something, without its full stop. The Hub's errors begin with an id."""
     if isinstance(error, json.JSONDecodeError):
         return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
@@ -408,7 +407,7 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def push_again(push: Callable[[], object]) -> None:
+def push_with_retries(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
     for seconds in (1, 2, 4, 0):  # to wait after a try that failed; 0 = it was the last
         try:
@@ -512,7 +511,7 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
             commit_message=message,
         )
 
-    push_again(push)
+    push_with_retries(push)
 
 
 # ---- common: shards --------------------------------------------------------------------------------------------------
@@ -529,14 +528,16 @@ def read_footer(path: Path) -> pq.FileMetaData | None:
     """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
     try:
         metadata = pq.read_metadata(path)
-        size = metadata.serialized_size + 8  # with its length and the end mark
+        size = metadata.serialized_size + 8  # its length and the end mark follow the footer
+        mark_size = len(FOOTER_MARK) + hashlib.sha256().digest_size
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size - 40))
+            file.seek(max(0, path.stat().st_size - size - mark_size))
             end = file.read()
-        before = end[:-size]
-        digest = hashlib.sha256(end[-size:]).digest()
-        is_other = before.startswith(FOOTER_MARK) and before != FOOTER_MARK + digest
-        return None if is_other else metadata
+        mark = end[:-size]
+        expected = FOOTER_MARK + hashlib.sha256(end[-size:]).digest()
+        # The files of other programs have no mark.
+        is_changed = mark.startswith(FOOTER_MARK) and mark != expected
+        return None if is_changed else metadata
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (pa.ArrowException, OSError) as error:
@@ -598,7 +599,9 @@ def read_notes(path: Path) -> dict | None:
         footer = read_footer(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return footer and json.loads((footer.metadata or {}).get(b"kotoba", "{}"))
+    if footer is None:
+        return None
+    return json.loads((footer.metadata or {}).get(b"kotoba", "{}"))
 
 
 def list_split(card: RepoCard, config: str, split: str) -> None:
@@ -620,7 +623,7 @@ def list_split(card: RepoCard, config: str, split: str) -> None:
     card.data["configs"] = list(configs.values())
     infos = card.data.get("dataset_info") or []
     infos = infos if isinstance(infos, list) else [infos]
-    # Without those of this configuration: row counts of earlier contents, on which `datasets` would insist.
+    # `datasets` would insist on the row counts of this configuration, which are those of earlier contents.
     others = [info for info in infos if info.get("config_name", "default") != config]
     card.data["dataset_info"] = others or None
 
@@ -656,7 +659,7 @@ def push_dataset(
         )
 
     try:
-        push_again(push_files)
+        push_with_retries(push_files)
         push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
@@ -705,7 +708,7 @@ def find_corpus(target: str, data_dir: str | None = None, dataset_dir_suffix: st
     return Corpus(tsvs[0], dict(sorted(tars.items())))
 
 
-def few(names: list[str], count: int) -> str:
+def join_first(names: list[str], count: int) -> str:
     """Join the first `count` names of a list."""
     ellipsis = ["..."] if len(names) > count else []
     return ", ".join(names[:count] + ellipsis)
@@ -717,7 +720,7 @@ def check_tars(target: str, corpus: Corpus) -> None:
     absent = [f"{index:03x}" for index in indices if index not in corpus.tars]
     if absent:
         present = len(corpus.tars)
-        logger.warning("%s: %d of %d tars found; missing: %s", target, present, len(indices), few(absent, 8))
+        logger.warning("%s: %d of %d tars found; missing: %s", target, present, len(indices), join_first(absent, 8))
     truncated = []
     for path in corpus.tars.values():
         with open(path, "rb") as file:
@@ -742,12 +745,12 @@ class TarJob(NamedTuple):
     tsv: Path
     line_ranges: array  # where the tsv has the tar's transcripts, as returned by `locate_transcripts`
     shard: Path | None = None  # parquet file to write; None = only statistics
-    settings: dict | None = None  # of the run that writes it
+    settings: dict | None = None  # noted in the shard, for later runs to compare
 
 
-def summary(problems: Problems) -> str:
+def describe_problems(problems: Problems) -> str:
     """Return one line with the number of problems of each kind and the places of the first three."""
-    kinds = [f"{len(places)} {kind} ({few(places, 3)})" for kind, places in problems.items() if places]
+    kinds = [f"{len(places)} {kind} ({join_first(places, 3)})" for kind, places in problems.items() if places]
     return "; ".join(kinds) or "nothing"
 
 
@@ -812,13 +815,13 @@ def read_tar(job: TarJob, problems: Problems) -> Iterator[dict]:
     path = job.tar
     texts = read_transcripts(job.tsv, job.line_ranges, problems)
     seen = set()
-    place = 0  # the byte that errors name
+    offset = 0  # of the member that is read, for messages
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             size = path.stat().st_size
             while member := tar.next():
                 tar.members.clear()  # `tarfile` would keep all of them in memory
-                place = member.offset
+                offset = member.offset
                 name = member.name.removeprefix("./")
                 if not 0 <= member.size <= size - member.offset_data:
                     raise tarfile.ReadError(f"{name} claims {member.size:,} bytes, more than the file has left")
@@ -827,7 +830,7 @@ def read_tar(job: TarJob, problems: Problems) -> Iterator[dict]:
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                     problems["links, devices or sparse members"].append(f"{path.name}: {name}")
                 elif name in seen:
-                    problems["duplicate members"].append(f"{path.name} byte {place}: {name}")
+                    problems["duplicate members"].append(f"{path.name} byte {offset}: {name}")
                 elif name not in texts:
                     problems["members without a transcript"].append(name)
                 elif member.size == 0:
@@ -840,12 +843,12 @@ def read_tar(job: TarJob, problems: Problems) -> Iterator[dict]:
                     audio = {"bytes": file.read(member.size), "path": name}
                     # The keys are the columns of FEATURES.
                     yield {"name": name, "audio": audio, "transcription": texts[name]}
-            place = tar.offset
-            file.seek(place)
+            offset = tar.offset
+            file.seek(offset)
             if file.read(tarfile.BLOCKSIZE) != END_OF_TAR:  # `tarfile` takes a damaged header for the end
                 raise tarfile.ReadError("neither a header nor the end of the archive")
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise BrokenTarError(f"{path}: byte {place:,}: {error}; {REMEDY}") from error
+        raise BrokenTarError(f"{path}: byte {offset:,}: {error}; {REMEDY}") from error
     problems["transcripts without a member"] += [name for name in texts if name not in seen]
 
 
@@ -871,7 +874,7 @@ def tied_workers() -> Iterator[None]:
         if inside.is_set():
             threading.Thread(target=watch, daemon=True).start()
 
-    os.register_at_fork(after_in_child=tie)  # for good: hence `inside`
+    os.register_at_fork(after_in_child=tie)  # it cannot be taken back, so `tie` asks whether `inside` is set
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     inside.set()
     try:
@@ -916,7 +919,7 @@ class ReazonSpeech(datasets.GeneratorBasedBuilder):
         problems = collections.defaultdict(list)
         jobs = list_jobs(corpus, problems)  # `datasets` divides the list among its workers
         if problems:
-            logger.warning("%s: left out %s", self.config.name, summary(problems))
+            logger.warning("%s: left out %s", self.config.name, describe_problems(problems))
         split = split_name(self.config.name)
         return [datasets.SplitGenerator(split, {"jobs": jobs})]
 
@@ -928,7 +931,7 @@ class ReazonSpeech(datasets.GeneratorBasedBuilder):
         if any(problems.values()):
             first = jobs[0].tar.name
             last = jobs[-1].tar.name
-            logger.warning("%s to %s: left out %s", first, last, summary(problems))
+            logger.warning("%s to %s: left out %s", first, last, describe_problems(problems))
 
 
 # ---- shards and statistics -------------------------------------------------------------------------------------------
@@ -946,7 +949,7 @@ def count_clip(row: dict, counts: collections.Counter, problems: Problems) -> No
     counts["bytes"] += len(content)
     counts["seconds"] += seconds
     counts["characters"] += len(row["transcription"])
-    lower = DURATIONS[bisect.bisect(DURATIONS, seconds) - 1]
+    lower = max(bound for bound in DURATIONS if bound <= seconds)
     counts[f"from {lower} s"] += 1
 
 
@@ -985,7 +988,7 @@ def process_tars(jobs: list[TarJob], num_workers: int) -> list[dict]:
     errors = []
     with ProcessPoolExecutor(processes, fork, initializer=ignore_ctrl_c) as pool:
         try:
-            # `pool.map` would cancel its futures at an interruption, about which the pool then prints a traceback.
+            # Not by `pool.map`: at an interruption it cancels its futures, and then the pool prints a traceback.
             with tied_workers():
                 futures = [pool.submit(process_tar, job) for job in jobs]  # the first one starts all workers
             for future in ProgressBar(futures, "loading", unit="tar"):
@@ -1023,8 +1026,8 @@ def print_statistics(counts: collections.Counter, problems: Problems) -> None:
     undecodable = {UNDECODABLE: problems.get(UNDECODABLE, [])}
     left_out = {kind: places for kind, places in problems.items() if kind not in undecodable}
     print(f"{counts['clips']:,} clips, {counts['bytes'] / 1e9:,.3f} GB, {counts['seconds'] / 3600:,.2f} hours,")
-    print(f"{counts['characters']:,} characters; left out: {summary(left_out)}")
-    print(f"not decodable, but kept: {summary(undecodable)}")
+    print(f"{counts['characters']:,} characters; left out: {describe_problems(left_out)}")
+    print(f"not decodable, but kept: {describe_problems(undecodable)}")
     for lower, upper in itertools.pairwise((*DURATIONS, "...")):
         count = counts[f"from {lower} s"]
         share = count / max(1, counts["clips"])
@@ -1061,7 +1064,7 @@ def find_missing(jobs: list[TarJob]) -> list[TarJob]:
 
 
 def find_damaged_jobs(jobs: list[TarJob], threads: int) -> list[TarJob]:
-    """Return the jobs whose shards are damaged. That takes as long as reading all of them."""
+    """Return the jobs whose shards are damaged. Reads all shards to the end."""
     damaged = find_damaged([job.shard for job in jobs], threads)
     return [job for job in jobs if job.shard in damaged]
 
@@ -1126,7 +1129,8 @@ def loading_record(args: argparse.Namespace, settings: dict, notes: dict, clips_
         "settings": settings,
         "clips": counts["clips"],
         "hours": counts["seconds"] / 3600,
-        **notes,
+        "counts": counts,
+        "problems": notes["problems"],
         "wall_seconds": seconds,
         "clips_per_second": clips_made / seconds,
         "arguments": shown_arguments(args),
@@ -1158,8 +1162,8 @@ def main(argv: list[str] | None = None) -> int:
         check_cards(args.output_dir, repository, "dataset", update_card)
 
     # 3. Load.
-    unassigned_lines = {"counts": {}, "problems": collections.defaultdict(list)}  # lines of the tsv that name no tar
-    jobs = list_jobs(corpus, unassigned_lines["problems"])
+    tsv_notes = {"counts": {}, "problems": collections.defaultdict(list)}  # for lines of the tsv that name no tar
+    jobs = list_jobs(corpus, tsv_notes["problems"])
     settings = {"files": corpus.fingerprint(), "tars": len(jobs)}
     if args.output_dir:
         jobs = name_shards(jobs, args.output_dir / args.target, split, settings)
@@ -1169,7 +1173,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not args.output_dir:
         all_notes = process_tars(jobs, args.preprocessing_num_workers)
-        print_statistics(**sum_notes([*all_notes, unassigned_lines]))
+        print_statistics(**sum_notes([*all_notes, tsv_notes]))
         return 0
 
     with locked_output(args.output_dir, args.target, split):
@@ -1190,7 +1194,8 @@ def main(argv: list[str] | None = None) -> int:
         made = process_tars(left, args.preprocessing_num_workers)
 
         # 6. Write record and card.
-        notes = sum_notes([read_notes(job.shard) for job in jobs] + [unassigned_lines])
+        all_notes = [read_notes(job.shard) for job in jobs]
+        notes = sum_notes([*all_notes, tsv_notes])
         write_card(args.output_dir, update_card)
         if is_unfinished:  # the record of a complete run is kept
             clips_made = sum(notes_of_tar["counts"]["clips"] for notes_of_tar in made)

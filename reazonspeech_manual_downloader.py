@@ -204,9 +204,9 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
 
     Args:
-        path: the lock, a file whose directory is made.
-        output: what is written, for people.
-        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        path: the lock file. Its directory is made.
+        output: how a message names what is written.
+        leftovers: patterns of the half-written files beside the lock that killed runs have left. They are deleted.
         wait: wait until another run ends, instead of failing.
     """
     try:
@@ -228,11 +228,11 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
                 raise
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
-            for partial in path.parent.glob(pattern):
-                if partial.is_dir():
-                    shutil.rmtree(partial)
+            for leftover in path.parent.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    partial.unlink()
+                    leftover.unlink()
         yield
 
 
@@ -242,15 +242,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x+b") as file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -461,7 +461,7 @@ Action = Callable[[CorpusFile, Run], object]
 def retry(action: Action, file: CorpusFile, run: Run) -> object:
     """Repeat an action until it succeeds. Raises GiveUpError if more than `--retries` attempts in a row fail.
 
-    An attempt that received new data starts the count again.
+    An attempt that received at least `PROGRESS` more bytes starts the count again.
     """
     failures = 0
     furthest = file.received()
@@ -532,7 +532,7 @@ def stated_version(response: requests.Response) -> str:
 
 
 def discard_part(file: CorpusFile, run: Run) -> None:
-    """Delete the `.part` of a file."""
+    """Delete the `.part` of a file, and take its bytes off the progress bar."""
     run.advance(-file.received())
     file.part.unlink(missing_ok=True)
     file.version_path.unlink(missing_ok=True)
@@ -558,7 +558,7 @@ def check_range(response: requests.Response, file: CorpusFile, version: str, run
 def download(file: CorpusFile, run: Run) -> None:
     """Complete the `.part` with one request: only the rest if the server's file is unchanged, else the whole file."""
     version = file.version_path.read_text() if file.version_path.exists() else ""
-    if not version:
+    if not version:  # nothing tells whether the rest on the server belongs to it
         discard_part(file, run)
     received = file.received()
     headers = {"Range": f"bytes={received}-", "If-Range": version} if received else {}
@@ -576,12 +576,12 @@ def download(file: CorpusFile, run: Run) -> None:
             check_range(response, file, version, run)
         else:
             discard_part(file, run)
-            if file.size not in (None, total):
+            if file.size is not None and file.size != total:
                 file.size = None  # the next attempt asks again
                 raise TryAgainError("the server states two different lengths")
             write_atomically(file.version_path, stated_version(response))
         receive_body(response, file, run)
-    if total not in (None, file.received()):
+    if total is not None and total != file.received():
         raise TryAgainError(f"connection lost at {file.received():,} of {total:,} bytes")
 
 
@@ -640,10 +640,10 @@ def find_copies(files: list[CorpusFile], data_dir: Path) -> dict[str, Path]:
 
     For example, `small` includes the tar of `tiny`, and all ranges of `all` have the same tsv.
     """
-    names = {file.url.rpartition("/")[2]: file.name for file in files}
+    local_names = {file.url.rpartition("/")[2]: file.name for file in files}  # by the name on the server
     copies = {}
     for path in sorted(data_dir.glob("*/*")):
-        name = names.get(path.name.partition(".")[2])  # without the target's name in front
+        name = local_names.get(path.name.partition(".")[2])  # without the target's name in front
         if name and name not in copies and looks_complete(path):
             copies[name] = path
     return copies
@@ -682,8 +682,9 @@ def ask_sizes(files: list[CorpusFile], run: Run) -> dict[str, str]:
     try:
         retry(ask_size, files[0], run)  # alone, so that a dead host is noticed soon
     except GiveUpError as error:
-        if isinstance(error.__cause__, TryAgainError):
+        if isinstance(error.__cause__, TryAgainError):  # the retries ran out
             fail(f"{files[0].url}: {error}; if the corpus has moved, pass its address as --base_url")
+        # A refusal concerns this file alone. It is asked for again below, and reported with the others.
     unknown = [file for file in files if file.size is None]
     return for_each_file(ask_size, unknown, run, "asking for sizes")
 
@@ -701,7 +702,7 @@ def print_download_time(file: CorpusFile, run: Run, left: int) -> None:
     """Measure the transfer rate with a short read that keeps nothing; print how long `left` bytes would take."""
     started = time.monotonic()
     with open_url(run, "GET", file.url, {200, 206}, {"Range": f"bytes=0-{SAMPLE - 1}"}) as response:
-        received = max(1, len(response.raw.read(SAMPLE)))
+        received = max(1, len(response.raw.read(SAMPLE)))  # `rate` is a divisor below
     rate = min(received / (time.monotonic() - started), run.args.bytes_per_second)
     duration = datetime.timedelta(seconds=round(left / rate))
     print(f"time: about {duration} over one connection, at {rate / 1e6:,.1f} MB/s")
@@ -719,11 +720,11 @@ def main(argv: list[str] | None = None) -> int:
     files = list_corpus_files(args)
     if args.health_check:
         return check_health(files, run)
+    lock = contextlib.nullcontext()
     if not args.dry_run:
         print(TERMS)
-
-    lock = hold_lock(args.directory / ".lock", str(args.directory), wait=True)
-    with contextlib.nullcontext() if args.dry_run else lock:
+        lock = hold_lock(args.directory / ".lock", str(args.directory), wait=True)
+    with lock:
         # 4. Find what is left to do. This comes before step 2, which needs the sizes.
         missing = [file for file in files if not looks_complete(file.path)]
         copies = find_copies(missing, args.data_dir)
@@ -739,8 +740,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         failed = ask_sizes(missing, run)
         wanted = [file for file in missing if file.name not in failed]
-        total = sum(file.size or 0 for file in wanted)
-        received = sum(file.received() for file in wanted if file.size is not None)  # the total has no others
+        sized = [file for file in wanted if file.size is not None]
+        total = sum(file.size for file in sized)
+        received = sum(file.received() for file in sized)
         print(f"to download: {len(wanted)} files, {total / 1e9:,.3f} GB ({received / 1e9:,.3f} GB already received)")
 
         # 2. Refuse what can be refused.

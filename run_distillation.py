@@ -23,7 +23,7 @@ The loss is `ce_weight · CE + kl_weight · T² · KL(teacher ‖ student)` (htt
 the label tokens of the global batch: it does not depend on padding, accumulation or the number of processes. The rows
 of a batch are a function of the seed and of the step. So to resume, after a kill at any moment, run the same command
 again: it goes on from the newest complete checkpoint and ends with the weights of a run that was never interrupted.
-Where two whole runs differ in their last bits, as on some GPUs, it differs from one by no more than they do.
+On some GPUs two uninterrupted runs differ in their last bits; a resumed run differs from them no more than that.
 """
 
 import argparse
@@ -123,7 +123,7 @@ from transformers.utils import cached_file, find_adapter_config_file, is_flash_a
 LOSS_CHUNK = 256  # tokens whose logits exist at the same time
 LOSS_CHUNK_GPU = 1024  # the same on a GPU: each chunk reads and writes the whole gradient of the head
 GPU_WORKERS = 4  # loading processes per GPU; one reads 650 FLAC or 1,520 vectorised clips a second
-# What takes long to import, for the process that all loading ones are forks of.
+# Modules that take long to import. The fork server imports them once for all workers.
 PRELOADED = ["accelerate", "datasets", "librosa", "jiwer", "matplotlib.figure"]
 PRELOADED += [f"transformers.models.whisper.{name}_whisper" for name in ("modeling", "processing", "tokenization")]
 CACHE_BLOCK = 32  # rows encoded together for the cache; fixed, because the last bits of a row depend on the batch size
@@ -343,8 +343,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.language = "+".join(map(language_code, args.language.split("+")))
     weights = args.kl_weight
     args.kl_weight = max(weights)
-    is_shared = len(set(weights)) > 1
-    args.kl_shares = [weight / args.kl_weight for weight in weights] if is_shared else None  # one for each dataset
+    args.kl_shares = None  # of each dataset, how much of the largest weight counts; None = all of it everywhere
+    if len(set(weights)) > 1:
+        args.kl_shares = [weight / args.kl_weight for weight in weights]
     if not args.kl_weight:
         args.teacher_model_name_or_path = None
     elif not args.teacher_model_name_or_path:
@@ -428,9 +429,9 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
 
     Args:
-        path: the lock, a file whose directory is made.
-        output: what is written, for people.
-        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        path: the lock file. Its directory is made.
+        output: how a message names what is written.
+        leftovers: patterns of the half-written files beside the lock that killed runs have left. They are deleted.
         wait: wait until another run ends, instead of failing.
     """
     try:
@@ -452,11 +453,11 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
                 raise
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
-            for partial in path.parent.glob(pattern):
-                if partial.is_dir():
-                    shutil.rmtree(partial)
+            for leftover in path.parent.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    partial.unlink()
+                    leftover.unlink()
         yield
 
 
@@ -466,15 +467,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x+b") as file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -588,7 +589,7 @@ LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    """The first line of an error that says something, without its full stop. The Hub's errors begin with an id."""
     if isinstance(error, json.JSONDecodeError):
         return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
@@ -621,7 +622,7 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def push_again(push: Callable[[], object]) -> None:
+def push_with_retries(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
     for seconds in (1, 2, 4, 0):  # to wait after a try that failed; 0 = it was the last
         try:
@@ -725,7 +726,7 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
             commit_message=message,
         )
 
-    push_again(push)
+    push_with_retries(push)
 
 
 # ---- common: card texts ----------------------------------------------------------------------------------------------
@@ -769,14 +770,16 @@ def read_footer(path: Path) -> pq.FileMetaData | None:
     """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
     try:
         metadata = pq.read_metadata(path)
-        size = metadata.serialized_size + 8  # with its length and the end mark
+        size = metadata.serialized_size + 8  # its length and the end mark follow the footer
+        mark_size = len(FOOTER_MARK) + hashlib.sha256().digest_size
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size - 40))
+            file.seek(max(0, path.stat().st_size - size - mark_size))
             end = file.read()
-        before = end[:-size]
-        digest = hashlib.sha256(end[-size:]).digest()
-        is_other = before.startswith(FOOTER_MARK) and before != FOOTER_MARK + digest
-        return None if is_other else metadata
+        mark = end[:-size]
+        expected = FOOTER_MARK + hashlib.sha256(end[-size:]).digest()
+        # The files of other programs have no mark.
+        is_changed = mark.startswith(FOOTER_MARK) and mark != expected
+        return None if is_changed else metadata
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (pa.ArrowException, OSError) as error:
@@ -826,14 +829,15 @@ def local_directory(reference: str) -> Path | None:
 
 
 def load_pretrained(kind: type, reference: str, **options) -> Any:
-    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    """`kind.from_pretrained` of a local directory or a Hub id. Fails in one line that says why."""
     # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    directory = local_directory(reference)
     try:
-        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+        return kind.from_pretrained(str(directory or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        remedy = "It may be damaged" if directory else "A private one needs `hf auth login`"
         fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
 
 
@@ -867,10 +871,11 @@ def refuse_damaged_model(directory: Path) -> None:
 
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
-    if directory := local_directory(reference):
+    directory = local_directory(reference)
+    if directory:
         refuse_damaged_model(directory / options.get("subfolder", ""))
-    with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
-        if find_adapter_config_file(str(local_directory(reference) or reference), **options):
+    with contextlib.suppress(*HUB_ERRORS):  # `load_pretrained` below reports them
+        if find_adapter_config_file(str(directory or reference), **options):
             fail(
                 f"{reference} has an adapter_config.json: an adapter (LoRA) has to be merged into its model first. "
                 "Load it with PEFT, call `merge_and_unload()`, and save model and processor in a directory of their own"
@@ -999,9 +1004,9 @@ def load_whisper(reference: str, generation_config: GenerationConfig, **options)
     for problem, names in problems.items():
         if names:
             fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
-    model.config.forced_decoder_ids = None  # of 2022, in place of language and task
-    # The encoder only swaps the strides of the convolutions' states. All layers would keep them like that, and copying
-    # and adding them would take a quarter of an H200's time.
+    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
+    # The encoder transposes the output of its convolutions by strides alone. Without this copy, every layer would work
+    # on that layout, which costs a quarter of an H200's time.
     model.model.encoder.layers[0].register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model
 
@@ -1035,7 +1040,7 @@ SILENCE_SECONDS = 60  # without a sign of life, after which a process is named
 
 
 def counter(name: str, rank: int, step: int = 0) -> int:
-    """A counter of a process that all processes see, after adding to it."""
+    """Add to a counter of a process, and return its value. All processes see the counters of all."""
     return torch.distributed.distributed_c10d._get_default_store().add(f"{name}/{rank}", step)
 
 
@@ -1141,8 +1146,11 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
-    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in float32 are computed in TF32
+    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32.
+
+    It also makes convolutions in float32 exact, which are computed in TF32 by default.
+    """
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     if dtype is not None:
         return dtype
     native = False
@@ -1906,27 +1914,32 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
 
 
 def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
-    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
-    path = Path(reference).expanduser()
+    """Fail where a flag names a column that is not there. `columns` are the columns by flag."""
+    names = dataset.column_names
     for flag, column in columns.items():
-        if column is None or column in dataset.column_names:
-            continue
-        hint = ""
-        files = sorted(path.rglob("*")) if path.is_dir() else []
-        manifests = [file for file in files if file.suffix.lower() in MANIFESTS]
-        tables = [file for file in manifests if column.encode() in file.read_bytes()]
-        others = [file for file in manifests if file.suffix.lower() != ".json"]  # of which every clip may have one
-        archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
-        if files and set(dataset.column_names) <= {"audio", "label", "__key__"}:
-            hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
-            if archives:
-                hint = f". Unpack {archives[0]}, if the texts lie in it"
-            elif others:
-                names = ", ".join(map(str, others[:10]))
-                hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {names}"
-        if tables:
-            hint = f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
-        fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
+        if column is not None and column not in names:
+            hint = missing_column_hint(Path(reference).expanduser(), names, column, flag)
+            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(names)}{hint}")
+
+
+def missing_column_hint(path: Path, names: list[str], column: str, flag: str) -> str:
+    """Where a missing column may be, judged by the files of a local directory; empty where nothing tells."""
+    files = sorted(path.rglob("*")) if path.is_dir() else []
+    manifests = [file for file in files if file.suffix.lower() in MANIFESTS]
+    tables = [file for file in manifests if column.encode() in file.read_bytes()]
+    if tables:
+        return f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
+    if not files or not set(names) <= {"audio", "label", "__key__"}:
+        return ""
+    archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
+    if archives:
+        return f". Unpack {archives[0]}, if the texts lie in it"
+    hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
+    others = [file for file in manifests if file.suffix.lower() != ".json"]  # each clip may have a .json of its own
+    if others:
+        listed = ", ".join(map(str, others[:10]))
+        hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {listed}"
+    return hint
 
 
 # ---- common: audio ---------------------------------------------------------------------------------------------------
@@ -1937,7 +1950,7 @@ HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200
 WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
 DAMAGED_BLOCK = 1024  # samples; of damaged files so many are read at a time
 UNKNOWN_FORMAT = 1  # libsndfile's code
-MP3_RATES = 40  # the highest bit rate of an MP3, by the lowest
+MP3_RATES = 40  # the highest bit rate of an MP3 divided by the lowest
 
 
 class Clip(NamedTuple):
@@ -1977,10 +1990,10 @@ def open_stream(content: bytes) -> Stream:
 
 
 def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2**19) -> Clip:
-    """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
+    """Decode an audio file to mono float32 at 16 kHz: its first 30 s, or all of it if `whole`.
 
-    It is read as far as it decodes: neither its header nor damage behind that point decides. `block_size` is the
-    number of samples that are read at a time; large blocks are faster, and of small ones damage takes less with it.
+    The file is read as far as it decodes, whatever its header says and whatever is damaged after that. `block_size` is
+    the number of samples to read at a time: large blocks are faster, and small ones lose less to damage.
     """
     if not content:
         return Clip(problem="no audio")
@@ -2084,7 +2097,7 @@ def filled_frames(samples: int) -> int:
 
 
 def log_mel_on_device(waveforms: torch.Tensor, extractor: WhisperFeatureExtractor) -> torch.Tensor:
-    """(clips, samples) -> (clips, mels, frames): what the extractor computes, which would bring it back to the CPU."""
+    """(clips, samples) -> (clips, mels, frames): the extractor's computation, whose result stays on the device."""
     window = torch.hann_window(extractor.n_fft, device=waveforms.device)
     stft = torch.stft(waveforms, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
     power = (stft[..., :-1].abs() ** 2).contiguous()
@@ -2170,8 +2183,9 @@ def chunk_loss(
     The gradient of the first by the logits is softmax(logits) - onehot(targets), that of the second is
     T · (softmax(logits / T) - softmax(teacher_logits / T)). `kl_shares` weigh the KL of each token, (tokens).
 
-    A further term needs its sum and its gradient here, its weight where `DistillationLoss.forward` adds the sums, and
-    an entry wherever sums of cross-entropy and KL are kept: `optimiser_step`, `window_figures` and `evaluate`.
+    A further term needs its sum and its gradient here; its weight in `parse_args`, SETTINGS, `TrainedPart` and
+    `DistillationLoss.forward`; and an entry wherever sums of cross-entropy and KL are kept: in the last one,
+    `TrainingState.window`, `optimiser_step`, `mean_figures`, `evaluate_batch` and `evaluate`.
     """
     ce_weight, kl_weight = weights
     labels = targets[:, None]
@@ -2216,7 +2230,7 @@ class DistillationLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, weights, kl_shares=None):
         hidden_gradient = torch.zeros_like(hidden)
         head_gradient = torch.zeros_like(head)
-        # Products are computed as autocast does, but each tensor is cast once and not for every chunk.
+        # An empty product tells in which dtype autocast multiplies. Each tensor is cast once, not for every chunk.
         dtype = F.linear(hidden[:0], head[:1]).dtype
         hidden = hidden.to(dtype)
         head = head.to(dtype)
@@ -2262,6 +2276,7 @@ class Source(NamedTuple):
     split: str
     language: str | None  # of labels that are made from texts
     task: str
+    kl_share: float | None = None  # how much of --kl_weight counts; None = all of it
     is_held_out: bool = False
 
 
@@ -2284,6 +2299,7 @@ def training_sources(args: argparse.Namespace) -> list[Source]:
         fail(f"--train_dataset_samples {weights} must be one positive number for each dataset")
     if args.kl_shares and len(args.kl_shares) != len(references):
         fail(f"--kl_weight names {len(args.kl_shares)} for {len(references)} datasets")
+    columns.append(args.kl_shares or [None] * len(references))
     return [Source(*values) for values in zip(*columns, strict=True)]
 
 
@@ -2355,7 +2371,7 @@ def read_log_mel(value: bytes | dict, place: Place, extractor: WhisperFeatureExt
         value: stored float16 (frames, mels), or an undecoded value of an audio column.
 
     Raises:
-        ValueError: it cannot be used; the message says why.
+        ValueError, TypeError: it cannot be used; the message says why.
     """
     if isinstance(value, bytes):
         frames = np.frombuffer(value, "<f2").reshape(-1, extractor.feature_size)
@@ -2376,7 +2392,6 @@ class Rows(Dataset):
         self.source = source
         self.extractor = models.extractor
         self.cache: Path | None = None  # directory of encoder outputs
-        self.kl_share: float | None = None  # how much of --kl_weight counts; None = all of it, as everywhere
         self.dataset, self.place, first_rows = open_split(source, args)
         columns = first_rows.column_names
         self.input_column = first_of(("input_features", args.audio_column_name), columns)
@@ -2392,8 +2407,9 @@ class Rows(Dataset):
         if label_column:
             labels = self.dataset.select_columns(label_column)  # without the inputs, which are large
         else:
-            labels = datasets.Dataset.from_dict({"labels": self.make_labels(models.tokenizer, args)})
-        self.labels = labels[label_column or "labels"]
+            label_column = "labels"
+            labels = datasets.Dataset.from_dict({label_column: self.make_labels(models.tokenizer, args)})
+        self.labels = labels[label_column]
         self.select_rows(labels.data.column(0), models.tokenizer, args)
 
     def make_labels(self, tokenizer: WhisperTokenizerFast, args: argparse.Namespace) -> list[list[int]]:
@@ -2405,7 +2421,7 @@ class Rows(Dataset):
         if "language" in prompt:
             prefix += [f"<|{prompt['language']}|>", f"<|{prompt['task']}|>"]
         prefix_ids = tokenizer.convert_tokens_to_ids([*prefix, "<|notimestamps|>"])
-        # An empty text is silence where it is held out; in training it may be missing.
+        # A blank text of a held-out row means silence; a training row may just lack its transcript.
         may_be_empty = self.source.is_held_out or args.train_on_silence
         labels = []
         for text in self.dataset[self.text_column]:
@@ -2447,7 +2463,7 @@ class Rows(Dataset):
         self.usable = usable  # their numbers in the dataset
         self.require_audio()
         self.starts = starts[usable]  # position of <|startoftranscript|> in each label
-        self.token_counts = lengths[usable] - 1 - self.starts  # behind it, which count in the loss
+        self.token_counts = lengths[usable] - 1 - self.starts  # tokens after it, which count in the loss
         self.hours = samples[usable].sum() / SAMPLING_RATE / 3600
 
     def leave_out(self, reasons: dict[str, np.ndarray]) -> np.ndarray:
@@ -2521,8 +2537,8 @@ class Rows(Dataset):
         row = int(self.usable[index])
         tokens = torch.tensor(self.labels[row])
         example = {"tokens": tokens, "start": int(self.starts[index])}
-        if self.kl_share is not None:
-            example["kl_share"] = self.kl_share
+        if self.source.kl_share is not None:
+            example["kl_share"] = self.source.kl_share
         if self.cache:
             example |= read_outputs(self.cache, index)
             # A row whose audio could not be read has no hidden states of the teacher, and so no targets.
@@ -2623,7 +2639,7 @@ def collate(examples: list[dict]) -> dict[str, Tensor]:
     starts = torch.tensor([example["start"] for example in examples])
     ends = torch.tensor([len(example["tokens"]) - 1 for example in examples])
     columns = torch.arange(inputs.shape[1])
-    is_target = (starts[:, None] <= columns) & (columns < ends[:, None])  # whether the token behind an input is one
+    is_target = (starts[:, None] <= columns) & (columns < ends[:, None])  # whether the token after an input is one
     batch = {
         "decoder_input_ids": inputs,
         "positions": is_target.flatten().nonzero()[:, 0],
@@ -2654,7 +2670,7 @@ def choose_workers(args: argparse.Namespace, device: torch.device, processes: in
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
     """Block SIGTERM and Ctrl-C in processes that are started here: the training process handles them, and saves."""
-    resource_tracker.ensure_running()  # otherwise they start it, which would unblock the signals
+    resource_tracker.ensure_running()  # if Python started it below, that would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -2852,6 +2868,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
     vocabulary = tokenizer.get_vocab()
     extractor = load_pretrained(WhisperFeatureExtractor, str(directory))
     refuse_other_sizes(name, load_config(name), vocabulary, extractor)
+    # Of every pair of them, so that one that the student does not know fails before any weights are loaded.
     prompts = []
     languages = (args.language or "").split("+")
     for language, task in itertools.product(languages, args.task.split("+")):
@@ -2880,20 +2897,19 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
 
 def place_models(models: Models, args: argparse.Namespace, device: torch.device) -> None:
     """Freeze, share and compile modules as the flags ask, and move them to the device."""
-    encoder = models.student.model.encoder
     compiled = [*models.trained.children()]
-    if args.freeze_encoder:
-        encoder.requires_grad_(False).eval()
-        models.frozen_weights = encoder.state_dict()  # float32, as they are saved: the cast below makes others
+    teacher = None
     if models.teacher is not None:
         teacher = models.teacher.to(device).model
         compiled += [teacher.encoder, teacher.decoder]
-        if args.freeze_encoder and equal_weights(encoder, teacher.encoder):
-            models.student.model.encoder = teacher.encoder  # it runs once for both
-        elif args.freeze_encoder:
-            logger.warning("the student's frozen encoder is not the teacher's: both run")
     if args.freeze_encoder:
-        encoder.to(getattr(torch, args.dtype))
+        encoder = models.student.model.encoder.requires_grad_(False).eval()
+        models.frozen_weights = encoder.state_dict()  # float32, as they are saved: the cast below makes others
+        if teacher is not None and equal_weights(encoder, teacher.encoder):
+            models.student.model.encoder = teacher.encoder  # it runs once for both
+        elif teacher is not None:
+            logger.warning("the student's frozen encoder is not the teacher's: both run")
+        models.student.model.encoder.to(getattr(torch, args.dtype))
     models.student.to(device)
     if args.gradient_checkpointing:
         # `transformers` 5.23 has a new name for it, and warns of the old one.
@@ -3146,8 +3162,9 @@ def evaluate(model: WhisperForConditionalGeneration, training: "Training") -> tu
 
 def error_rates(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """WER and CER in per cent of pairs of reference and hypothesis, without those whose reference is empty."""
-    pairs = [pair for pair in pairs if pair[0]] or [("-", "")]  # which is 100 %
-    references, hypotheses = map(list, zip(*pairs, strict=True))
+    pairs = [pair for pair in pairs if pair[0]] or [("-", "")]  # without any reference, both rates are 100 %
+    references = [reference for reference, _ in pairs]
+    hypotheses = [hypothesis for _, hypothesis in pairs]
     return {
         "eval_wer": 100 * jiwer.wer(references, hypotheses),
         "eval_cer": 100 * jiwer.cer(references, hypotheses),
@@ -3222,7 +3239,9 @@ def find_start(settings: dict, total_steps: int, args: argparse.Namespace) -> St
     record = read_record(output_dir / RECORD)
     if record is None and (output_dir / RECORD).exists():  # damaged: the newest whole checkpoint has the same settings
         for _, directory in reversed(list_checkpoints(output_dir)):
-            record = record or read_checkpoint(directory)
+            record = read_checkpoint(directory)
+            if record:
+                break
     if record is None or choice.lower() in ("false", "none"):
         return Start(to_remove=results_to_remove(args))
     if not args.overwrite_output_dir:
@@ -3345,7 +3364,7 @@ def read_state(path: Path) -> dict:
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, ValueError, pickle.UnpicklingError, EOFError):  # torch advises to load it all the same
+    except (SafetensorError, ValueError, pickle.UnpicklingError, EOFError):  # torch's message advises to unpickle it
         fail(f"{path} holds something else than a training's state: delete {path.parent}. {CONTINUE}")
 
 
@@ -3362,10 +3381,12 @@ def load_checkpoint(training: Training, directory: Path) -> None:
     if scaler := training.accelerator.scaler:
         scaler.load_state_dict(read_state(directory / "scaler.pt"))
     scheduler = directory / SCHEDULER
-    training.scheduler.load_state_dict(read_state(scheduler if scheduler.exists() else directory / OLD_SCHEDULER))
+    if not scheduler.exists():
+        scheduler = directory / OLD_SCHEDULER
+    training.scheduler.load_state_dict(read_state(scheduler))
 
 
-def prepare_training(training: Training) -> None:
+def make_optimizer(training: Training) -> None:
     """Make AdamW, with weight decay for matrices, and the schedule; let accelerate wrap what is trained."""
     args = training.args
     accelerator = training.accelerator
@@ -3411,9 +3432,9 @@ def optimiser_step(training: Training, batches: Iterator[dict]) -> tuple[list[fl
         seeds = np.random.SeedSequence([args.seed, step, offset])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
         with accelerator.accumulate(training.wrapped):
-            frozen = run_frozen(models, batch)  # outside of autocast
+            states, teacher_hidden = run_frozen(models, batch)  # outside of autocast
             with accelerator.autocast():
-                loss, losses = training.wrapped(*frozen, models.teacher_head, batch)
+                loss, losses = training.wrapped(states, teacher_hidden, models.teacher_head, batch)
             accelerator.backward(loss * (is_counted * scale))
         sums[:2] += is_counted * losses
     grad_norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), args.max_grad_norm or math.inf)
@@ -3511,7 +3532,7 @@ def log_predictions(training: Training, predictions: list[dict]) -> None:
         logger.warning("the tracker takes no table: %s", first_line(error))
 
 
-def window_figures(training: Training, grad_norm: float) -> dict:
+def mean_figures(training: Training, grad_norm: float) -> dict:
     """The mean figures of the steps since the last entry of the log, and begin the next entry."""
     args = training.args
     ce_sum, kl_sum, num_tokens = training.state.window
@@ -3550,7 +3571,7 @@ def train(training: Training) -> int:
         bar.update()
 
         if state.step % args.logging_steps == 0 or is_last:
-            figures = window_figures(training, grad_norm)
+            figures = mean_figures(training, grad_norm)
             figures["samples_per_second"] = round(num_clips / (time.monotonic() - started), 3)
             bar.set_postfix(figures)
             if accelerator.is_main_process:
@@ -3578,7 +3599,7 @@ def train(training: Training) -> int:
 
 
 def finish_files(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file, once it is on the disk, and readable by all who may read the directory.
+    """Bring each file to the disk, let all read it who may read the directory, and give its SHA-256.
 
     safetensors makes its files private.
     """
@@ -3627,7 +3648,7 @@ def rotate_checkpoints(training: Training) -> None:
             shutil.rmtree(path)
 
 
-def read_metrics(path: Path, last_step: float = math.inf) -> list[dict]:
+def read_entries(path: Path, last_step: float = math.inf) -> list[dict]:
     """The entries of a log up to a step, without damaged lines and a last line that is not complete."""
     if not path.exists():
         return []
@@ -3654,7 +3675,7 @@ def write_model(training: Training, changes: dict) -> None:
     partial.mkdir()
     with saving_models():
         save_student(partial, training.models)
-    entries = read_metrics(output_dir / METRICS)
+    entries = read_entries(output_dir / METRICS)
     draw_curves(entries, partial / "training_curves.png")
     card = distillation_card(record, entries, training.args, read_card(output_dir / "README.md"))
     (partial / "README.md").write_text(card, encoding="utf-8")
@@ -3822,9 +3843,9 @@ def push_model(repo_id: str, message: str, args: argparse.Namespace) -> None:
         ignore_patterns=[".*", "*.partial"],
         commit_message=message,
     )
-    push_again(upload)
+    push_with_retries(upload)
     record = read_record(output_dir / RECORD)
-    entries = read_metrics(output_dir / METRICS)
+    entries = read_entries(output_dir / METRICS)
     local_card = read_card(output_dir / "README.md")
 
     def update(card: RepoCard | None) -> str:
@@ -3894,11 +3915,11 @@ def measure_steps(training: Training) -> tuple[float, float]:
     started = time.perf_counter()
     batch = collate([rows[index] for index in sample])
     loading = time.perf_counter() - started
-    prepare_training(training)
+    make_optimizer(training)
     training.wrapped.train()
-    for number in range(1 + SAMPLE_STEPS):
-        if number == 1:  # the first step compiles, allocates and fills caches
-            started = time.perf_counter()
+    optimiser_step(training, itertools.repeat(batch))  # the first step compiles, allocates and fills caches
+    started = time.perf_counter()
+    for _ in range(SAMPLE_STEPS):
         optimiser_step(training, itertools.repeat(batch))
     return loading, (time.perf_counter() - started) / SAMPLE_STEPS
 
@@ -3971,8 +3992,6 @@ def load_data(models: Models, accelerator: Accelerator, args: argparse.Namespace
             train = [Rows(source, models, args) for source in training_sources(args)]
         if args.eval_dataset_name:
             held_out = Rows(held_out_source(args), models, args)
-    for rows, share in zip(train, args.kl_shares or (), strict=False):
-        rows.kl_share = share
     plan = Plan(
         sizes=tuple(len(rows) for rows in train),
         weights=tuple(args.train_dataset_samples) if args.train_dataset_samples else None,
@@ -4018,7 +4037,7 @@ def make_record(training: Training, settings: dict) -> dict:
     }
 
 
-def start_training(training: Training, start: Start, settings: dict) -> None:
+def restore_training(training: Training, start: Start, settings: dict) -> None:
     """Restore output directory and training to the step to start from, write the record, and fill the cache."""
     args = training.args
     data = training.data
@@ -4032,9 +4051,9 @@ def start_training(training: Training, start: Start, settings: dict) -> None:
         fail(f"--output_dir {args.output_dir} must be on a file system that all machines see")
     device = device_name(training.accelerator.device)
     logger.info("training %s: %s, %s, processes: %d", args.model_name_or_path, device, args.dtype, data.plan.processes)
-    schedule = (data.total_steps, data.plan.steps_per_epoch, data.plan.batch_size)
-    logger.info("%d rows; %d steps, %d an epoch, of %d rows", sum(data.plan.sizes), *schedule)
-    prepare_training(training)
+    text = "%d rows; %d steps, %d an epoch, of %d rows"
+    logger.info(text, sum(data.plan.sizes), data.total_steps, data.plan.steps_per_epoch, data.plan.batch_size)
+    make_optimizer(training)
     if start.checkpoint:
         load_checkpoint(training, start.checkpoint)
         logger.info("going on from step %d of %d (%s)", start.state.step, data.total_steps, start.checkpoint.name)
@@ -4066,7 +4085,7 @@ def clean_output(start: Start, output_dir: Path) -> None:
     (output_dir / METRICS).touch()
     for path in (output_dir / METRICS, output_dir / PREDICTIONS):
         if path.exists():
-            entries = read_metrics(path, start.state.step)
+            entries = read_entries(path, start.state.step)
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
             write_atomically(path, "".join(lines))
 
@@ -4165,15 +4184,16 @@ def main(argv: list[str] | None = None) -> int:
         start = find_start(settings, data.total_steps, args) if accelerator.is_main_process else None
         start = broadcast_object_list([start])[0]
         if args.dry_run:
-            seconds = measure_steps(training)
+            loading, step_seconds = measure_steps(training)
             if accelerator.is_main_process:
-                print_plan(training, start, *seconds, f"{repo_id} ({visibility})" if repo_id else "")
+                pushes = f"{repo_id} ({visibility})" if repo_id else ""
+                print_plan(training, start, loading, step_seconds, pushes)
             return 0
         if start.finished:
             logger.info("%s holds the finished result of this command: nothing is trained", args.output_dir)
         else:
             # 5. Work.
-            start_training(training, start, settings)
+            restore_training(training, start, settings)
             start_tracker(accelerator, args, args.wandb_name)
             with stopped_by_signals(training):
                 status = train(training)

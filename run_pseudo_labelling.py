@@ -277,9 +277,9 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
 
     Args:
-        path: the lock, a file whose directory is made.
-        output: what is written, for people.
-        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        path: the lock file. Its directory is made.
+        output: how a message names what is written.
+        leftovers: patterns of the half-written files beside the lock that killed runs have left. They are deleted.
         wait: wait until another run ends, instead of failing.
     """
     try:
@@ -301,11 +301,11 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
                 raise
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
-            for partial in path.parent.glob(pattern):
-                if partial.is_dir():
-                    shutil.rmtree(partial)
+            for leftover in path.parent.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    partial.unlink()
+                    leftover.unlink()
         yield
 
 
@@ -315,15 +315,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x+b") as file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -437,7 +437,7 @@ LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    """The first line of an error that says something, without its full stop. The Hub's errors begin with an id."""
     if isinstance(error, json.JSONDecodeError):
         return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
@@ -470,7 +470,7 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def push_again(push: Callable[[], object]) -> None:
+def push_with_retries(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
     for seconds in (1, 2, 4, 0):  # to wait after a try that failed; 0 = it was the last
         try:
@@ -574,7 +574,7 @@ def push_card(repository: str, repo_type: str, update: Callable[[RepoCard | None
             commit_message=message,
         )
 
-    push_again(push)
+    push_with_retries(push)
 
 
 # ---- common: card texts ----------------------------------------------------------------------------------------------
@@ -618,14 +618,16 @@ def read_footer(path: Path) -> pq.FileMetaData | None:
     """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
     try:
         metadata = pq.read_metadata(path)
-        size = metadata.serialized_size + 8  # with its length and the end mark
+        size = metadata.serialized_size + 8  # its length and the end mark follow the footer
+        mark_size = len(FOOTER_MARK) + hashlib.sha256().digest_size
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size - 40))
+            file.seek(max(0, path.stat().st_size - size - mark_size))
             end = file.read()
-        before = end[:-size]
-        digest = hashlib.sha256(end[-size:]).digest()
-        is_other = before.startswith(FOOTER_MARK) and before != FOOTER_MARK + digest
-        return None if is_other else metadata
+        mark = end[:-size]
+        expected = FOOTER_MARK + hashlib.sha256(end[-size:]).digest()
+        # The files of other programs have no mark.
+        is_changed = mark.startswith(FOOTER_MARK) and mark != expected
+        return None if is_changed else metadata
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (pa.ArrowException, OSError) as error:
@@ -687,7 +689,9 @@ def read_notes(path: Path) -> dict | None:
         footer = read_footer(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return footer and json.loads((footer.metadata or {}).get(b"kotoba", "{}"))
+    if footer is None:
+        return None
+    return json.loads((footer.metadata or {}).get(b"kotoba", "{}"))
 
 
 def list_split(card: RepoCard, config: str, split: str) -> None:
@@ -709,7 +713,7 @@ def list_split(card: RepoCard, config: str, split: str) -> None:
     card.data["configs"] = list(configs.values())
     infos = card.data.get("dataset_info") or []
     infos = infos if isinstance(infos, list) else [infos]
-    # Without those of this configuration: row counts of earlier contents, on which `datasets` would insist.
+    # `datasets` would insist on the row counts of this configuration, which are those of earlier contents.
     others = [info for info in infos if info.get("config_name", "default") != config]
     card.data["dataset_info"] = others or None
 
@@ -745,7 +749,7 @@ def push_dataset(
         )
 
     try:
-        push_again(push_files)
+        push_with_retries(push_files)
         push_card(repository, "dataset", update, message)
     except HUB_ERRORS as error:
         fail(f"the push to {repository} failed: {first_line(error)}. All data is in {directory}. {CONTINUE}")
@@ -770,14 +774,15 @@ def local_directory(reference: str) -> Path | None:
 
 
 def load_pretrained(kind: type, reference: str, **options) -> Any:
-    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    """`kind.from_pretrained` of a local directory or a Hub id. Fails in one line that says why."""
     # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    directory = local_directory(reference)
     try:
-        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+        return kind.from_pretrained(str(directory or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        remedy = "It may be damaged" if directory else "A private one needs `hf auth login`"
         fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
 
 
@@ -811,10 +816,11 @@ def refuse_damaged_model(directory: Path) -> None:
 
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
-    if directory := local_directory(reference):
+    directory = local_directory(reference)
+    if directory:
         refuse_damaged_model(directory / options.get("subfolder", ""))
-    with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
-        if find_adapter_config_file(str(local_directory(reference) or reference), **options):
+    with contextlib.suppress(*HUB_ERRORS):  # `load_pretrained` below reports them
+        if find_adapter_config_file(str(directory or reference), **options):
             fail(
                 f"{reference} has an adapter_config.json: an adapter (LoRA) has to be merged into its model first. "
                 "Load it with PEFT, call `merge_and_unload()`, and save model and processor in a directory of their own"
@@ -928,9 +934,9 @@ def load_whisper(reference: str, generation_config: GenerationConfig, **options)
     for problem, names in problems.items():
         if names:
             fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
-    model.config.forced_decoder_ids = None  # of 2022, in place of language and task
-    # The encoder only swaps the strides of the convolutions' states. All layers would keep them like that, and copying
-    # and adding them would take a quarter of an H200's time.
+    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
+    # The encoder transposes the output of its convolutions by strides alone. Without this copy, every layer would work
+    # on that layout, which costs a quarter of an H200's time.
     model.model.encoder.layers[0].register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model
 
@@ -964,7 +970,7 @@ SILENCE_SECONDS = 60  # without a sign of life, after which a process is named
 
 
 def counter(name: str, rank: int, step: int = 0) -> int:
-    """A counter of a process that all processes see, after adding to it."""
+    """Add to a counter of a process, and return its value. All processes see the counters of all."""
     return torch.distributed.distributed_c10d._get_default_store().add(f"{name}/{rank}", step)
 
 
@@ -1070,8 +1076,11 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
-    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in float32 are computed in TF32
+    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32.
+
+    It also makes convolutions in float32 exact, which are computed in TF32 by default.
+    """
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     if dtype is not None:
         return dtype
     native = False
@@ -1835,32 +1844,37 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
 
 
 def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
-    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
-    path = Path(reference).expanduser()
+    """Fail where a flag names a column that is not there. `columns` are the columns by flag."""
+    names = dataset.column_names
     for flag, column in columns.items():
-        if column is None or column in dataset.column_names:
-            continue
-        hint = ""
-        files = sorted(path.rglob("*")) if path.is_dir() else []
-        manifests = [file for file in files if file.suffix.lower() in MANIFESTS]
-        tables = [file for file in manifests if column.encode() in file.read_bytes()]
-        others = [file for file in manifests if file.suffix.lower() != ".json"]  # of which every clip may have one
-        archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
-        if files and set(dataset.column_names) <= {"audio", "label", "__key__"}:
-            hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
-            if archives:
-                hint = f". Unpack {archives[0]}, if the texts lie in it"
-            elif others:
-                names = ", ".join(map(str, others[:10]))
-                hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {names}"
-        if tables:
-            hint = f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
-        fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
+        if column is not None and column not in names:
+            hint = missing_column_hint(Path(reference).expanduser(), names, column, flag)
+            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(names)}{hint}")
+
+
+def missing_column_hint(path: Path, names: list[str], column: str, flag: str) -> str:
+    """Where a missing column may be, judged by the files of a local directory; empty where nothing tells."""
+    files = sorted(path.rglob("*")) if path.is_dir() else []
+    manifests = [file for file in files if file.suffix.lower() in MANIFESTS]
+    tables = [file for file in manifests if column.encode() in file.read_bytes()]
+    if tables:
+        return f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
+    if not files or not set(names) <= {"audio", "label", "__key__"}:
+        return ""
+    archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
+    if archives:
+        return f". Unpack {archives[0]}, if the texts lie in it"
+    hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
+    others = [file for file in manifests if file.suffix.lower() != ".json"]  # each clip may have a .json of its own
+    if others:
+        listed = ", ".join(map(str, others[:10]))
+        hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {listed}"
+    return hint
 
 
 # ---- common: names and digests ---------------------------------------------------------------------------------------
 
-SAMPLED_ROWS = 100_000  # about so many clips are looked into
+SAMPLED_ROWS = 100_000  # the most clips of which `speech_digest` reads a piece
 
 
 def split_title(split: str) -> str:
@@ -1876,8 +1890,8 @@ def split_title(split: str) -> str:
 def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, columns: list[str]) -> str:
     """Digest that tells datasets apart, wherever they lie and whenever they were copied.
 
-    It is of the columns' names, of the given columns, of the sizes of all audio in the rows, and of pieces from the
-    middle of clips: of all, or of some 100,000 where there are more.
+    It covers the names of all columns, the content of the given ones, the sizes of the audio that lies in the rows, and
+    a piece from the middle of each clip. Of more than 100,000 clips, it covers the pieces of every second, third, ...
     """
     digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
     step = max(1, math.ceil(len(dataset) / SAMPLED_ROWS))
@@ -1890,7 +1904,8 @@ def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, co
         sizes = pc.binary_length(contents).to_pylist()
         others = rows.drop_columns(audio_column).to_pydict()
         digest.update(json.dumps([sizes, others], default=str).encode())
-        for row in range(-start % step, len(rows), step):
+        first = -start % step  # so that start + first is a multiple of step
+        for row in range(first, len(rows), step):
             content = contents[row].as_buffer()
             if content is not None:
                 middle = len(content) // 2
@@ -1909,7 +1924,7 @@ HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200
 WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
 DAMAGED_BLOCK = 1024  # samples; of damaged files so many are read at a time
 UNKNOWN_FORMAT = 1  # libsndfile's code
-MP3_RATES = 40  # the highest bit rate of an MP3, by the lowest
+MP3_RATES = 40  # the highest bit rate of an MP3 divided by the lowest
 
 
 class Clip(NamedTuple):
@@ -1949,10 +1964,10 @@ def open_stream(content: bytes) -> Stream:
 
 
 def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2**19) -> Clip:
-    """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
+    """Decode an audio file to mono float32 at 16 kHz: its first 30 s, or all of it if `whole`.
 
-    It is read as far as it decodes: neither its header nor damage behind that point decides. `block_size` is the
-    number of samples that are read at a time; large blocks are faster, and of small ones damage takes less with it.
+    The file is read as far as it decodes, whatever its header says and whatever is damaged after that. `block_size` is
+    the number of samples to read at a time: large blocks are faster, and small ones lose less to damage.
     """
     if not content:
         return Clip(problem="no audio")
@@ -2056,7 +2071,7 @@ def filled_frames(samples: int) -> int:
 
 
 def log_mel_on_device(waveforms: torch.Tensor, extractor: WhisperFeatureExtractor) -> torch.Tensor:
-    """(clips, samples) -> (clips, mels, frames): what the extractor computes, which would bring it back to the CPU."""
+    """(clips, samples) -> (clips, mels, frames): the extractor's computation, whose result stays on the device."""
     window = torch.hann_window(extractor.n_fft, device=waveforms.device)
     stft = torch.stft(waveforms, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
     power = (stft[..., :-1].abs() ** 2).contiguous()

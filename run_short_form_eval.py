@@ -126,7 +126,7 @@ METRICS = ("cer", "wer", "cer_raw", "wer_raw")  # in per cent; _raw = without no
 COUNTS = ("substitutions", "deletions", "insertions", "reference")  # the last is the length of the reference
 CLIP_COLUMNS = tuple(f"{unit}_{count}" for unit in ("character", "word") for count in COUNTS)
 LENGTH_GROUPS = ((0, 7), (8, 15), (16, 31), (32, 63), (64, 95), (96, None))  # characters of the normalised reference
-BOOTSTRAP_DRAWS = 1_000  # a multiple of 100
+BOOTSTRAP_DRAWS = 1_000
 CONFUSIONS = 50  # the most frequent ones are kept
 NOTHING_TO_SCORE = "nothing to score: every reference is empty after normalisation. Check --text_column_name"
 MAX_PLAYED_SECONDS = 120  # a page holds no audio of longer clips
@@ -134,12 +134,6 @@ LONG_FORM_SHARD = 8  # recordings per shard, all in memory at once
 MAX_SILENCE = 6_400  # samples between two clips of a window: 0.4 s
 OPEN_WINDOWS = 16  # newest windows that may still take another clip
 PROMPT_TOKENS = 4  # decoder positions used by the prompt: start, language, task, no timestamps
-DIGITS = "零一二三四五六七八九"
-POWERS = ("", "万", "億", "兆", "京", "垓", "秭", "穣", "溝", "澗", "正", "載", "極")  # powers of 10,000
-# The characters that ReazonSpeech's own scorer narrows or removes, from its pkg/evaluation/src/utils.py.
-NARROW = string.digits + string.ascii_letters
-WIDE = "".join(chr(ord(letter) + 0xFEE0) for letter in NARROW)
-REAZON_TABLE = str.maketrans(WIDE, NARROW, "、。「」『』，,？！!?")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -325,9 +319,9 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
     """Let no other run write an output meanwhile. The kernel frees the lock when this process ends, in whatever way.
 
     Args:
-        path: the lock, a file whose directory is made.
-        output: what is written, for people.
-        leftovers: patterns, relative to the lock, of what killed runs have left half-written: deleted.
+        path: the lock file. Its directory is made.
+        output: how a message names what is written.
+        leftovers: patterns of the half-written files beside the lock that killed runs have left. They are deleted.
         wait: wait until another run ends, instead of failing.
     """
     try:
@@ -349,11 +343,11 @@ def hold_lock(path: Path, output: str, *leftovers: str, wait: bool = False) -> I
                 raise
             logger.warning("%s has no file locks: make sure that no other run writes %s", path.parent, output)
         for pattern in leftovers:
-            for partial in path.parent.glob(pattern):
-                if partial.is_dir():
-                    shutil.rmtree(partial)
+            for leftover in path.parent.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    partial.unlink()
+                    leftover.unlink()
         yield
 
 
@@ -363,15 +357,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then its name has a random part: no other process has it, and no link that somebody has planted is followed.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x+b") as file:
+        with open(unfinished, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -485,7 +479,7 @@ LONGEST_HUB_WAIT = 600  # s
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, without its full stop; the Hub's start with a request id."""
+    """The first line of an error that says something, without its full stop. The Hub's errors begin with an id."""
     if isinstance(error, json.JSONDecodeError):
         return f"JSON was expected, not {error.doc[:40]!r}"
     for line in str(error).splitlines():
@@ -518,7 +512,7 @@ def hub_fail(action: str, error: BaseException) -> NoReturn:
     )
 
 
-def push_again(push: Callable[[], object]) -> None:
+def push_with_retries(push: Callable[[], object]) -> None:
     """Push, and retry if another push to the repository came first, which the Hub answers with 409 or 412."""
     for seconds in (1, 2, 4, 0):  # to wait after a try that failed; 0 = it was the last
         try:
@@ -544,14 +538,16 @@ def read_footer(path: Path) -> pq.FileMetaData | None:
     """The footer of a parquet file; None where it is damaged. Fails where it cannot be read just now."""
     try:
         metadata = pq.read_metadata(path)
-        size = metadata.serialized_size + 8  # with its length and the end mark
+        size = metadata.serialized_size + 8  # its length and the end mark follow the footer
+        mark_size = len(FOOTER_MARK) + hashlib.sha256().digest_size
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size - 40))
+            file.seek(max(0, path.stat().st_size - size - mark_size))
             end = file.read()
-        before = end[:-size]
-        digest = hashlib.sha256(end[-size:]).digest()
-        is_other = before.startswith(FOOTER_MARK) and before != FOOTER_MARK + digest
-        return None if is_other else metadata
+        mark = end[:-size]
+        expected = FOOTER_MARK + hashlib.sha256(end[-size:]).digest()
+        # The files of other programs have no mark.
+        is_changed = mark.startswith(FOOTER_MARK) and mark != expected
+        return None if is_changed else metadata
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (pa.ArrowException, OSError) as error:
@@ -601,14 +597,15 @@ def local_directory(reference: str) -> Path | None:
 
 
 def load_pretrained(kind: type, reference: str, **options) -> Any:
-    """`kind.from_pretrained` of a local directory or a Hub id, or one line that says why it cannot be had."""
+    """`kind.from_pretrained` of a local directory or a Hub id. Fails in one line that says why."""
     # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    directory = local_directory(reference)
     try:
-        return kind.from_pretrained(str(local_directory(reference) or reference), **options)
+        return kind.from_pretrained(str(directory or reference), **options)
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
-        remedy = "It may be damaged" if local_directory(reference) else "A private one needs `hf auth login`"
+        remedy = "It may be damaged" if directory else "A private one needs `hf auth login`"
         fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
 
 
@@ -642,10 +639,11 @@ def refuse_damaged_model(directory: Path) -> None:
 
 def load_config(reference: str, **options) -> WhisperConfig:
     """The configuration of a Whisper; fails for models of other kinds and for damaged ones."""
-    if directory := local_directory(reference):
+    directory = local_directory(reference)
+    if directory:
         refuse_damaged_model(directory / options.get("subfolder", ""))
-    with contextlib.suppress(*HUB_ERRORS):  # which the next line reports
-        if find_adapter_config_file(str(local_directory(reference) or reference), **options):
+    with contextlib.suppress(*HUB_ERRORS):  # `load_pretrained` below reports them
+        if find_adapter_config_file(str(directory or reference), **options):
             fail(
                 f"{reference} has an adapter_config.json: an adapter (LoRA) has to be merged into its model first. "
                 "Load it with PEFT, call `merge_and_unload()`, and save model and processor in a directory of their own"
@@ -759,9 +757,9 @@ def load_whisper(reference: str, generation_config: GenerationConfig, **options)
     for problem, names in problems.items():
         if names:
             fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
-    model.config.forced_decoder_ids = None  # of 2022, in place of language and task
-    # The encoder only swaps the strides of the convolutions' states. All layers would keep them like that, and copying
-    # and adding them would take a quarter of an H200's time.
+    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
+    # The encoder transposes the output of its convolutions by strides alone. Without this copy, every layer would work
+    # on that layout, which costs a quarter of an H200's time.
     model.model.encoder.layers[0].register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model
 
@@ -795,7 +793,7 @@ SILENCE_SECONDS = 60  # without a sign of life, after which a process is named
 
 
 def counter(name: str, rank: int, step: int = 0) -> int:
-    """A counter of a process that all processes see, after adding to it."""
+    """Add to a counter of a process, and return its value. All processes see the counters of all."""
     return torch.distributed.distributed_c10d._get_default_store().add(f"{name}/{rank}", step)
 
 
@@ -901,8 +899,11 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> str:
-    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in float32 are computed in TF32
+    """The precision to compute in: as asked for, else bfloat16 where the device computes it natively, else float32.
+
+    It also makes convolutions in float32 exact, which are computed in TF32 by default.
+    """
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     if dtype is not None:
         return dtype
     native = False
@@ -1666,32 +1667,37 @@ def sample_file(path: str, place: Place) -> tuple[int, bytes] | None:
 
 
 def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str, str | None]) -> None:
-    """Fail where a column is not there that a flag names. `columns` are the columns by flag."""
-    path = Path(reference).expanduser()
+    """Fail where a flag names a column that is not there. `columns` are the columns by flag."""
+    names = dataset.column_names
     for flag, column in columns.items():
-        if column is None or column in dataset.column_names:
-            continue
-        hint = ""
-        files = sorted(path.rglob("*")) if path.is_dir() else []
-        manifests = [file for file in files if file.suffix.lower() in MANIFESTS]
-        tables = [file for file in manifests if column.encode() in file.read_bytes()]
-        others = [file for file in manifests if file.suffix.lower() != ".json"]  # of which every clip may have one
-        archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
-        if files and set(dataset.column_names) <= {"audio", "label", "__key__"}:
-            hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
-            if archives:
-                hint = f". Unpack {archives[0]}, if the texts lie in it"
-            elif others:
-                names = ", ".join(map(str, others[:10]))
-                hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {names}"
-        if tables:
-            hint = f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
-        fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(dataset.column_names)}{hint}")
+        if column is not None and column not in names:
+            hint = missing_column_hint(Path(reference).expanduser(), names, column, flag)
+            fail(f"{reference} has no column {column!r} (--{flag}); it has {', '.join(names)}{hint}")
+
+
+def missing_column_hint(path: Path, names: list[str], column: str, flag: str) -> str:
+    """Where a missing column may be, judged by the files of a local directory; empty where nothing tells."""
+    files = sorted(path.rglob("*")) if path.is_dir() else []
+    manifests = [file for file in files if file.suffix.lower() in MANIFESTS]
+    tables = [file for file in manifests if column.encode() in file.read_bytes()]
+    if tables:
+        return f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
+    if not files or not set(names) <= {"audio", "label", "__key__"}:
+        return ""
+    archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
+    if archives:
+        return f". Unpack {archives[0]}, if the texts lie in it"
+    hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
+    others = [file for file in manifests if file.suffix.lower() != ".json"]  # each clip may have a .json of its own
+    if others:
+        listed = ", ".join(map(str, others[:10]))
+        hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {listed}"
+    return hint
 
 
 # ---- common: names and digests ---------------------------------------------------------------------------------------
 
-SAMPLED_ROWS = 100_000  # about so many clips are looked into
+SAMPLED_ROWS = 100_000  # the most clips of which `speech_digest` reads a piece
 
 
 def split_title(split: str) -> str:
@@ -1707,8 +1713,8 @@ def split_title(split: str) -> str:
 def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, columns: list[str]) -> str:
     """Digest that tells datasets apart, wherever they lie and whenever they were copied.
 
-    It is of the columns' names, of the given columns, of the sizes of all audio in the rows, and of pieces from the
-    middle of clips: of all, or of some 100,000 where there are more.
+    It covers the names of all columns, the content of the given ones, the sizes of the audio that lies in the rows, and
+    a piece from the middle of each clip. Of more than 100,000 clips, it covers the pieces of every second, third, ...
     """
     digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
     step = max(1, math.ceil(len(dataset) / SAMPLED_ROWS))
@@ -1721,7 +1727,8 @@ def speech_digest(dataset: datasets.Dataset, place: Place, audio_column: str, co
         sizes = pc.binary_length(contents).to_pylist()
         others = rows.drop_columns(audio_column).to_pydict()
         digest.update(json.dumps([sizes, others], default=str).encode())
-        for row in range(-start % step, len(rows), step):
+        first = -start % step  # so that start + first is a multiple of step
+        for row in range(first, len(rows), step):
             content = contents[row].as_buffer()
             if content is not None:
                 middle = len(content) // 2
@@ -1740,7 +1747,7 @@ HOP_LENGTH = 160  # samples from one log-mel frame to the next; a frame sees 200
 WINDOW_FRAMES = WINDOW_SECONDS * SAMPLING_RATE // HOP_LENGTH
 DAMAGED_BLOCK = 1024  # samples; of damaged files so many are read at a time
 UNKNOWN_FORMAT = 1  # libsndfile's code
-MP3_RATES = 40  # the highest bit rate of an MP3, by the lowest
+MP3_RATES = 40  # the highest bit rate of an MP3 divided by the lowest
 
 
 class Clip(NamedTuple):
@@ -1780,10 +1787,10 @@ def open_stream(content: bytes) -> Stream:
 
 
 def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2**19) -> Clip:
-    """Decode an audio file to mono float32 at 16 kHz; of a clip over 30 s only those unless the whole is asked for.
+    """Decode an audio file to mono float32 at 16 kHz: its first 30 s, or all of it if `whole`.
 
-    It is read as far as it decodes: neither its header nor damage behind that point decides. `block_size` is the
-    number of samples that are read at a time; large blocks are faster, and of small ones damage takes less with it.
+    The file is read as far as it decodes, whatever its header says and whatever is damaged after that. `block_size` is
+    the number of samples to read at a time: large blocks are faster, and small ones lose less to damage.
     """
     if not content:
         return Clip(problem="no audio")
@@ -1887,7 +1894,7 @@ def filled_frames(samples: int) -> int:
 
 
 def log_mel_on_device(waveforms: torch.Tensor, extractor: WhisperFeatureExtractor) -> torch.Tensor:
-    """(clips, samples) -> (clips, mels, frames): what the extractor computes, which would bring it back to the CPU."""
+    """(clips, samples) -> (clips, mels, frames): the extractor's computation, whose result stays on the device."""
     window = torch.hann_window(extractor.n_fft, device=waveforms.device)
     stft = torch.stft(waveforms, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
     power = (stft[..., :-1].abs() ** 2).contiguous()
@@ -2370,6 +2377,12 @@ def text_normaliser(language: str, spellings: dict[str, str] | None) -> Callable
 # ---- normalisation ---------------------------------------------------------------------------------------------------
 
 Normaliser = Callable[[str], str]
+DIGITS = "零一二三四五六七八九"
+POWERS = ("", "万", "億", "兆", "京", "垓", "秭", "穣", "溝", "澗", "正", "載", "極")  # powers of 10,000
+# The characters that ReazonSpeech's own scorer narrows or removes, from its pkg/evaluation/src/utils.py.
+NARROW = string.digits + string.ascii_letters
+WIDE = "".join(chr(ord(letter) + 0xFEE0) for letter in NARROW)
+REAZON_TABLE = str.maketrans(WIDE, NARROW, "、。「」『』，,？！!?")
 # Each kana that ends in a vowel, and what makes this vowel long.
 LONG_VOWELS = {
     "アカサタナハマヤラワガザダバパァャヮ": "アァ",
@@ -2434,8 +2447,7 @@ def readings_rule() -> Normaliser:
     import pyopenjtalk  # only here: it need not be installed
 
     def read(text: str) -> str:
-        narrow = unicodedata.normalize("NFKC", text)
-        spoken = re.sub(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>", "", narrow)  # as Whisper's normaliser does
+        spoken = remove_bracketed(unicodedata.normalize("NFKC", text))
         spoken = re.sub(r"(?<=\d),(?=\d{3})", "", spoken)  # Open JTalk reads thousands separators as pauses
         katakana = ""
         for piece in textwrap.wrap(spoken, 400):  # the front end takes at most 8,192 bytes
@@ -2455,7 +2467,7 @@ def words_rule() -> Normaliser:
 
     def split(text: str) -> str:
         words = []
-        for piece in textwrap.wrap(whisper_rule(text), 5_000):  # Sudachi takes at most 49,149 bytes
+        for piece in textwrap.wrap(whisper_rule(remove_bracketed(text)), 5_000):  # Sudachi takes at most 49,149 bytes
             words += [word.surface() for word in tokenizer.tokenize(piece)]
         return " ".join(" ".join(words).split())
 
@@ -2463,7 +2475,7 @@ def words_rule() -> Normaliser:
 
 
 def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -> Normaliser:
-    """The normaliser of a scorer. What --scorer is by default is the rule of the filter and of training.
+    """The normaliser of a scorer. The default scorer has the rule of the filter and of training.
 
     Raises ImportError where the scorer's package is not installed.
     """
@@ -2475,7 +2487,7 @@ def scoring_rule(scorer: str, language: str, spellings: dict[str, str] | None) -
         return words_rule()
     if scorer == "kotoba":  # the rule of the published Japanese figures, whatever the language
         return text_normaliser("ja", None)
-    # What is left is Whisper's own rule, for `whisper` and `characters`. It keeps the spaces that some texts have.
+    # `whisper` and `characters` have Whisper's own rule, which keeps the spaces that some texts have.
     if language in UNSPACED:
         return lambda text: BasicTextNormalizer()(remove_bracketed(text)).strip()
     return text_normaliser(language, spellings)
@@ -2621,17 +2633,17 @@ def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
         return []
     by_character = count_errors(normalised_reference, normalised_hypothesis, "characters")
     by_word = count_errors(normalised_reference, normalised_hypothesis, "words")
-    prediction |= zip(CLIP_COLUMNS, by_character + by_word, strict=True)
+    prediction.update(zip(CLIP_COLUMNS, by_character + by_word, strict=True))
     prediction["cer"] = round(100 * sum(by_character[:3]) / by_character[3], 2)
     prediction["runaway"] = len(normalised_hypothesis) > 2 * len(normalised_reference) + 10
-    counts = [by_character, by_word]  # in the order of METRICS, then of the scorers
-    for unit in ("characters", "words"):
-        counts.append(count_errors(reference, hypothesis, unit))
+    raw_by_character = count_errors(reference, hypothesis, "characters")
+    raw_by_word = count_errors(reference, hypothesis, "words")
+    counts = [by_character, by_word, raw_by_character, raw_by_word]  # in the order of METRICS
     for scorer, scorer_texts in zip(scorers, texts, strict=True):
-        *errors, length = count_errors(*scorer_texts, scorer.unit)
-        prediction[f"{scorer.name}_errors"] = sum(errors)
-        prediction[f"{scorer.name}_reference"] = length
-        counts.append([*errors, length])
+        by_scorer = count_errors(*scorer_texts, scorer.unit)
+        prediction[f"{scorer.name}_errors"] = sum(by_scorer[:3])
+        prediction[f"{scorer.name}_reference"] = by_scorer[3]
+        counts.append(by_scorer)
     return counts
 
 
@@ -2671,7 +2683,7 @@ def list_unusable(predictions: list[dict], args: argparse.Namespace) -> dict[str
     for prediction in predictions:
         if prediction["problem"]:
             unusable[prediction["problem"]].append(prediction["id"])
-    refuse_long_clips(unusable.get(TOO_LONG, []), args)  # predicted earlier with --skip_long_audio
+    refuse_long_clips(unusable.get(TOO_LONG, []), args)  # an earlier run with --skip_long_audio may have saved some
     if all(prediction["problem"] for prediction in predictions):
         fail(f"none of the {len(predictions)} clips of {args.dataset_name} can be used: {', '.join(unusable)}")
     return dict(unusable)
@@ -2798,16 +2810,11 @@ def find_problem(clip: Clip, text: str | None, args: argparse.Namespace) -> str 
     return None
 
 
-def load_recording(
-    clips: datasets.Dataset,
-    place: Place,
-    rows: Rows,
-    args: argparse.Namespace,
-) -> Recording:
+def load_recording(clips: datasets.Dataset, place: Place, rows: Rows, args: argparse.Namespace) -> Recording:
     """Decode the clips of a recording, and join their waveforms and texts."""
     names = []
     references = []
-    pieces = []  # waveforms
+    waveforms = []
     seconds = 0.0
     problem = None
     for row in rows:
@@ -2816,9 +2823,9 @@ def load_recording(
         text = values["reference"]
         clip = load_clip(audio, place, whole=args.long_form)
         problem = problem or find_problem(clip, text, args)
-        if pieces:
-            pieces.append(silence(row, args.seed))
-        pieces.append(clip.waveform)
+        if waveforms:
+            waveforms.append(silence(row, args.seed))
+        waveforms.append(clip.waveform)
         name = values.get("id")
         if name in (None, ""):
             name = audio.get("path") or row
@@ -2830,7 +2837,7 @@ def load_recording(
         seconds=round(seconds, 3),
         problem=problem,
         reference=("" if args.language in UNSPACED else " ").join(references),
-        waveform=None if problem else np.concatenate(pieces),
+        waveform=None if problem else np.concatenate(waveforms),
     )
 
 
@@ -2903,8 +2910,8 @@ class Recogniser:
     model: WhisperForConditionalGeneration
     tokenizer: WhisperTokenizerFast
     decoding: dict[str, Any]  # arguments of `generate` that determine the predictions
-    short: GreedyDecoder | BatchDecoder  # for audio of at most 30 s
-    long: BatchDecoder  # for audio over 30 s
+    decoder: GreedyDecoder | BatchDecoder  # for audio of at most 30 s
+    long_decoder: BatchDecoder  # for audio over 30 s
 
 
 def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recogniser:
@@ -2934,10 +2941,7 @@ def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recognise
 
 
 def load_assistance(
-    reference: str,
-    model: WhisperForConditionalGeneration,
-    precision: dict[str, Any],
-    device: torch.device,
+    reference: str, model: WhisperForConditionalGeneration, precision: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """The arguments of `generate` for a draft model, which only speeds it up.
 
@@ -3017,6 +3021,7 @@ def generate_tokens(
     else:
         features = log_mel(waveforms, extractor, str(model.device))  # (clips, mels, frames)
         features = pad_window(features).to(model.device, model.dtype)  # (clips, mels, 3000)
+        # There is one window, so `generate` needs one call and not its loop over windows.
         tokens = model.generate(features, force_unique_generate_call=True, **options)  # (clips, tokens)
     return tokens.tolist()
 
@@ -3026,7 +3031,7 @@ def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[
     usable = [recording for recording in recordings if recording.waveform is not None]
     usable.sort(key=lambda recording: len(recording.waveform), reverse=True)
     number_long = sum(is_long(recording.waveform) for recording in usable)
-    groups = [(recogniser.long, usable[:number_long]), (recogniser.short, usable[number_long:])]
+    groups = [(recogniser.long_decoder, usable[:number_long]), (recogniser.decoder, usable[number_long:])]
     for decoder, group in groups:
         waveforms = (recording.waveform for recording in group)
         for number, tokens in decoder.decode(waveforms):
@@ -3035,11 +3040,7 @@ def transcribe(recogniser: Recogniser, recordings: list[Recording]) -> Iterator[
             yield group[number]
 
 
-def load_shards(
-    pool: ThreadPoolExecutor,
-    load: Loader,
-    shards: Iterable[list[Rows]],
-) -> Iterator[list[Recording]]:
+def load_shards(pool: ThreadPoolExecutor, load: Loader, shards: Iterable[list[Rows]]) -> Iterator[list[Recording]]:
     """Yield the recordings of each shard, and load those of the next shard meanwhile."""
     loading = None
     for recording_rows in shards:
@@ -3065,13 +3066,13 @@ def predict(
         started = time.perf_counter()
         for path, recordings in zip(shards, load_shards(pool, load, shards.values()), strict=True):
             refuse_long_clips([recording.id for recording in recordings if recording.problem == TOO_LONG], args)
-            work = {"device": device_name(recogniser.model.device), "batch_size": recogniser.short.batch_size}
+            work = {"device": device_name(recogniser.model.device), "batch_size": recogniser.decoder.batch_size}
             done = []
             for recording in transcribe(recogniser, recordings):
                 bar.update()
                 done.append(recording)
                 # The first batch of a process is slow, as it loads kernels.
-                if is_first and len(done) == recogniser.short.batch_size:
+                if is_first and len(done) == recogniser.decoder.batch_size:
                     work["warm_up_seconds"] = time.perf_counter() - started
                     work["warm_up_audio_seconds"] = sum(recording.seconds for recording in done)
             bar.update(len(recordings) - len(done))
@@ -3094,7 +3095,8 @@ class Evaluation:
     dataset: str  # as it is shown
     metrics: dict
     predictions: list[dict]
-    # Paired tests against the first evaluation of the same data, by scorer. None = this is it, {} = it has other clips
+    # Paired tests against the first evaluation of the same data, by scorer. None: this is the first one. Empty: the
+    # clips differ from those of the first one.
     tests: dict[str, dict] | None = None
 
     @property
@@ -3170,8 +3172,8 @@ def paired_difference(first: np.ndarray, other: np.ndarray) -> dict[str, float]:
     drawn_rates = bootstrap(both)  # (draws, 2)
     drawn = drawn_rates[:, 1] - drawn_rates[:, 0]
     low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
-    fewer = min(np.sum(drawn <= 0), np.sum(drawn >= 0)).item()
-    p = 2 * (1 + fewer) / (1 + BOOTSTRAP_DRAWS)
+    rarer = min(np.sum(drawn <= 0), np.sum(drawn >= 0)).item()  # draws on the side of 0 that has fewer of them
+    p = 2 * (1 + rarer) / (1 + BOOTSTRAP_DRAWS)
     return {"difference": other_rate - first_rate, "low": low, "high": high, "p": min(1.0, p)}
 
 
@@ -3214,7 +3216,7 @@ def format_test(evaluation: Evaluation) -> str:
 
 
 def comparison_table(evaluations: list[Evaluation]) -> list[list[str]]:
-    """The header and a row for each evaluation, for print and page."""
+    """The header and a row for each evaluation, for print and page. The page finds the last three columns by place."""
     titles = scorer_titles(*(evaluation.metrics for evaluation in evaluations))
     header = ["Model", "Parameters", "Dataset", "Clips"]
     header += [f"{title} %" for title in titles.values()]
@@ -3225,9 +3227,10 @@ def comparison_table(evaluations: list[Evaluation]) -> list[list[str]]:
         cells = [evaluation.model, parameters, evaluation.dataset, f"{metrics['clips']:,}"]
         for name in titles:
             summary = metrics["scores"].get(name, {"rate": None})
-            cells.append("")
+            cell = ""
             if summary["rate"] is not None:
-                cells[-1] = f"{summary['rate']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})"
+                cell = f"{summary['rate']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})"
+            cells.append(cell)
         seconds = "" if metrics["process_seconds"] is None else f"{metrics['process_seconds']:.0f}"
         table.append([*cells, format_test(evaluation), f"{metrics['rtfx'] or ''}", seconds])
     return table
@@ -3610,7 +3613,9 @@ def bar_scale(summaries: Iterable[dict]) -> float:
         return 1.0
     typical = statistics.median_low(summary["rate"] for summary in known)
     highest = max(summary["high"] for summary in known)
-    return max(min(highest, 4 * typical) if typical else highest, 1.0)
+    if typical:
+        highest = min(highest, 4 * typical)
+    return max(highest, 1.0)
 
 
 Versions = list[tuple[Evaluation, dict]]  # the predictions of a clip, each with its evaluation
@@ -3711,8 +3716,8 @@ def page_data(evaluations: list[Evaluation]) -> dict:
 def page_facts(evaluation: Evaluation) -> dict[str, str]:
     """The facts at the top of a page, by name; the paths of files are not among them."""
     metrics = evaluation.metrics
-    silence = metrics["silence"]
-    invented = f"{silence['clips_with_text']:,} of them got text, {silence['characters']:,} characters"
+    got_text = metrics["silence"]
+    invented = f"{got_text['clips_with_text']:,} of them got text, {got_text['characters']:,} characters"
     facts = {
         "Model": evaluation.model,
         "Dataset": f"{evaluation.dataset}, {metrics['name']}",
@@ -3785,11 +3790,7 @@ def badness(prediction: dict) -> float:
     return prediction.get("cer", 0.0)
 
 
-def embed_audio(
-    predictions: list[dict],
-    load_waveform: Callable[[int], np.ndarray],
-    megabytes: float,
-) -> None:
+def embed_audio(predictions: list[dict], load_waveform: Callable[[int], np.ndarray], megabytes: float) -> None:
     """Add the `audio` that a page holds to predictions, in base64: to the worst clips first, to as many as fit."""
     playable = []
     for row, prediction in enumerate(predictions):
@@ -3849,12 +3850,12 @@ def read_engine(path: Path, args: argparse.Namespace) -> list[dict]:
     if path.is_dir():
         path = path / f"all_predictions.{args.name}.csv"
     rows = read_prediction_rows(path)
-    known = ", ".join(map(str, rows[0]))
+    columns = ", ".join(map(str, rows[0]))
     text_column = next((name for name in HYPOTHESIS_COLUMNS if name in rows[0]), None)
     if text_column is None:
-        fail(f"--predictions {path} needs a column of texts ({', '.join(HYPOTHESIS_COLUMNS)}); it has {known}")
+        fail(f"--predictions {path} needs a column of texts ({', '.join(HYPOTHESIS_COLUMNS)}); it has {columns}")
     if not args.dataset_name and "reference" not in rows[0]:
-        fail(f"--predictions {path} needs a column `reference`, or --dataset_name; it has {known}")
+        fail(f"--predictions {path} needs a column `reference`, or --dataset_name; it has {columns}")
     id_column = next((name for name in (args.id_column_name, "id") if name and name in rows[0]), None)
     for row in rows:
         row["hypothesis"] = text_of(row, text_column)
@@ -3963,10 +3964,7 @@ def lock_results(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 
 def prediction_settings(
-    clips: datasets.Dataset,
-    place: Place,
-    recogniser: Recogniser,
-    args: argparse.Namespace,
+    clips: datasets.Dataset, place: Place, recogniser: Recogniser, args: argparse.Namespace
 ) -> dict:
     """The settings that determine the predictions."""
     columns = clips.remove_columns("audio").column_names
@@ -3986,17 +3984,12 @@ def prediction_settings(
     }
 
 
-def plan_shards(
-    directory: Path,
-    recording_rows: list[Rows],
-    settings: dict,
-    long_form: bool,
-) -> dict[Path, list[Rows]]:
+def plan_shards(directory: Path, recording_rows: list[Rows], settings: dict, long_form: bool) -> dict[Path, list[Rows]]:
     """The recordings of each shard, by its path. Both depend only on the clips and the settings."""
     content = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    size = math.ceil(len(recording_rows) / 16)  # so that several processes share a small test set
-    size = LONG_FORM_SHARD if long_form else min(512, max(64, size))
+    sixteenth = math.ceil(len(recording_rows) / 16)  # so that several processes share a small test set
+    size = LONG_FORM_SHARD if long_form else min(512, max(64, sixteenth))
     starts = range(0, len(recording_rows), size)
     shards = {}
     for index, start in enumerate(starts):
@@ -4009,10 +4002,8 @@ def write_predictions(path: Path, recordings: list[Recording], work: dict) -> No
     """Write a shard: a line with its time, its device and a checksum, then a line for each recording."""
     predictions = [recording.prediction() for recording in recordings]
     checksum = record_checksum([work["process_seconds"], predictions])
-    lines = []
-    for line in (work | {"checksum": checksum}, *predictions):
-        lines.append(json.dumps(line, ensure_ascii=False))
-    write_atomically(path, "\n".join(lines))
+    lines = [work | {"checksum": checksum}, *predictions]
+    write_atomically(path, "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
 
 
 def read_saved_shard(path: Path) -> tuple[dict, list[dict]] | None:
@@ -4070,18 +4061,12 @@ def write_table(path: Path, predictions: list[dict], columns: Iterable[str]) -> 
 
 
 def write_evaluation(
-    predictions: list[dict],
-    metrics: dict,
-    load_waveform: Callable[[int], np.ndarray] | None,
-    args: argparse.Namespace,
+    predictions: list[dict], metrics: dict, load_waveform: Callable[[int], np.ndarray] | None, args: argparse.Namespace
 ) -> None:
     """Write the two tables, the page and, last, the metrics. `load_waveform` gives the audio of a prediction by row."""
     output_dir = Path(args.output_dir)
     columns = list(dict.fromkeys(name for prediction in predictions for name in prediction))
-    incorrect = []
-    for prediction in predictions:
-        if prediction.get("normalised_reference") != prediction.get("normalised_hypothesis"):
-            incorrect.append(prediction)
+    incorrect = [row for row in predictions if row.get("normalised_reference") != row.get("normalised_hypothesis")]
     write_table(output_dir / f"all_predictions.{args.name}.csv", predictions, columns)
     write_table(output_dir / f"incorrect_predictions.{args.name}.csv", incorrect, columns)
     if load_waveform:
@@ -4118,15 +4103,18 @@ def finish_evaluation(
 
 
 def save_metrics(path: Path, metrics: dict) -> None:
-    """Save by `evaluate.save`, and silence the error of git if this directory is not a repository."""
-    import evaluate  # here because it is slow to import
+    """Save by `evaluate.save`, which adds the time, the git commit, and versions and path of Python.
+
+    The error of git, if this directory is not a repository, is silenced.
+    """
+    import evaluate  # only here: it is slow to import
 
     try:
         with silent_stderr(), tempfile.TemporaryDirectory() as scratch:
             saved = Path(scratch) / path.name
             evaluate.save(saved, **metrics)
             content = saved.read_text(encoding="utf-8")
-    except OSError:  # git, which it asks for the commit, is not installed
+    except OSError:  # git is not installed
         content = json.dumps(metrics)
     write_atomically(path, content)
 
@@ -4136,7 +4124,7 @@ def is_hub_id(reference: str) -> bool:
 
 
 def check_card(model: str) -> None:
-    """Fail where the rates cannot be written into a model's card. Nothing is created for them."""
+    """Fail where the rates cannot be written into a model's card. A missing repository is not created."""
     if local_directory(model):
         fail(f"--push_to_hub writes into a model's card on the Hub; {model} is a local directory")
     try:
@@ -4203,7 +4191,7 @@ def publish_rates(metrics: dict) -> None:
         metadata_update(model, index, overwrite=True, parent_commit=head)  # fails if another push came in between
 
     try:
-        push_again(push)
+        push_with_retries(push)
     except (*HUB_ERRORS, ValueError) as error:
         fail(f"the results are written, but not on the card of {model}: {first_line(error)}. {CONTINUE}")
 
@@ -4219,7 +4207,7 @@ def print_evaluation_plan(
     """Print what a run would do. Its time is estimated from a sample: one batch, or one recording with --long_form."""
     recording_rows = list(itertools.chain.from_iterable(shards.values()))
     total = len(recording_rows)
-    sample_size = 1 if args.long_form else recogniser.short.batch_size
+    sample_size = 1 if args.long_form else recogniser.decoder.batch_size
     sample = recording_rows[:: math.ceil(total / sample_size)]
     with tempfile.TemporaryDirectory() as scratch:
         shard = Path(scratch) / "sample.jsonl"
@@ -4297,7 +4285,7 @@ def main(argv: list[str] | None = None) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         if is_main:
             write_record(directory / "settings.json", settings)
-        tell_work("transcribing", args, accelerator, recogniser.short.batch_size, len(left), len(shards))
+        tell_work("transcribing", args, accelerator, recogniser.decoder.batch_size, len(left), len(shards))
         predict(load, missing, recogniser, args, show_progress=is_main)
         arrive()
         accelerator.wait_for_everyone()

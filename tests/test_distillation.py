@@ -1524,7 +1524,7 @@ def test_what_the_student_says_of_a_few_held_out_rows_is_written_down_and_shown_
     monkeypatch.setattr(script, "LOGGED_PREDICTIONS", 2)
     held_out = ("--eval_dataset_name", vectorized, "--eval_steps", 1, "--eval_max_samples", 3, "--max_label_length", 60)
     output = run("straight", *held_out, "--max_steps", 2)
-    entries = script.read_metrics(output / "held_out_predictions.jsonl")
+    entries = script.read_entries(output / "held_out_predictions.jsonl")
     assert [entry["step"] for entry in entries] == [0, 1, 2]
     for entry in entries:
         assert [prediction["row"] for prediction in entry["predictions"]] == [0, 1]
@@ -1534,7 +1534,7 @@ def test_what_the_student_says_of_a_few_held_out_rows_is_written_down_and_shown_
         assert data == [list(prediction.values()) for prediction in entries[step]["predictions"]]
     assert len(tracker.tables) == 3
     script.clean_output(script.Start(script.TrainingState(step=1)), output)
-    assert script.read_metrics(output / "held_out_predictions.jsonl") == entries[:2]
+    assert script.read_entries(output / "held_out_predictions.jsonl") == entries[:2]
 
 
 @pytest.mark.parametrize(("figure", "best"), [("loss", 1), ("wer", 2), ("cer", 3)])

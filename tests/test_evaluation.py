@@ -580,7 +580,7 @@ def test_the_time_of_the_first_batch_does_not_count_in_the_rtfx(tiny_teacher, lo
 
     def transcribe(recogniser, recordings):
         for index, recording in enumerate(recordings):
-            if index % recogniser.short.batch_size == 0:
+            if index % recogniser.decoder.batch_size == 0:
                 clock[0] += 10 if audio else 1_000
                 audio.append(0.0)
             audio[-1] += recording.seconds

@@ -695,7 +695,7 @@ def test_a_step_of_a_plan_is_the_mean_of_those_after_the_first(clock, monkeypatc
         return next(batches)
 
     monkeypatch.setattr(script, "optimiser_step", step)
-    monkeypatch.setattr(script, "prepare_training", lambda training: None)
+    monkeypatch.setattr(script, "make_optimizer", lambda training: None)
     monkeypatch.setattr(script, "collate", taking(0.25, clock, list))
     rows = FakeRows(3, usable=np.array([4, 5, 7]), first_inputs=["a", "b"], input_column="audio")
     training = types.SimpleNamespace(
@@ -1036,7 +1036,7 @@ def test_the_plan_of_an_evaluation_is_scaled_from_its_sample_to_what_is_left(
     vars(args).update(
         push_to_hub=True, dataset_name="acme/d", dataset_split_name="test", output_dir="o", dtype="float32"
     )
-    recogniser = types.SimpleNamespace(short=types.SimpleNamespace(batch_size=4))
+    recogniser = types.SimpleNamespace(decoder=types.SimpleNamespace(batch_size=4))
     script.print_evaluation_plan(range(1200), None, shards, recogniser, processes, args)
     said = told(capsys)
     hours = 1800 * 11 / 3600 / (1 if long_form else 4)
