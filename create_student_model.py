@@ -544,7 +544,7 @@ ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
 
 
 def local_directory(reference: str) -> Path | None:
-    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
+    """The directory that a repository reference names, or None for a Hub id (`org/name`). Fails if it is neither."""
     path = Path(reference).expanduser()
     if path.is_dir():
         return path

@@ -1177,7 +1177,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     with locked_output(args.output_dir, args.target, split):
-        # 4. Find what is left to do. Complete shards are read to the end only where nothing else is.
+        # 4. Find what is left to do. If that is nothing, read complete shards to the end, to find damaged ones.
         record_path = args.output_dir / f"loading.{args.target}.{split}.json"
         if args.overwrite_output_dir:
             for path in [record_path, *(args.output_dir / args.target).glob(f"{split}-*.parquet")]:

@@ -215,7 +215,7 @@ AUDIO_COLUMNS = {
     "labels": List(Value("int32")),
     "input_length": Value("int32"),
 }
-SCORE_COLUMNS = {"wer": Value("float64"), "cer": Value("float64")}
+ERROR_COLUMNS = {"wer": Value("float64"), "cer": Value("float64")}
 WINDOW_COLUMNS = {"clips": List(Value("int32")), "clip_starts": List(Value("float64"))}
 FEATURE_COLUMNS = {"input_features": Value("binary"), "labels": List(Value("int32")), "input_length": Value("int32")}
 ABOUT_AUDIO = "`labels` is the decoder sequence, `input_length` the samples at 16 kHz. "
@@ -868,7 +868,7 @@ ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
 
 
 def local_directory(reference: str) -> Path | None:
-    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
+    """The directory that a repository reference names, or None for a Hub id (`org/name`). Fails if it is neither."""
     path = Path(reference).expanduser()
     if path.is_dir():
         return path
@@ -1123,20 +1123,22 @@ def name_linked_directories(directory: str) -> None:
 def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
     """The builder that `datasets` chooses for a local directory or a Hub id; AudioFolder for a directory of audio."""
     directory = local_directory(reference)
-    location = str(directory.resolve() if directory else reference)
-    if directory:
-        name_linked_directories(location)
-    has_card = directory and (directory / "README.md").exists()  # which may say what to read
+    if not directory:
+        return datasets.load_dataset_builder(reference, config)
+    location = str(directory.resolve())
+    name_linked_directories(location)
+    has_card = (directory / "README.md").exists()  # which may say what to read
     try:
         builder = datasets.load_dataset_builder(location, config)
     except ValueError:
         # Among other things where the directory of one split has less audio than texts, and that of another has more.
-        if not directory or has_card or not any(map(is_audio, resolve_pattern("**", location))):
+        if has_card or not any(map(is_audio, resolve_pattern("**", location))):
             raise
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
-    beside_audio = ("text",) if has_card else ("csv", "json", "text")  # which counts more than these
-    if not directory or builder.name not in ("audiofolder", *beside_audio):  # such as a repository of many shards
-        return builder
+    # Audio counts more than texts and tables beside it, but the tables may be what the card says.
+    beside_audio = ("text",) if has_card else ("csv", "json", "text")
+    if builder.name not in ("audiofolder", *beside_audio):
+        return builder  # before the files are listed: a repository may have many shards
     audio = set(filter(is_audio, resolve_pattern("**", location)))
     if audio and builder.name in beside_audio:
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
@@ -1145,8 +1147,7 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     if has_card or not audio:
         return builder
     files = set(itertools.chain(*builder.config.data_files.values()))
-    names = map(os.path.basename, files)
-    if audio - files and all(map(SPLIT_IN_NAME.search, names)):
+    if audio - files and all(SPLIT_IN_NAME.search(os.path.basename(file)) for file in files):
         # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
     left_out = audio.difference(*builder.config.data_files.values())
@@ -1227,10 +1228,8 @@ SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*?)(?:,[ァ-ー、。？！…]+)
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
-LOADING_ERRORS = (
-    *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
-    *(pa.ArrowException, datasets.exceptions.DatasetsError),
-)
+LIBRARY_ERRORS = (httpx.HTTPError, pa.ArrowException, datasets.exceptions.DatasetsError)
+LOADING_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, *LIBRARY_ERRORS)
 # Of a file that a row names; the third to the fifth come from a zip that is damaged, or that lacks it.
 READING_ERRORS = (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, httpx.HTTPError)
 
@@ -1363,27 +1362,32 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path} is not UTF-8 ({error}): {NOT_UTF8}") from None
 
 
+def read_kaldi_file(file: str, place: Place) -> dict[str, str]:
+    """A file of Kaldi: what each line has after its first word, by that word."""
+    values = {}
+    for clip, value in re.findall(r"^[ \t]*(\S+)(.*)", read_text(find_file(file, place)), re.MULTILINE):
+        if clip in values:
+            raise ValueError(f"its file {file} has two lines for {clip}")
+        values[clip] = value.strip()
+    return values
+
+
 def read_kaldi(place: Place) -> pa.Table:
     """The clips of a data directory of Kaldi or ESPnet. Commands in its wav.scp are refused, and never run."""
     if os.path.exists(f"{place.base}/segments"):
         raise ValueError(f"it names parts of recordings (segments): {FORMAT_SCP}")
     columns = {}
     for column, file in KALDI_FILES.items():
-        if not os.path.lexists(f"{place.base}/{file}"):
-            continue  # only wav.scp must be there
-        columns[column] = {}
-        for clip, value in re.findall(r"^[ \t]*(\S+)(.*)", read_text(find_file(file, place)), re.MULTILINE):
-            if clip in columns[column]:
-                raise ValueError(f"its file {file} has two lines for {clip}")
-            columns[column][clip] = value.strip()
+        if os.path.lexists(f"{place.base}/{file}"):  # only wav.scp must be there
+            columns[column] = read_kaldi_file(file, place)
     paths = columns["audio"]
     for clip, path in paths.items():
         if re.search(r"^\||\|$|\.ark:\d", path):
             raise ValueError(f"its wav.scp has commands or archives, such as {path!r}: {FORMAT_SCP}")
-        if not os.path.exists(os.path.join(place.base, path)) and os.path.exists(path):
-            paths[clip] = os.path.abspath(path)  # ESPnet's are relative to where its recipe runs
-        full = os.path.realpath(os.path.join(place.base, paths[clip]))
-        if place.is_confined and not f"{full}/".startswith(f"{place.base}/"):
+        full = os.path.join(place.base, path)
+        if not os.path.exists(full) and os.path.exists(path):
+            full = paths[clip] = os.path.abspath(path)  # ESPnet's are relative to where its recipe runs
+        if place.is_confined and not f"{os.path.realpath(full)}/".startswith(f"{place.base}/"):
             raise ValueError(f"its wav.scp names files elsewhere ({path}): name {place.base}/wav.scp to read them")
     rows = {column: pa.array(map(values.get, paths), pa.string()) for column, values in columns.items()}
     return pa.table({"id": list(paths), **rows})
@@ -1435,10 +1439,10 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
     if kind == "audiofolder":
         return load_folder(files, place, **options)
-    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
-    # configuration holds all splits.
     if kind == "parquet":
         options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
+    # configuration holds all splits.
     patterns = list(map(glob.escape, files))
     try:
         part = datasets.load_dataset(kind, data_files=patterns, split="train", **options)
@@ -1500,21 +1504,19 @@ def load_folder(
 
 
 def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], is_shared: bool) -> datasets.Dataset:
-    """Name the files of an audio folder that are in no row. `is_shared`: the rows are those of all splits."""
+    """The rows of a split's own files, with a warning of files in no row. `is_shared`: the rows are of all splits."""
     present = {unicodedata.normalize("NFC", file) for file in files}
     audio = set(filter(is_audio, present))
     name_left_out(audio.difference(paths), "that no row of the metadata names")
     if not is_shared:
         return dataset
-    rows = []
-    for row, path in enumerate(paths):
-        if path in present or not os.path.exists(path):  # other files are those of another split
-            rows.append(row)
+    # Files that are there, but not in this split, are those of another.
+    rows = [row for row, path in enumerate(paths) if path in present or not os.path.exists(path)]
     return dataset.select(rows)
 
 
 def parallel_directories(base: str) -> dict[Path, list[Path]]:
-    """For each directory in `base`, its path without one part that holds no audio: txt/a is parallel to a."""
+    """For each directory in `base`, its path without one directory that holds no audio, in every way: a for txt/a."""
     tree = [(Path(directory), names) for directory, _, names in os.walk(base)]
     with_audio = set()
     for directory, names in tree:
@@ -1528,9 +1530,10 @@ def parallel_directories(base: str) -> dict[Path, list[Path]]:
 
 
 def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
-    """The clips by the names that a list beside or above them may give, and by those that a parallel tree may give.
+    """Two tables of the clips by name: `near`, as lists beside or above them name them; `far`, as a parallel tree does.
 
-    In a parallel tree, one directory of a clip's path may be missing. A name of two clips stands for none.
+    Clip wav/a/x.flac is x, wav/x and wav/a/x for a list; in a parallel tree, one directory of its path may be missing,
+    so that it is a/x as well. A name that two clips have stands for none.
     """
     near = {}
     far = {}
@@ -1550,7 +1553,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
 
 
 def listed_texts(file: Path) -> list[tuple]:
-    """Names and texts in a .txt file: all of it under its own name, and its lines; or those in a list metadata.csv."""
+    """Pairs of name and text: of a .txt, its own name and all of it, and its lines; of a metadata.csv, its lines."""
     content = file.read_text("utf-8-sig", errors="replace")
     if file.suffix == ".csv":
         return [tuple(line.split("|")[:2]) for line in content.splitlines() if "|" in line]
@@ -1569,12 +1572,11 @@ def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) ->
         texts[clip].add(text.strip())
 
 
-def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
-    """The rows of an audio folder with the texts in its .txt files, where one text fits one clip.
+def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set]]:
+    """The texts in a directory, by the clips that they fit: those near the clip, and those in a parallel tree.
 
-    NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them,
-    and so is a metadata.csv without a header.
-    For clips without any, texts in a parallel tree count: txt/a/NAME.txt for wav/a/NAME.wav.
+    NAME.txt is the text of NAME.wav. Other .txt files, and a metadata.csv without a header, are lists of clips beside
+    or below them, with lines such as `NAME text`. In a parallel tree, txt/a/NAME.txt is the text of wav/a/NAME.wav.
     """
     near_clips, far_clips = name_clips(paths, place.base)
     near_texts = defaultdict(set)
@@ -1594,6 +1596,12 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
                 add_text(far_texts, far_clips, directory, name, text)
     if links:
         logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
+    return near_texts, far_texts
+
+
+def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
+    """The rows of an audio folder with the texts in its files, where a clip has one text: near it, or else far."""
+    near_texts, far_texts = collect_texts(paths, place)
     column = []
     for path in paths:
         found = near_texts[path] or far_texts[path]
@@ -1651,20 +1659,26 @@ def read_repository(
     return select_split(parts, split), place
 
 
+def name_audio(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the only column of audio, or else of paths of audio files, renamed to `audio`."""
+    features = dataset.features or {}
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    if not found:
+        texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
+        found = [name for name in PATH_COLUMNS if name in texts][:1]
+        if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
+            first = dataset[0]
+            found = [name for name in texts if is_audio(first[name] or "")]
+    if len(found) != 1:
+        return dataset
+    logger.info("the audio is in the column %s", found[0])
+    return dataset.rename_column(found[0], "audio")
+
+
 def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
     """The rows with undecoded audio in the named column. Without the flag, any other that is the only one will do."""
-    features = dataset.features or {}
-    if audio_column == "audio" and "audio" not in features:  # the default
-        found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-        if not found:
-            texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
-            found = [name for name in PATH_COLUMNS if name in texts][:1]
-            if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
-                first = dataset[0]
-                found = [name for name in texts if is_audio(first[name] or "")]
-        if len(found) == 1:
-            logger.info("the audio is in the column %s", found[0])
-            dataset = dataset.rename_column(found[0], audio_column)
+    if audio_column == "audio" and "audio" not in (dataset.features or {}):  # the flag's default
+        dataset = name_audio(dataset)
     if audio_column not in (dataset.column_names or []):
         return dataset
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
@@ -1865,7 +1879,8 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
             # A second more than what is heard, so that resampling sees what follows the cut.
             needed = math.inf if whole else (WINDOW_SECONDS + 1) * rate
             while True:
-                expected = max(DAMAGED_BLOCK, file.frames - frames)  # of which the header may know nothing
+                # A short clip needs no large buffer. Its header may tell of too few frames.
+                expected = max(DAMAGED_BLOCK, file.frames - frames)
                 block_frames = max(1, min(expected, block_size // file.channels))
                 block = file.read(block_frames, dtype="float32", always_2d=True)  # (frames, channels)
                 if not len(block):
@@ -1891,9 +1906,22 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
     return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
 
 
+def resolve_file(file: str, base: str) -> str:
+    """The full path of a local file that a row names: as it is, with Windows' separators, or beside a table."""
+    forms = [
+        file,
+        file.replace("\\", "/"),
+        unicodedata.normalize("NFC", file),
+        unicodedata.normalize("NFD", file),
+        *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
+    ]
+    paths = [os.path.realpath(os.path.join(base, form)) for form in forms]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
 def find_file(path: str, place: Place) -> str:
     """Where a file lies that a row names. Raises Unreadable where it is not there, or must not be read."""
-    inner, separator, file = path.rpartition("::")  # zip://clip.flac::/data/train.zip
+    inner, separator, file = path.rpartition("::")  # a file in a zip: zip://clip.flac::/data/train.zip
     is_url = "://" in file
     if is_url and not place.is_confined:
         return path
@@ -1903,16 +1931,8 @@ def find_file(path: str, place: Place) -> str:
         name = os.path.normpath(file)
         if is_foreign or os.path.isabs(name) or name.startswith(".."):
             raise Unreadable(f"not in the dataset: {path}")
-        return f"{place.base}/{name}"
-    forms = [
-        file,
-        file.replace("\\", "/"),
-        unicodedata.normalize("NFC", file),
-        unicodedata.normalize("NFD", file),
-        *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
-    ]
-    found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
-    full = next(filter(os.path.exists, found), found[0])
+        return f"{inner}{separator}{place.base}/{name}"
+    full = resolve_file(file, place.base)
     root = re.sub(r"/snapshots/[^/]+$", "", place.base)  # the Hub's cache links to blobs beside its snapshots
     if place.is_confined and (is_foreign or os.path.commonpath([root, full]) != root):
         target = f", a link to {full}" if os.path.islink(os.path.join(place.base, file)) else ""
@@ -2095,11 +2115,7 @@ class Output:
 
     def missing_shards(self) -> list[int]:
         """The shards that do not exist or whose footer is damaged."""
-        missing = []
-        for shard in range(self.shards):
-            if read_notes(self.shard_path(shard)) is None:
-                missing.append(shard)
-        return missing
+        return [shard for shard in range(self.shards) if read_notes(self.shard_path(shard)) is None]
 
     def present_shards(self) -> list[Path]:
         """The shards that exist, whatever they were made with."""
@@ -2206,7 +2222,7 @@ def tokenize_label(label: str, tokenizer: WhisperTokenizerFast, tokens: SpecialT
         if timestamp := re.fullmatch(r"<\|(\d+\.\d\d)\|>", piece):
             step = round(float(timestamp[1]) / STEP_SECONDS)
             body.append(tokens.timestamps.start + step)
-        elif tokens.is_text(vocabulary.get(piece, 0)):  # 0, as what is no token of its own is text
+        elif piece not in vocabulary or tokens.is_text(vocabulary[piece]):
             body += tokenizer(piece, add_special_tokens=False).input_ids
     return [*tokens.prefix, *body, tokens.end]
 
@@ -2328,8 +2344,7 @@ def find_hallucinations(texts: Iterable[str], settings: dict) -> list[bool]:
     least_ratio = 0.9 if language in UNSPACED else 0.85  # of the characters, or of the words
     normalise = text_normaliser(language, {})
     known = [*HALLUCINATIONS.get(language, ()), *(settings["hallucinations"] or ())]
-    phrases = [split(normalise(phrase)) for phrase in known]
-    phrases = list(filter(None, phrases))
+    phrases = [split(phrase) for phrase in map(normalise, known) if phrase]
     found = []
     for text in texts:
         heard = split(text)
@@ -2338,8 +2353,8 @@ def find_hallucinations(texts: Iterable[str], settings: dict) -> list[bool]:
     return found
 
 
-def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) -> pd.DataFrame:
-    """The labels of some rows with the normalised texts: the reference, and the teacher's hypothesis.
+def normalise_texts(job: Job, table: pa.Table, labels: list[Label], start: int) -> pd.DataFrame:
+    """The labels of some rows with the texts to compare, normalised: the reference, and the teacher's hypothesis.
 
     Where there are no references, the teacher's text is taken for one.
     """
@@ -2349,7 +2364,7 @@ def compare_texts(job: Job, table: pa.Table, labels: list[Label], start: int) ->
     hypotheses = job.tokenizer.batch_decode(rows.ids.to_list())
     rows["text"] = [text.strip() for text in hypotheses]
     rows["name"] = [f"row {start + number}" for number in rows.index]
-    for role in table.column_names:
+    for role in table.column_names:  # text and name are replaced where the dataset has them
         if role != "label":
             rows[role] = table[role].to_pylist()
     rows["hypothesis"] = [normalise(text) for text in hypotheses]
@@ -2386,7 +2401,6 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
     on a score that the labelling stores needs only an entry in `TEACHER_SCORES` and one in `UNSCORED_LIMITS`.
     """
     metric = settings["metric"]
-    limit = settings["max_ngram_repeats"]
     conditions = {
         "empty reference" if metric else "empty label": rows.reference == "",
         "undecodable audio": rows.samples == 0,
@@ -2394,7 +2408,7 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
         "longer than the maximum": rows.samples > settings["max_duration_in_seconds"] * SAMPLING_RATE,
         "label too long": rows.label_length > settings["max_label_length"],
     }
-    if limit is not None:
+    if (limit := settings["max_ngram_repeats"]) is not None:
         conditions["label repeats itself"] = [repeats(text, limit) for text in rows.hypothesis]
     is_known = pd.Series(find_hallucinations(rows.hypothesis, settings))
     if metric:  # where the reference is the same, somebody really says it
@@ -2407,7 +2421,7 @@ def drop_reasons(rows: pd.DataFrame, settings: dict) -> np.ndarray:
             conditions[reason] = scores < settings[flag] if is_minimum else scores > settings[flag]
     if metric:
         conditions[OVER_THRESHOLD] = rows[metric] > settings["threshold"]
-    reasons = np.select([*conditions.values()], [*conditions], KEPT)
+    reasons = np.select(list(conditions.values()), list(conditions), KEPT)
     return np.where(rows.problem.isna(), reasons, rows.problem)
 
 
@@ -2448,7 +2462,7 @@ def filter_shard(job: Job, shard: int) -> None:
     roles = [role for role in job.labelled.columns if role != "audio"]
     table = read_rows(job.labelled, start, stop, roles)
     labels = read_labels(job, start, stop)
-    rows = compare_texts(job, table, labels, start)
+    rows = normalise_texts(job, table, labels, start)
     clips = read_clips(job, start, stop)
 
     # Measures of the same texts and audio are taken from another threshold, if there is one.
@@ -2470,7 +2484,7 @@ def filter_shard(job: Job, shard: int) -> None:
 
 def filtered_table(kept: pd.DataFrame, stored: pa.Table, clips: list[dict]) -> pa.Table:
     """The rows that are kept, as they are stored: `stored` has their columns in the labelled dataset, by role."""
-    scores = SCORE_COLUMNS
+    scores = ERROR_COLUMNS
     if "text" not in stored.column_names:
         scores = {column: Value("float32") for column, _ in TEACHER_SCORES.values()}
     types = dict(AUDIO_COLUMNS)
@@ -2513,6 +2527,16 @@ def shard_notes(rows: pd.DataFrame, source: str) -> dict:
 # ---- features --------------------------------------------------------------------------------------------------------
 
 
+def features_at_other_thresholds(job: Job, output: Output, shard: int, source: str) -> dict[int, bytes]:
+    """The features of a shard's rows that runs with other thresholds have computed."""
+    features = {}
+    for path, notes in same_at_other_thresholds(job, output, shard, source):
+        if is_whole(path):
+            column = pq.read_table(path, columns=["input_features"])["input_features"]
+            features |= zip(notes["kept"], column.to_pylist(), strict=True)
+    return features
+
+
 def vectorize_shard(job: Job, shard: int) -> None:
     """Write the features and labels of a shard of windows, or of filtered clips if there are no windows."""
     output = job.outputs["vectorized"]
@@ -2524,10 +2548,7 @@ def vectorize_shard(job: Job, shard: int) -> None:
     stored = {}
     if not is_packed:
         source = f"{notes['source']}, features"
-        for other, other_notes in same_at_other_thresholds(job, output, shard, source):
-            if is_whole(other):
-                column = pq.read_table(other, columns=["input_features"])["input_features"]
-                stored |= zip(other_notes["kept"], column.to_pylist(), strict=True)
+        stored = features_at_other_thresholds(job, output, shard, source)
     features = [stored.get(row) for row in notes["kept"]]
     fill_features(features, clips, job)
     columns = {"input_features": features, "labels": clips["labels"], "input_length": clips["input_length"]}
@@ -2569,7 +2590,7 @@ class PackedClip:
     audio: bytes = b""
     # `draw_choices` sets these.
     order: float = 0.0  # clips are put into windows in this order
-    place: float = 0.0  # the clips of a window are sorted by this
+    order_in_window: float = 0.0
     alone: bool = False  # the clip has a window of its own
     gap: int = 0  # silence before the clip, steps
     start: int = 0  # in its window, steps; `arrange` sets it
@@ -2580,14 +2601,18 @@ class PackedClip:
         return math.ceil(self.samples / TIMESTAMP_SAMPLES)
 
 
+def whole_steps(seconds: float) -> int:
+    """The steps of 0.02 s that a time has room for."""
+    return int(seconds / STEP_SECONDS + 1e-6)  # 0.58 / 0.02 is a little under 29
+
+
 def draw_choices(clip: PackedClip, settings: dict) -> None:
     """Make the random choices for a clip. They depend on the seed and the row alone."""
-    longest_gap = settings["concatenate_gap_seconds"] / STEP_SECONDS
     draw = random.Random(f"{settings['seed']}, window, {clip.row}")
     clip.order = draw.random()
-    clip.place = draw.random()
+    clip.order_in_window = draw.random()
     clip.alone = draw.random() >= settings["concatenate_probability"] or clip.speaker is None
-    clip.gap = draw.randint(0, int(longest_gap + 1e-6))
+    clip.gap = draw.randint(0, whole_steps(settings["concatenate_gap_seconds"]))
 
 
 def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> list[list[PackedClip]]:
@@ -2596,7 +2621,7 @@ def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> li
     In random order, each clip goes into the fullest window of its speaker that has room for it, which fills windows
     well and still mixes long and short clips, unlike sorting by length. The order in a window is random too.
     """
-    capacity = settings["concatenate_seconds"] / STEP_SECONDS + 1e-6  # steps
+    capacity = whole_steps(settings["concatenate_seconds"])
     for clip in clips:
         draw_choices(clip, settings)
     windows = []
@@ -2628,7 +2653,7 @@ def window_steps(window: list[PackedClip]) -> int:
 
 def arrange(window: list[PackedClip]) -> None:
     """Sort the clips of a window and set their starts. No silence comes before the first."""
-    window.sort(key=lambda clip: clip.place)
+    window.sort(key=lambda clip: clip.order_in_window)
     end = -window[0].gap
     for clip in window:
         clip.start = end + clip.gap
@@ -2642,14 +2667,15 @@ def place_body(body: TokenIds, start: int, samples: int, tokens: SpecialTokens) 
     end of the clip is added. A label without text is left out: Whisper has timestamps in pairs, with text between.
     """
     zero = tokens.timestamps.start
-    text = [number for number, token in enumerate(body) if tokens.is_text(token)]
-    if not text:
+    positions = [position for position, token in enumerate(body) if tokens.is_text(token)]
+    if not positions:
         return []
-    bounded = [zero, *body, tokens.timestamps[-1]]  # in which the tokens of the body come one place later
-    between = bounded[text[0] : text[-1] + 3]  # the text with the timestamps before and after it
+    first, last = positions[0], positions[-1]
+    before = body[first - 1] if first > 0 else zero
+    after = body[last + 1] if last + 1 < len(body) else tokens.timestamps[-1]
     end = start + round(samples / TIMESTAMP_SAMPLES)
     placed = []
-    for token in between:
+    for token in [before, *body[first : last + 1], after]:
         if token in tokens.timestamps:
             token = zero + min(token - zero + start, end)
         placed.append(token)
@@ -2672,14 +2698,16 @@ def join_ids(
     """The ids of the joined texts, as the tokenizer splits the joined text.
 
     The ids of the parts are joined instead if the text has half a character or the spelling of a special token in it,
-    or would have more than `limit` ids.
+    or would have more than `limit` ids. A single part keeps its ids.
     """
+    if len(parts) == 1:
+        return parts[0]
     texts = tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
     joined_text = join_texts(texts, language)
     leading_space = " " if texts[0].startswith(" ") else ""
     ids = tokenizer(leading_space + joined_text, add_special_tokens=False).input_ids
     is_text = "\ufffd" not in joined_text and all(map(tokens.is_text, ids))
-    if len(parts) > 1 and is_text and len(ids) <= limit:
+    if is_text and len(ids) <= limit:
         return ids
     space = [] if language in UNSPACED else tokenizer(" ", add_special_tokens=False).input_ids
     joined_ids: TokenIds = []
@@ -2755,7 +2783,8 @@ def pack_shard(job: Job, shard: int) -> None:
     settings = packed.settings
     tokens = job.tokens
     together = settings["shard_size"] // filtered.settings["shard_size"]
-    shards = range(filtered.shards)[shard * together :][:together]
+    first = shard * together
+    shards = range(first, min(first + together, filtered.shards))
     max_tokens = settings["max_label_length"] - len(tokens.prefix) - 2  # <|notimestamps|>, <|endoftext|>
     rows = []
     statistics = []
@@ -2906,7 +2935,7 @@ def summarize_filter(filtered: Output) -> dict:
         "cer_of_kept": round(cer_of_kept, 3),
         "reasons": rows.reason.value_counts().to_dict(),
         "by_reference_length": count_by_length(rows),
-        "other_thresholds": {metric: count_under(judged[metric]) for metric in SCORE_COLUMNS},
+        "other_thresholds": {metric: count_under(judged[metric]) for metric in ERROR_COLUMNS},
         "score_histogram": np.histogram(scores, bins)[0].tolist(),
         **named,
     }
@@ -2914,11 +2943,7 @@ def summarize_filter(filtered: Output) -> dict:
 
 def count_under(scores: pd.Series) -> dict[str, int]:
     """How many clips other thresholds would keep."""
-    counts = {}
-    for threshold in OTHER_THRESHOLDS:
-        kept = (scores <= threshold).sum()
-        counts[str(threshold)] = int(kept)
-    return counts
+    return {str(threshold): int((scores <= threshold).sum()) for threshold in OTHER_THRESHOLDS}
 
 
 def count_by_length(rows: pd.DataFrame) -> dict[str, list[int]]:
@@ -2988,10 +3013,7 @@ def markdown_table(head: Sequence, rows: Iterable[Sequence]) -> str:
 
 def keep_rates(counts: dict[str, list]) -> list[list]:
     """Table rows of name, total, how much of it is kept, and the same in per cent."""
-    rows = []
-    for name, (total, kept) in counts.items():
-        rows.append([name, total, kept, f"{percent(kept, total):.1f}"])
-    return rows
+    return [[name, total, kept, f"{percent(kept, total):.1f}"] for name, (total, kept) in counts.items()]
 
 
 def describe_filter(output: Output, report: dict) -> str:
@@ -3034,9 +3056,7 @@ def describe_rule(report: dict, settings: dict) -> str:
 
 def describe_thresholds(report: dict) -> list[str]:
     """What other thresholds would keep, and the worst labels."""
-    thresholds = []
-    for name, counts in report["other_thresholds"].items():
-        thresholds.append([name.upper(), *counts.values()])
+    thresholds = [[name.upper(), *counts.values()] for name, counts in report["other_thresholds"].items()]
     worst = []
     for row in report["worst"]:
         texts = [row["reference"][:80], row["hypothesis"][:80]]
@@ -3128,7 +3148,8 @@ def has_valid_texts(parquet: pq.ParquetFile, text_column: str, path: str) -> boo
 def settle_references(args: argparse.Namespace, available: list[str]) -> None:
     """Decide in `args` whether labels are compared with references, or have to be judged without.
 
-    Another column of texts is not taken for missing references: it may be what --text_column_name should name.
+    A dataset with no column `transcription` but a `text`, `sentence` or `transcript` is refused by `find_columns`:
+    --text_column_name has to say whether that holds the references.
     """
     if args.text_column_name is None:
         has_text = {"transcription", "text", "sentence", "transcript"}.intersection(available)
@@ -3367,6 +3388,21 @@ def prepare_outputs(args: argparse.Namespace, job: Job, is_main: bool, locks: co
     return pushed
 
 
+def make_sample(job: Job, directory: Path, rows: int) -> tuple[dict[str, tuple[float, int]], dict]:
+    """Make all outputs of the first rows in a directory: seconds and bytes of each kind, and the notes on the rows."""
+    sample = replace(job, outputs={}, results=directory / "sample")
+    costs = {}
+    for kind, output in job.outputs.items():
+        settings = output.settings | {"shard_size": rows}
+        sample.outputs[kind] = replace(output, directory=directory / kind, settings=settings, shards=1)
+        path = sample.outputs[kind].shard_path(0)
+        path.parent.mkdir(parents=True)
+        started = time.monotonic()
+        SHARD_WRITERS[kind](sample, 0)
+        costs[kind] = (time.monotonic() - started, path.stat().st_size)
+    return costs, read_notes(sample.outputs["filtered"].shard_path(0))
+
+
 def print_filtering_plan(
     args: argparse.Namespace,
     job: Job,
@@ -3377,24 +3413,8 @@ def print_filtering_plan(
     """Print what a run would do and how long it would take, measured on the first rows in a temporary directory."""
     rows = job.labelled.rows
     sample_rows = min(rows, SAMPLE_ROWS)
-    seconds = 0.0
-    lines = []
     with tempfile.TemporaryDirectory() as directory:
-        sample_job = replace(job, outputs={}, results=Path(directory, "sample"))
-        for kind, output in job.outputs.items():
-            settings = output.settings | {"shard_size": sample_rows}
-            sample = replace(output, directory=Path(directory, kind), settings=settings, shards=1)
-            sample.shard_path(0).parent.mkdir(parents=True)
-            sample_job.outputs[kind] = sample
-            started = time.monotonic()
-            SHARD_WRITERS[kind](sample_job, 0)
-            missing = len(pending[kind])
-            samples_left = missing / output.shards * rows / sample_rows
-            seconds += (time.monotonic() - started) * samples_left
-            megabytes = sample.shard_path(0).stat().st_size * samples_left / 1e6
-            lines.append(f"done: {output.shards - missing} of {output.shards} shards of {output.directory}")
-            lines.append(f"writes: {output.directory}, about {megabytes:.1f} MB")
-        notes = read_notes(sample_job.outputs["filtered"].shard_path(0))
+        costs, notes = make_sample(job, Path(directory), sample_rows)
     hours = sum(notes["rows"]["samples"]) / SAMPLING_RATE / 3600 * rows / sample_rows
     place = f"{job.labelled.config}, {split_title(args.split)}"
     print(f"input: {args.dataset_name} ({place}), {rows} clips, about {hours:.2f} h")
@@ -3403,7 +3423,14 @@ def print_filtering_plan(
     if remote:
         print(f"download: {sum(map(HfFileSystem().size, remote)) / 1e6:.1f} MB")
     print(f"keeps: {percent(len(notes['kept']), sample_rows):.0f} % of the first {sample_rows} clips")
-    print(*lines, sep="\n")
+    seconds = 0.0
+    for kind, output in job.outputs.items():
+        missing = len(pending[kind])
+        times = missing / output.shards * rows / sample_rows  # as much as the sample is left
+        sample_seconds, sample_bytes = costs[kind]
+        seconds += sample_seconds * times
+        print(f"done: {output.shards - missing} of {output.shards} shards of {output.directory}")
+        print(f"writes: {output.directory}, about {sample_bytes * times / 1e6:.1f} MB")
     for output in pushed:
         print(f"pushes: {output.repository} ({output.visibility})")
     if not pushed:

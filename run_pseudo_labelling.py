@@ -128,70 +128,62 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     flag = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-    group = parser.add_argument_group("input")
-    group.add_argument("--dataset_name", required=True, help="directory, Hub id, .csv, .tsv, .json(l) or builder .py")
-    group.add_argument("--dataset_config_name", help="configuration; unset = the default one")
-    group.add_argument(
-        "--dataset_dir_suffix", metavar="START_END", help="which range of a download in ranges to read; unset = all"
-    )
-    group.add_argument("--dataset_split_name", default="train", help="split, or for example train[:1000]")
-    group.add_argument("--audio_column_name", default="audio", help="column of audio")
-    group.add_argument(
+    add = parser.add_argument_group("input").add_argument
+    add("--dataset_name", required=True, help="directory, Hub id, .csv, .tsv, .json(l) or builder .py")
+    add("--dataset_config_name", help="configuration; unset = the default one")
+    add("--dataset_dir_suffix", metavar="START_END", help="which range of a download in ranges to read; unset = all")
+    add("--dataset_split_name", default="train", help="split, or for example train[:1000]")
+    add("--audio_column_name", default="audio", help="column of audio")
+    add(
         "--text_column_name",
         help="column of reference texts, checked to exist; none = there are none; unset = transcription or text",
     )
-    group.add_argument("--id_column_name", help="column that names rows; unset = rows are numbered")
-    group.add_argument("--max_samples", type=int, help="rows to take from the start; unset = all")
-    group = parser.add_argument_group("teacher and labels")
-    group.add_argument("--model_name_or_path", required=True, help="Whisper, a local directory or Hub id")
-    group.add_argument("--language", type=language_code, help="language, code or name; unset = detected per clip")
-    group.add_argument("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
-    group.add_argument("--return_timestamps", default=False, help="labels with timestamps", **flag)
-    group.add_argument("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
-    group.add_argument(
+    add("--id_column_name", help="column that names rows; unset = rows are numbered")
+    add("--max_samples", type=int, help="rows to take from the start; unset = all")
+    add = parser.add_argument_group("teacher and labels").add_argument
+    add("--model_name_or_path", required=True, help="Whisper, a local directory or Hub id")
+    add("--language", type=language_code, help="language, code or name; unset = detected per clip")
+    add("--task", choices=("transcribe", "translate"), default="transcribe", help="task")
+    add("--return_timestamps", default=False, help="labels with timestamps", **flag)
+    add("--generation_num_beams", type=int, default=1, help="beams, 1 = greedy")
+    add(
         "--max_label_length",
         type=int,
         default=128,
         help="maximum label length in tokens, special tokens included; longer labels are cut and counted as truncated",
     )
-    group.add_argument("--decode_token_ids", default=False, help="store text in place of token ids", **flag)
-    group.add_argument(
+    add("--decode_token_ids", default=False, help="store text in place of token ids", **flag)
+    add(
         "--scores",
         help=f"add the columns {', '.join(SCORE_COLUMNS)}; unset = add them if there are no reference texts",
         **flag,
     )
-    group = parser.add_argument_group("work")
-    group.add_argument(
+    add = parser.add_argument_group("work").add_argument
+    add(
         "--per_device_eval_batch_size",
         type=int,
         help=f"clips per batch; unset = {CPU_BATCH} on a CPU, what fits on a GPU, at most {MOST_CLIPS}",
     )
-    group.add_argument("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
-    group.add_argument("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
-    group.add_argument(
-        "--shard_size", type=int, default=1000, help="rows per shard; a crash loses only the shards in progress"
-    )
-    group.add_argument(
+    add("--dataloader_num_workers", type=int, default=4, help="threads that decode audio")
+    add("--preprocessing_num_workers", type=int, default=1, help="processes that load the dataset")
+    add("--shard_size", type=int, default=1000, help="rows per shard; a crash loses only the shards in progress")
+    add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="precision; unset = bfloat16 where the device computes it natively, else float32",
     )
-    group.add_argument("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", required=True, type=Path, help="dataset directory to write")
-    group.add_argument(
-        "--overwrite_output_dir", default=False, help="delete output that was made with different settings", **flag
-    )
-    group.add_argument("--hub_model_id", metavar="ORG/NAME", help="dataset repository to push to; unset = none")
-    group.add_argument("--push_to_hub", help="push the result; unset = push if --hub_model_id is a Hub id", **flag)
-    group.add_argument("--hub_private_repo", default=True, help="make a new repository private", **flag)
-    group.add_argument("--dry_run", default=False, help="print what a run would do and how long it would take", **flag)
-    group = parser.add_argument_group("tracking")
-    group.add_argument("--report_to", choices=TRACKERS, default="wandb", help="tracker")
-    group.add_argument("--wandb_project", default="kotoba-whisper-labelling", help="project of the tracker")
-    group.add_argument(
-        "--logging_steps", type=int, default=100, help="report to the tracker after every so many batches"
-    )
+    add("--attn_type", choices=("flash_attn", "sdpa", "eager"), default="sdpa", help="attention")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, type=Path, help="dataset directory to write")
+    add("--overwrite_output_dir", default=False, help="delete output that was made with different settings", **flag)
+    add("--hub_model_id", metavar="ORG/NAME", help="dataset repository to push to; unset = none")
+    add("--push_to_hub", help="push the result; unset = push if --hub_model_id is a Hub id", **flag)
+    add("--hub_private_repo", default=True, help="make a new repository private", **flag)
+    add("--dry_run", default=False, help="print what a run would do and how long it would take", **flag)
+    add = parser.add_argument_group("tracking").add_argument
+    add("--report_to", choices=TRACKERS, default="wandb", help="tracker")
+    add("--wandb_project", default="kotoba-whisper-labelling", help="project of the tracker")
+    add("--logging_steps", type=int, default=100, help="report to the tracker after every so many batches")
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir.expanduser()
     for name in ("generation_num_beams", "per_device_eval_batch_size", "shard_size", "logging_steps"):
@@ -764,7 +756,7 @@ ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
 
 
 def local_directory(reference: str) -> Path | None:
-    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
+    """The directory that a repository reference names, or None for a Hub id (`org/name`). Fails if it is neither."""
     path = Path(reference).expanduser()
     if path.is_dir():
         return path
@@ -1208,20 +1200,22 @@ def name_linked_directories(directory: str) -> None:
 def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
     """The builder that `datasets` chooses for a local directory or a Hub id; AudioFolder for a directory of audio."""
     directory = local_directory(reference)
-    location = str(directory.resolve() if directory else reference)
-    if directory:
-        name_linked_directories(location)
-    has_card = directory and (directory / "README.md").exists()  # which may say what to read
+    if not directory:
+        return datasets.load_dataset_builder(reference, config)
+    location = str(directory.resolve())
+    name_linked_directories(location)
+    has_card = (directory / "README.md").exists()  # which may say what to read
     try:
         builder = datasets.load_dataset_builder(location, config)
     except ValueError:
         # Among other things where the directory of one split has less audio than texts, and that of another has more.
-        if not directory or has_card or not any(map(is_audio, resolve_pattern("**", location))):
+        if has_card or not any(map(is_audio, resolve_pattern("**", location))):
             raise
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
-    beside_audio = ("text",) if has_card else ("csv", "json", "text")  # which counts more than these
-    if not directory or builder.name not in ("audiofolder", *beside_audio):  # such as a repository of many shards
-        return builder
+    # Audio counts more than texts and tables beside it, but the tables may be what the card says.
+    beside_audio = ("text",) if has_card else ("csv", "json", "text")
+    if builder.name not in ("audiofolder", *beside_audio):
+        return builder  # before the files are listed: a repository may have many shards
     audio = set(filter(is_audio, resolve_pattern("**", location)))
     if audio and builder.name in beside_audio:
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
@@ -1230,8 +1224,7 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     if has_card or not audio:
         return builder
     files = set(itertools.chain(*builder.config.data_files.values()))
-    names = map(os.path.basename, files)
-    if audio - files and all(map(SPLIT_IN_NAME.search, names)):
+    if audio - files and all(SPLIT_IN_NAME.search(os.path.basename(file)) for file in files):
         # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
     left_out = audio.difference(*builder.config.data_files.values())
@@ -1312,10 +1305,8 @@ SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*?)(?:,[ァ-ー、。？！…]+)
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
-LOADING_ERRORS = (
-    *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
-    *(pa.ArrowException, datasets.exceptions.DatasetsError),
-)
+LIBRARY_ERRORS = (httpx.HTTPError, pa.ArrowException, datasets.exceptions.DatasetsError)
+LOADING_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, *LIBRARY_ERRORS)
 # Of a file that a row names; the third to the fifth come from a zip that is damaged, or that lacks it.
 READING_ERRORS = (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, httpx.HTTPError)
 
@@ -1448,27 +1439,32 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path} is not UTF-8 ({error}): {NOT_UTF8}") from None
 
 
+def read_kaldi_file(file: str, place: Place) -> dict[str, str]:
+    """A file of Kaldi: what each line has after its first word, by that word."""
+    values = {}
+    for clip, value in re.findall(r"^[ \t]*(\S+)(.*)", read_text(find_file(file, place)), re.MULTILINE):
+        if clip in values:
+            raise ValueError(f"its file {file} has two lines for {clip}")
+        values[clip] = value.strip()
+    return values
+
+
 def read_kaldi(place: Place) -> pa.Table:
     """The clips of a data directory of Kaldi or ESPnet. Commands in its wav.scp are refused, and never run."""
     if os.path.exists(f"{place.base}/segments"):
         raise ValueError(f"it names parts of recordings (segments): {FORMAT_SCP}")
     columns = {}
     for column, file in KALDI_FILES.items():
-        if not os.path.lexists(f"{place.base}/{file}"):
-            continue  # only wav.scp must be there
-        columns[column] = {}
-        for clip, value in re.findall(r"^[ \t]*(\S+)(.*)", read_text(find_file(file, place)), re.MULTILINE):
-            if clip in columns[column]:
-                raise ValueError(f"its file {file} has two lines for {clip}")
-            columns[column][clip] = value.strip()
+        if os.path.lexists(f"{place.base}/{file}"):  # only wav.scp must be there
+            columns[column] = read_kaldi_file(file, place)
     paths = columns["audio"]
     for clip, path in paths.items():
         if re.search(r"^\||\|$|\.ark:\d", path):
             raise ValueError(f"its wav.scp has commands or archives, such as {path!r}: {FORMAT_SCP}")
-        if not os.path.exists(os.path.join(place.base, path)) and os.path.exists(path):
-            paths[clip] = os.path.abspath(path)  # ESPnet's are relative to where its recipe runs
-        full = os.path.realpath(os.path.join(place.base, paths[clip]))
-        if place.is_confined and not f"{full}/".startswith(f"{place.base}/"):
+        full = os.path.join(place.base, path)
+        if not os.path.exists(full) and os.path.exists(path):
+            full = paths[clip] = os.path.abspath(path)  # ESPnet's are relative to where its recipe runs
+        if place.is_confined and not f"{os.path.realpath(full)}/".startswith(f"{place.base}/"):
             raise ValueError(f"its wav.scp names files elsewhere ({path}): name {place.base}/wav.scp to read them")
     rows = {column: pa.array(map(values.get, paths), pa.string()) for column, values in columns.items()}
     return pa.table({"id": list(paths), **rows})
@@ -1520,10 +1516,10 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
     if kind == "audiofolder":
         return load_folder(files, place, **options)
-    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
-    # configuration holds all splits.
     if kind == "parquet":
         options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
+    # configuration holds all splits.
     patterns = list(map(glob.escape, files))
     try:
         part = datasets.load_dataset(kind, data_files=patterns, split="train", **options)
@@ -1585,21 +1581,19 @@ def load_folder(
 
 
 def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], is_shared: bool) -> datasets.Dataset:
-    """Name the files of an audio folder that are in no row. `is_shared`: the rows are those of all splits."""
+    """The rows of a split's own files, with a warning of files in no row. `is_shared`: the rows are of all splits."""
     present = {unicodedata.normalize("NFC", file) for file in files}
     audio = set(filter(is_audio, present))
     name_left_out(audio.difference(paths), "that no row of the metadata names")
     if not is_shared:
         return dataset
-    rows = []
-    for row, path in enumerate(paths):
-        if path in present or not os.path.exists(path):  # other files are those of another split
-            rows.append(row)
+    # Files that are there, but not in this split, are those of another.
+    rows = [row for row, path in enumerate(paths) if path in present or not os.path.exists(path)]
     return dataset.select(rows)
 
 
 def parallel_directories(base: str) -> dict[Path, list[Path]]:
-    """For each directory in `base`, its path without one part that holds no audio: txt/a is parallel to a."""
+    """For each directory in `base`, its path without one directory that holds no audio, in every way: a for txt/a."""
     tree = [(Path(directory), names) for directory, _, names in os.walk(base)]
     with_audio = set()
     for directory, names in tree:
@@ -1613,9 +1607,10 @@ def parallel_directories(base: str) -> dict[Path, list[Path]]:
 
 
 def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
-    """The clips by the names that a list beside or above them may give, and by those that a parallel tree may give.
+    """Two tables of the clips by name: `near`, as lists beside or above them name them; `far`, as a parallel tree does.
 
-    In a parallel tree, one directory of a clip's path may be missing. A name of two clips stands for none.
+    Clip wav/a/x.flac is x, wav/x and wav/a/x for a list; in a parallel tree, one directory of its path may be missing,
+    so that it is a/x as well. A name that two clips have stands for none.
     """
     near = {}
     far = {}
@@ -1635,7 +1630,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
 
 
 def listed_texts(file: Path) -> list[tuple]:
-    """Names and texts in a .txt file: all of it under its own name, and its lines; or those in a list metadata.csv."""
+    """Pairs of name and text: of a .txt, its own name and all of it, and its lines; of a metadata.csv, its lines."""
     content = file.read_text("utf-8-sig", errors="replace")
     if file.suffix == ".csv":
         return [tuple(line.split("|")[:2]) for line in content.splitlines() if "|" in line]
@@ -1654,12 +1649,11 @@ def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) ->
         texts[clip].add(text.strip())
 
 
-def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
-    """The rows of an audio folder with the texts in its .txt files, where one text fits one clip.
+def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set]]:
+    """The texts in a directory, by the clips that they fit: those near the clip, and those in a parallel tree.
 
-    NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them,
-    and so is a metadata.csv without a header.
-    For clips without any, texts in a parallel tree count: txt/a/NAME.txt for wav/a/NAME.wav.
+    NAME.txt is the text of NAME.wav. Other .txt files, and a metadata.csv without a header, are lists of clips beside
+    or below them, with lines such as `NAME text`. In a parallel tree, txt/a/NAME.txt is the text of wav/a/NAME.wav.
     """
     near_clips, far_clips = name_clips(paths, place.base)
     near_texts = defaultdict(set)
@@ -1679,6 +1673,12 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
                 add_text(far_texts, far_clips, directory, name, text)
     if links:
         logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
+    return near_texts, far_texts
+
+
+def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
+    """The rows of an audio folder with the texts in its files, where a clip has one text: near it, or else far."""
+    near_texts, far_texts = collect_texts(paths, place)
     column = []
     for path in paths:
         found = near_texts[path] or far_texts[path]
@@ -1736,20 +1736,26 @@ def read_repository(
     return select_split(parts, split), place
 
 
+def name_audio(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the only column of audio, or else of paths of audio files, renamed to `audio`."""
+    features = dataset.features or {}
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    if not found:
+        texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
+        found = [name for name in PATH_COLUMNS if name in texts][:1]
+        if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
+            first = dataset[0]
+            found = [name for name in texts if is_audio(first[name] or "")]
+    if len(found) != 1:
+        return dataset
+    logger.info("the audio is in the column %s", found[0])
+    return dataset.rename_column(found[0], "audio")
+
+
 def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
     """The rows with undecoded audio in the named column. Without the flag, any other that is the only one will do."""
-    features = dataset.features or {}
-    if audio_column == "audio" and "audio" not in features:  # the default
-        found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-        if not found:
-            texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
-            found = [name for name in PATH_COLUMNS if name in texts][:1]
-            if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
-                first = dataset[0]
-                found = [name for name in texts if is_audio(first[name] or "")]
-        if len(found) == 1:
-            logger.info("the audio is in the column %s", found[0])
-            dataset = dataset.rename_column(found[0], audio_column)
+    if audio_column == "audio" and "audio" not in (dataset.features or {}):  # the flag's default
+        dataset = name_audio(dataset)
     if audio_column not in (dataset.column_names or []):
         return dataset
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
@@ -1982,7 +1988,8 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
             # A second more than what is heard, so that resampling sees what follows the cut.
             needed = math.inf if whole else (WINDOW_SECONDS + 1) * rate
             while True:
-                expected = max(DAMAGED_BLOCK, file.frames - frames)  # of which the header may know nothing
+                # A short clip needs no large buffer. Its header may tell of too few frames.
+                expected = max(DAMAGED_BLOCK, file.frames - frames)
                 block_frames = max(1, min(expected, block_size // file.channels))
                 block = file.read(block_frames, dtype="float32", always_2d=True)  # (frames, channels)
                 if not len(block):
@@ -2008,9 +2015,22 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
     return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
 
 
+def resolve_file(file: str, base: str) -> str:
+    """The full path of a local file that a row names: as it is, with Windows' separators, or beside a table."""
+    forms = [
+        file,
+        file.replace("\\", "/"),
+        unicodedata.normalize("NFC", file),
+        unicodedata.normalize("NFD", file),
+        *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
+    ]
+    paths = [os.path.realpath(os.path.join(base, form)) for form in forms]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
 def find_file(path: str, place: Place) -> str:
     """Where a file lies that a row names. Raises Unreadable where it is not there, or must not be read."""
-    inner, separator, file = path.rpartition("::")  # zip://clip.flac::/data/train.zip
+    inner, separator, file = path.rpartition("::")  # a file in a zip: zip://clip.flac::/data/train.zip
     is_url = "://" in file
     if is_url and not place.is_confined:
         return path
@@ -2020,16 +2040,8 @@ def find_file(path: str, place: Place) -> str:
         name = os.path.normpath(file)
         if is_foreign or os.path.isabs(name) or name.startswith(".."):
             raise Unreadable(f"not in the dataset: {path}")
-        return f"{place.base}/{name}"
-    forms = [
-        file,
-        file.replace("\\", "/"),
-        unicodedata.normalize("NFC", file),
-        unicodedata.normalize("NFD", file),
-        *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
-    ]
-    found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
-    full = next(filter(os.path.exists, found), found[0])
+        return f"{inner}{separator}{place.base}/{name}"
+    full = resolve_file(file, place.base)
     root = re.sub(r"/snapshots/[^/]+$", "", place.base)  # the Hub's cache links to blobs beside its snapshots
     if place.is_confined and (is_foreign or os.path.commonpath([root, full]) != root):
         target = f", a link to {full}" if os.path.islink(os.path.join(place.base, file)) else ""
@@ -2131,12 +2143,13 @@ def other_rules(config: GenerationConfig) -> set[str]:
 
 
 def fitting_batch(
-    model: WhisperForConditionalGeneration, max_length: int, num_beams: int, by_generate: bool, on_cpu: int
+    model: WhisperForConditionalGeneration, max_length: int, num_beams: int, by_generate: bool, cpu_batch: int
 ) -> int:
-    """How many clips a GPU's free memory holds while they become texts of `max_length` tokens, at most MOST_CLIPS."""
+    """How many clips of `max_length` tokens a GPU's free memory holds, at most MOST_CLIPS; `cpu_batch` on a CPU."""
     if model.device.type != "cuda":
-        return on_cpu
+        return cpu_batch
     config = model.config
+    # What follows is in bytes, of one clip.
     position = 2 * config.decoder_layers * config.d_model * model.dtype.itemsize  # keys and values of all layers
     audio = position * config.max_source_positions
     text = position * max_length
@@ -2164,7 +2177,7 @@ def halved(batch_size: int, reason: str) -> int:
 def tell_work(
     work: str, args: argparse.Namespace, accelerator: Accelerator, batch_size: int, left: int, shards: int
 ) -> None:
-    """Say which clips are decoded by what, and how many shards of them are left. `work` is what is done to them."""
+    """Log what a run does: its `work`, such as "labelling", the dataset, model and device, and the shards left."""
     logger.info(
         "%s %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
         work,
@@ -2222,7 +2235,7 @@ def timestamp_rules(
     before_is_time: torch.Tensor,
     latest: torch.Tensor,
 ) -> None:
-    """Whisper's rules for timestamps, applied to scores (rows, vocabulary) in place and without a look at any of them.
+    """Apply Whisper's rules for timestamps to scores (rows, vocabulary), in place and without asking for any value.
 
     They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on. Between two pieces
     of text stand two timestamps, a pair: the end of one and the start of the next.
@@ -2234,7 +2247,7 @@ def timestamp_rules(
     """
     is_first = last_is_time & ~before_is_time  # of a pair
     is_second = last_is_time & before_is_time
-    lowest = latest + ~is_first  # the second of a pair may repeat the first, any other timestamp is later
+    lowest = torch.where(is_first, latest, latest + 1)  # the second of a pair may repeat the first; others are later
     scores[:, :end].masked_fill_(is_first[:, None], -math.inf)  # either the end or the second timestamp of the pair
     times = scores[:, first_timestamp:]
     ids = torch.arange(first_timestamp, scores.shape[1], device=scores.device)
@@ -2438,7 +2451,7 @@ class GreedyDecoder:
         return graph
 
     def run_steps(self, number: int) -> None:
-        """A few steps of at least the first slots. A GPU has a graph for all slots, for half of them, and so on."""
+        """Take some steps of the first `number` slots, or of more: a GPU has graphs for all, for half, and so on."""
         size = number
         if self.on_gpu:
             size = self.batch_size
@@ -2528,7 +2541,7 @@ class TeacherLabel:
 
 
 def finish_label(sequence: list[int], prefix_length: int, end: int) -> TeacherLabel:
-    """The label in a sequence that `generate` returned: without padding, and with one end token.
+    """The label in a sequence that was decoded: without padding, and with one end token.
 
     A sequence without an end token was cut at the length limit; its last token is replaced by the end token.
     """
@@ -2681,10 +2694,8 @@ def label_batch(teacher: Teacher, waveforms: list[np.ndarray]) -> list[TeacherLa
         force_unique_generate_call=True,  # one window, and the whole sequence with prefix and end token
         logits_processor=[logprobs] if args.scores else None,
     )
-    labels = []
     end = teacher.vocabulary["<|endoftext|>"]
-    for sequence in sequences.tolist():
-        labels.append(finish_label(sequence, teacher.prefix_length, end))
+    labels = [finish_label(sequence, teacher.prefix_length, end) for sequence in sequences.tolist()]
     if args.scores:
         no_speech = no_speech_probs(teacher, states, sequences)
         for clip, label in enumerate(labels):
@@ -2754,9 +2765,11 @@ def settle_scores(args: argparse.Namespace, columns: list[str]) -> None:
     """Decide whether scores are stored, if no flag says so: without reference texts, a filter needs them."""
     if args.text_column_name == "none":
         args.text_column_name = None
-        columns = []
+        has_texts = False
+    else:
+        has_texts = args.text_column_name or "transcription" in columns or "text" in columns
     if args.scores is None:
-        args.scores = not (args.text_column_name or "transcription" in columns or "text" in columns)
+        args.scores = not has_texts
         if args.scores:
             logger.info("%s has no reference texts: the labels' scores are stored, to filter by", args.dataset_name)
 
@@ -2801,7 +2814,7 @@ def load_speech_row(audio_column: str, place: Place, values: dict[str, Any]) -> 
     except Unreadable as error:
         return SpeechRow(values, Clip(problem=str(error)))
     if audio["bytes"] is None:
-        name = audio["path"].split("::")[0].rpartition("/")[2]  # `zip://folder/name::archive.zip` is possible
+        name = os.path.basename(audio["path"].split("::")[0])  # `zip://folder/name::archive.zip` is possible
         values[audio_column] = {"bytes": content, "path": name}
     return SpeechRow(values, decode_clip(content))
 
@@ -2910,7 +2923,9 @@ def start_progress(teacher: Teacher, accelerator: Accelerator, split: LabelledSp
     done = rows - count_rows(split, pending)
     is_main = accelerator.is_main_process
     bar = ProgressBar(desc="labelling", total=rows, initial=done, unit=" clips", smoothing=0, disable=not is_main)
-    elsewhere = [split.shards[shard] for shard in pending if is_main and shard % accelerator.num_processes]
+    elsewhere = []
+    if is_main:  # whose own shards have the remainder 0
+        elsewhere = [split.shards[shard] for shard in pending if shard % accelerator.num_processes != 0]
     return Progress(accelerator, bar, elsewhere, time.monotonic())
 
 
@@ -3054,12 +3069,8 @@ def label_notes(teacher: Teacher, shard: int, rows: list[SpeechRow]) -> dict:
         if row.clip.problem:
             unusable.append([row_name(args, row, number), row.clip.problem])
     labels = [row.label for row in rows if row.label]
-    malformed = 0
-    if args.return_timestamps:
-        for label in labels:
-            text = label.ids[teacher.prefix_length : -1]
-            if not timestamps_are_paired(text, teacher.timestamps):
-                malformed += 1
+    texts = [label.ids[teacher.prefix_length : -1] for label in labels] if args.return_timestamps else []
+    malformed = sum(not timestamps_are_paired(text, teacher.timestamps) for text in texts)
     return {
         "rows_in": len(rows),
         "rows_out": len(labels),
@@ -3176,13 +3187,17 @@ def measure_rate(teacher: Teacher, waveforms: list[np.ndarray]) -> float:
     return len(waveforms) / (time.monotonic() - started)
 
 
-def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str, num_processes: int) -> None:
-    """Say what a run would read, write and push, and how long it would take by its first batch; change nothing."""
+def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, list[SpeechRow]]:
+    """Read the input for PLAN_SECONDS at most, and say how large it is.
+
+    Returns:
+        "more than " where there is more of it, else ""; the clips that were read; the rows of the first batch.
+    """
     first_batch: list[SpeechRow] = []
     clips = 0
     seconds = 0.0
     size = 0  # bytes
-    more_than = ""  # before the figures of an input that is not read to its end
+    more_than = ""
     deadline = time.monotonic() + PLAN_SECONDS
     dataset, place = open_speech(args, streaming=True)
     for table in dataset.iter(teacher.decoder.batch_size):
@@ -3197,14 +3212,19 @@ def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str
             more_than = "more than "
             break
     print(f"input: {args.dataset_name}, {more_than}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+    return more_than, clips, first_batch
 
-    earlier: dict = {}
+
+def print_labelling_plan(args: argparse.Namespace, teacher: Teacher, pushes: str, num_processes: int) -> None:
+    """Say what a run would read, write and push, and how long it would take by its first batch; change nothing."""
+    more_than, clips, first_batch = print_input(args, teacher)
+    earlier: dict = {}  # settings of an earlier run, which has read the whole input
     if present := present_shards(args):
         notes = read_notes(present[0]) or {}
         earlier = notes.get("settings", {})
     if more_than:
         clips = earlier.get("rows", clips)
-    split = plan_split(teacher, clips, earlier.get("dataset_digest"))  # the digest would need every row
+    split = plan_split(teacher, clips, earlier.get("dataset_digest"))
     pending = find_pending(args, split)
     left = count_rows(split, pending)
     print(f"done: {len(split.shards) - len(pending)} of {more_than}{len(split.shards)} shards")
@@ -3262,7 +3282,7 @@ def main(argv: list[str] | None = None) -> int:
     digest = speech_digest(dataset, place, args.audio_column_name, ids)
     split = plan_split(teacher, len(dataset), digest)
 
-    # 4. Find what is left to do. Complete shards are read to the end only where nothing else is.
+    # 4. Find what is left to do. If that is nothing, read complete shards to the end, to find damaged ones.
     pending = find_pending(args, split) or find_damaged_shards(args, split, accelerator)
     with claim_split(args, split, pending) if is_main else contextlib.nullcontext():
         accelerator.wait_for_everyone()  # until the lock is held

@@ -587,7 +587,7 @@ ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
 
 
 def local_directory(reference: str) -> Path | None:
-    """The directory that a repository reference names, or None where it is a Hub id (`org/name`)."""
+    """The directory that a repository reference names, or None for a Hub id (`org/name`). Fails if it is neither."""
     path = Path(reference).expanduser()
     if path.is_dir():
         return path
@@ -1031,20 +1031,22 @@ def name_linked_directories(directory: str) -> None:
 def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
     """The builder that `datasets` chooses for a local directory or a Hub id; AudioFolder for a directory of audio."""
     directory = local_directory(reference)
-    location = str(directory.resolve() if directory else reference)
-    if directory:
-        name_linked_directories(location)
-    has_card = directory and (directory / "README.md").exists()  # which may say what to read
+    if not directory:
+        return datasets.load_dataset_builder(reference, config)
+    location = str(directory.resolve())
+    name_linked_directories(location)
+    has_card = (directory / "README.md").exists()  # which may say what to read
     try:
         builder = datasets.load_dataset_builder(location, config)
     except ValueError:
         # Among other things where the directory of one split has less audio than texts, and that of another has more.
-        if not directory or has_card or not any(map(is_audio, resolve_pattern("**", location))):
+        if has_card or not any(map(is_audio, resolve_pattern("**", location))):
             raise
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
-    beside_audio = ("text",) if has_card else ("csv", "json", "text")  # which counts more than these
-    if not directory or builder.name not in ("audiofolder", *beside_audio):  # such as a repository of many shards
-        return builder
+    # Audio counts more than texts and tables beside it, but the tables may be what the card says.
+    beside_audio = ("text",) if has_card else ("csv", "json", "text")
+    if builder.name not in ("audiofolder", *beside_audio):
+        return builder  # before the files are listed: a repository may have many shards
     audio = set(filter(is_audio, resolve_pattern("**", location)))
     if audio and builder.name in beside_audio:
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
@@ -1053,8 +1055,7 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     if has_card or not audio:
         return builder
     files = set(itertools.chain(*builder.config.data_files.values()))
-    names = map(os.path.basename, files)
-    if audio - files and all(map(SPLIT_IN_NAME.search, names)):
+    if audio - files and all(SPLIT_IN_NAME.search(os.path.basename(file)) for file in files):
         # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
     left_out = audio.difference(*builder.config.data_files.values())
@@ -1135,10 +1136,8 @@ SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*?)(?:,[ァ-ー、。？！…]+)
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
-LOADING_ERRORS = (
-    *(ValueError, TypeError, KeyError, RuntimeError, OSError, httpx.HTTPError),
-    *(pa.ArrowException, datasets.exceptions.DatasetsError),
-)
+LIBRARY_ERRORS = (httpx.HTTPError, pa.ArrowException, datasets.exceptions.DatasetsError)
+LOADING_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, *LIBRARY_ERRORS)
 # Of a file that a row names; the third to the fifth come from a zip that is damaged, or that lacks it.
 READING_ERRORS = (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, httpx.HTTPError)
 
@@ -1271,27 +1270,32 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path} is not UTF-8 ({error}): {NOT_UTF8}") from None
 
 
+def read_kaldi_file(file: str, place: Place) -> dict[str, str]:
+    """A file of Kaldi: what each line has after its first word, by that word."""
+    values = {}
+    for clip, value in re.findall(r"^[ \t]*(\S+)(.*)", read_text(find_file(file, place)), re.MULTILINE):
+        if clip in values:
+            raise ValueError(f"its file {file} has two lines for {clip}")
+        values[clip] = value.strip()
+    return values
+
+
 def read_kaldi(place: Place) -> pa.Table:
     """The clips of a data directory of Kaldi or ESPnet. Commands in its wav.scp are refused, and never run."""
     if os.path.exists(f"{place.base}/segments"):
         raise ValueError(f"it names parts of recordings (segments): {FORMAT_SCP}")
     columns = {}
     for column, file in KALDI_FILES.items():
-        if not os.path.lexists(f"{place.base}/{file}"):
-            continue  # only wav.scp must be there
-        columns[column] = {}
-        for clip, value in re.findall(r"^[ \t]*(\S+)(.*)", read_text(find_file(file, place)), re.MULTILINE):
-            if clip in columns[column]:
-                raise ValueError(f"its file {file} has two lines for {clip}")
-            columns[column][clip] = value.strip()
+        if os.path.lexists(f"{place.base}/{file}"):  # only wav.scp must be there
+            columns[column] = read_kaldi_file(file, place)
     paths = columns["audio"]
     for clip, path in paths.items():
         if re.search(r"^\||\|$|\.ark:\d", path):
             raise ValueError(f"its wav.scp has commands or archives, such as {path!r}: {FORMAT_SCP}")
-        if not os.path.exists(os.path.join(place.base, path)) and os.path.exists(path):
-            paths[clip] = os.path.abspath(path)  # ESPnet's are relative to where its recipe runs
-        full = os.path.realpath(os.path.join(place.base, paths[clip]))
-        if place.is_confined and not f"{full}/".startswith(f"{place.base}/"):
+        full = os.path.join(place.base, path)
+        if not os.path.exists(full) and os.path.exists(path):
+            full = paths[clip] = os.path.abspath(path)  # ESPnet's are relative to where its recipe runs
+        if place.is_confined and not f"{os.path.realpath(full)}/".startswith(f"{place.base}/"):
             raise ValueError(f"its wav.scp names files elsewhere ({path}): name {place.base}/wav.scp to read them")
     rows = {column: pa.array(map(values.get, paths), pa.string()) for column, values in columns.items()}
     return pa.table({"id": list(paths), **rows})
@@ -1343,10 +1347,10 @@ def load_part(kind: str, files: DataFilesList, place: Place, **options) -> datas
         return datasets.Dataset(pq.read_table(files[0]))  # `load_dataset` refuses a split without rows
     if kind == "audiofolder":
         return load_folder(files, place, **options)
-    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
-    # configuration holds all splits.
     if kind == "parquet":
         options["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    # By its files: the cache of a whole directory does not notice that a file has changed, and the cache of a whole
+    # configuration holds all splits.
     patterns = list(map(glob.escape, files))
     try:
         part = datasets.load_dataset(kind, data_files=patterns, split="train", **options)
@@ -1408,21 +1412,19 @@ def load_folder(
 
 
 def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], is_shared: bool) -> datasets.Dataset:
-    """Name the files of an audio folder that are in no row. `is_shared`: the rows are those of all splits."""
+    """The rows of a split's own files, with a warning of files in no row. `is_shared`: the rows are of all splits."""
     present = {unicodedata.normalize("NFC", file) for file in files}
     audio = set(filter(is_audio, present))
     name_left_out(audio.difference(paths), "that no row of the metadata names")
     if not is_shared:
         return dataset
-    rows = []
-    for row, path in enumerate(paths):
-        if path in present or not os.path.exists(path):  # other files are those of another split
-            rows.append(row)
+    # Files that are there, but not in this split, are those of another.
+    rows = [row for row, path in enumerate(paths) if path in present or not os.path.exists(path)]
     return dataset.select(rows)
 
 
 def parallel_directories(base: str) -> dict[Path, list[Path]]:
-    """For each directory in `base`, its path without one part that holds no audio: txt/a is parallel to a."""
+    """For each directory in `base`, its path without one directory that holds no audio, in every way: a for txt/a."""
     tree = [(Path(directory), names) for directory, _, names in os.walk(base)]
     with_audio = set()
     for directory, names in tree:
@@ -1436,9 +1438,10 @@ def parallel_directories(base: str) -> dict[Path, list[Path]]:
 
 
 def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
-    """The clips by the names that a list beside or above them may give, and by those that a parallel tree may give.
+    """Two tables of the clips by name: `near`, as lists beside or above them name them; `far`, as a parallel tree does.
 
-    In a parallel tree, one directory of a clip's path may be missing. A name of two clips stands for none.
+    Clip wav/a/x.flac is x, wav/x and wav/a/x for a list; in a parallel tree, one directory of its path may be missing,
+    so that it is a/x as well. A name that two clips have stands for none.
     """
     near = {}
     far = {}
@@ -1458,7 +1461,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
 
 
 def listed_texts(file: Path) -> list[tuple]:
-    """Names and texts in a .txt file: all of it under its own name, and its lines; or those in a list metadata.csv."""
+    """Pairs of name and text: of a .txt, its own name and all of it, and its lines; of a metadata.csv, its lines."""
     content = file.read_text("utf-8-sig", errors="replace")
     if file.suffix == ".csv":
         return [tuple(line.split("|")[:2]) for line in content.splitlines() if "|" in line]
@@ -1477,12 +1480,11 @@ def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) ->
         texts[clip].add(text.strip())
 
 
-def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
-    """The rows of an audio folder with the texts in its .txt files, where one text fits one clip.
+def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set]]:
+    """The texts in a directory, by the clips that they fit: those near the clip, and those in a parallel tree.
 
-    NAME.txt is the text of NAME.wav. Others are lists, with lines such as `NAME text`, of clips beside or below them,
-    and so is a metadata.csv without a header.
-    For clips without any, texts in a parallel tree count: txt/a/NAME.txt for wav/a/NAME.wav.
+    NAME.txt is the text of NAME.wav. Other .txt files, and a metadata.csv without a header, are lists of clips beside
+    or below them, with lines such as `NAME text`. In a parallel tree, txt/a/NAME.txt is the text of wav/a/NAME.wav.
     """
     near_clips, far_clips = name_clips(paths, place.base)
     near_texts = defaultdict(set)
@@ -1502,6 +1504,12 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
                 add_text(far_texts, far_clips, directory, name, text)
     if links:
         logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
+    return near_texts, far_texts
+
+
+def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
+    """The rows of an audio folder with the texts in its files, where a clip has one text: near it, or else far."""
+    near_texts, far_texts = collect_texts(paths, place)
     column = []
     for path in paths:
         found = near_texts[path] or far_texts[path]
@@ -1559,20 +1567,26 @@ def read_repository(
     return select_split(parts, split), place
 
 
+def name_audio(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the only column of audio, or else of paths of audio files, renamed to `audio`."""
+    features = dataset.features or {}
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    if not found:
+        texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
+        found = [name for name in PATH_COLUMNS if name in texts][:1]
+        if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
+            first = dataset[0]
+            found = [name for name in texts if is_audio(first[name] or "")]
+    if len(found) != 1:
+        return dataset
+    logger.info("the audio is in the column %s", found[0])
+    return dataset.rename_column(found[0], "audio")
+
+
 def find_audio(dataset: datasets.Dataset, audio_column: str) -> datasets.Dataset:
     """The rows with undecoded audio in the named column. Without the flag, any other that is the only one will do."""
-    features = dataset.features or {}
-    if audio_column == "audio" and "audio" not in features:  # the default
-        found = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-        if not found:
-            texts = [name for name, feature in features.items() if feature == datasets.Value("string")]
-            found = [name for name in PATH_COLUMNS if name in texts][:1]
-            if not found and isinstance(dataset, datasets.Dataset) and len(dataset):
-                first = dataset[0]
-                found = [name for name in texts if is_audio(first[name] or "")]
-        if len(found) == 1:
-            logger.info("the audio is in the column %s", found[0])
-            dataset = dataset.rename_column(found[0], audio_column)
+    if audio_column == "audio" and "audio" not in (dataset.features or {}):  # the flag's default
+        dataset = name_audio(dataset)
     if audio_column not in (dataset.column_names or []):
         return dataset
     undecoded = datasets.Audio(sampling_rate=SAMPLING_RATE, decode=False)
@@ -1805,7 +1819,8 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
             # A second more than what is heard, so that resampling sees what follows the cut.
             needed = math.inf if whole else (WINDOW_SECONDS + 1) * rate
             while True:
-                expected = max(DAMAGED_BLOCK, file.frames - frames)  # of which the header may know nothing
+                # A short clip needs no large buffer. Its header may tell of too few frames.
+                expected = max(DAMAGED_BLOCK, file.frames - frames)
                 block_frames = max(1, min(expected, block_size // file.channels))
                 block = file.read(block_frames, dtype="float32", always_2d=True)  # (frames, channels)
                 if not len(block):
@@ -1831,9 +1846,22 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
     return Clip(waveform, math.ceil(frames * SAMPLING_RATE / rate), frames / rate)
 
 
+def resolve_file(file: str, base: str) -> str:
+    """The full path of a local file that a row names: as it is, with Windows' separators, or beside a table."""
+    forms = [
+        file,
+        file.replace("\\", "/"),
+        unicodedata.normalize("NFC", file),
+        unicodedata.normalize("NFD", file),
+        *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
+    ]
+    paths = [os.path.realpath(os.path.join(base, form)) for form in forms]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
 def find_file(path: str, place: Place) -> str:
     """Where a file lies that a row names. Raises Unreadable where it is not there, or must not be read."""
-    inner, separator, file = path.rpartition("::")  # zip://clip.flac::/data/train.zip
+    inner, separator, file = path.rpartition("::")  # a file in a zip: zip://clip.flac::/data/train.zip
     is_url = "://" in file
     if is_url and not place.is_confined:
         return path
@@ -1843,16 +1871,8 @@ def find_file(path: str, place: Place) -> str:
         name = os.path.normpath(file)
         if is_foreign or os.path.isabs(name) or name.startswith(".."):
             raise Unreadable(f"not in the dataset: {path}")
-        return f"{place.base}/{name}"
-    forms = [
-        file,
-        file.replace("\\", "/"),
-        unicodedata.normalize("NFC", file),
-        unicodedata.normalize("NFD", file),
-        *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
-    ]
-    found = [os.path.realpath(os.path.join(place.base, form)) for form in forms]
-    full = next(filter(os.path.exists, found), found[0])
+        return f"{inner}{separator}{place.base}/{name}"
+    full = resolve_file(file, place.base)
     root = re.sub(r"/snapshots/[^/]+$", "", place.base)  # the Hub's cache links to blobs beside its snapshots
     if place.is_confined and (is_foreign or os.path.commonpath([root, full]) != root):
         target = f", a link to {full}" if os.path.islink(os.path.join(place.base, file)) else ""
@@ -1954,12 +1974,13 @@ def other_rules(config: GenerationConfig) -> set[str]:
 
 
 def fitting_batch(
-    model: WhisperForConditionalGeneration, max_length: int, num_beams: int, by_generate: bool, on_cpu: int
+    model: WhisperForConditionalGeneration, max_length: int, num_beams: int, by_generate: bool, cpu_batch: int
 ) -> int:
-    """How many clips a GPU's free memory holds while they become texts of `max_length` tokens, at most MOST_CLIPS."""
+    """How many clips of `max_length` tokens a GPU's free memory holds, at most MOST_CLIPS; `cpu_batch` on a CPU."""
     if model.device.type != "cuda":
-        return on_cpu
+        return cpu_batch
     config = model.config
+    # What follows is in bytes, of one clip.
     position = 2 * config.decoder_layers * config.d_model * model.dtype.itemsize  # keys and values of all layers
     audio = position * config.max_source_positions
     text = position * max_length
@@ -1987,7 +2008,7 @@ def halved(batch_size: int, reason: str) -> int:
 def tell_work(
     work: str, args: argparse.Namespace, accelerator: Accelerator, batch_size: int, left: int, shards: int
 ) -> None:
-    """Say which clips are decoded by what, and how many shards of them are left. `work` is what is done to them."""
+    """Log what a run does: its `work`, such as "labelling", the dataset, model and device, and the shards left."""
     logger.info(
         "%s %s of %s with %s: %s, %s, batches of %d, processes: %d; %d of %d shards are left",
         work,
@@ -2045,7 +2066,7 @@ def timestamp_rules(
     before_is_time: torch.Tensor,
     latest: torch.Tensor,
 ) -> None:
-    """Whisper's rules for timestamps, applied to scores (rows, vocabulary) in place and without a look at any of them.
+    """Apply Whisper's rules for timestamps to scores (rows, vocabulary), in place and without asking for any value.
 
     They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on. Between two pieces
     of text stand two timestamps, a pair: the end of one and the start of the next.
@@ -2057,7 +2078,7 @@ def timestamp_rules(
     """
     is_first = last_is_time & ~before_is_time  # of a pair
     is_second = last_is_time & before_is_time
-    lowest = latest + ~is_first  # the second of a pair may repeat the first, any other timestamp is later
+    lowest = torch.where(is_first, latest, latest + 1)  # the second of a pair may repeat the first; others are later
     scores[:, :end].masked_fill_(is_first[:, None], -math.inf)  # either the end or the second timestamp of the pair
     times = scores[:, first_timestamp:]
     ids = torch.arange(first_timestamp, scores.shape[1], device=scores.device)
@@ -2261,7 +2282,7 @@ class GreedyDecoder:
         return graph
 
     def run_steps(self, number: int) -> None:
-        """A few steps of at least the first slots. A GPU has a graph for all slots, for half of them, and so on."""
+        """Take some steps of the first `number` slots, or of more: a GPU has graphs for all, for half, and so on."""
         size = number
         if self.on_gpu:
             size = self.batch_size
