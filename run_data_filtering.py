@@ -245,7 +245,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="train", help="split of the dataset")
     add(
         "--text_column_name",
-        help="column of the reference texts; none = go by the labels alone; unset = transcription, or none without it",
+        help="column of reference texts; none = go by the labels alone; unset = transcription, or none without texts",
     )
     add("--audio_column_name", default="audio", help="column of the audio")
     add("--speaker_id_column_name", help="column of the speakers, one to a window; unset = windows mix speakers")
@@ -1213,7 +1213,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
-# Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
+# Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
+# decoded is up to libsndfile: see `open_stream`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
@@ -1548,7 +1549,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
             for clips, name in ((near, listed), (far, listed), (far, in_tree)):
                 clips[name] = path if clips.get(name, path) == path else None
     for path in paths:
-        near[os.path.splitext(path)[0]] = path  # the full name is that of no other
+        near[os.path.splitext(path)[0]] = path  # by its full path; of x.flac and x.wav, the last has the text
     return near, far
 
 

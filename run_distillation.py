@@ -1368,7 +1368,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
-# Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
+# Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
+# decoded is up to libsndfile: see `open_stream`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
@@ -1703,7 +1704,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
             for clips, name in ((near, listed), (far, listed), (far, in_tree)):
                 clips[name] = path if clips.get(name, path) == path else None
     for path in paths:
-        near[os.path.splitext(path)[0]] = path  # the full name is that of no other
+        near[os.path.splitext(path)[0]] = path  # by its full path; of x.flac and x.wav, the last has the text
     return near, far
 
 
@@ -2917,11 +2918,9 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
 
 def place_models(models: Models, args: argparse.Namespace, device: torch.device) -> None:
     """Freeze, share and compile modules as the flags ask, and move them to the device."""
-    compiled = [*models.trained.children()]
     teacher = None
     if models.teacher is not None:
         teacher = models.teacher.to(device).model
-        compiled += [teacher.encoder, teacher.decoder]
     if args.freeze_encoder:
         encoder = models.student.model.encoder.requires_grad_(False).eval()
         models.frozen_weights = encoder.state_dict()  # float32, as they are saved: the cast below makes others
@@ -2938,7 +2937,10 @@ def place_models(models: Models, args: argparse.Namespace, device: torch.device)
         )
         enable({"use_reentrant": False})
     if args.torch_compile:
-        for module in compiled:
+        compiled = [*models.trained.children(), models.student.model.encoder]
+        if teacher is not None:
+            compiled += [teacher.encoder, teacher.decoder]
+        for module in dict.fromkeys(compiled):  # an encoder that is trained or shared is in the list twice
             module.compile()
 
 
@@ -3440,7 +3442,7 @@ def optimiser_step(training: Training, batches: Iterator[dict]) -> tuple[list[fl
     models = training.models
     step = training.state.step
     rows = data.plan.rows(step)
-    num_tokens = int(data.token_counts[rows].sum())
+    num_tokens = int(data.token_counts[rows].sum())  # also of rows whose audio turns out to be unreadable
     # DDP takes the mean over processes, and accelerate the mean over micro-batches. Ours is the mean over tokens.
     scale = accelerator.num_processes * args.gradient_accumulation_steps / num_tokens
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, processes to be stopped

@@ -1121,7 +1121,8 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
-# Names of audio files that `datasets` overlooks. Which of them can be decoded is up to libsndfile: see `open_stream`.
+# Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
+# decoded is up to libsndfile: see `open_stream`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
@@ -1456,7 +1457,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
             for clips, name in ((near, listed), (far, listed), (far, in_tree)):
                 clips[name] = path if clips.get(name, path) == path else None
     for path in paths:
-        near[os.path.splitext(path)[0]] = path  # the full name is that of no other
+        near[os.path.splitext(path)[0]] = path  # by its full path; of x.flac and x.wav, the last has the text
     return near, far
 
 
@@ -2992,11 +2993,11 @@ def make_decoders(
     num_beams = options["num_beams"]
     is_assisted = "assistant_model" in options
     is_greedy = num_beams == 1 and not is_assisted and not other_rules(model.generation_config)
-    if batch_size is None:
-        max_length = options["max_new_tokens"] + PROMPT_TOKENS
-        batch_size = fitting_batch(model, max_length, num_beams, not is_greedy, CPU_BATCH)
     if is_assisted:
         batch_size = 1  # assisted `generate` takes one clip at a time
+    elif batch_size is None:
+        max_length = options["max_new_tokens"] + PROMPT_TOKENS
+        batch_size = fitting_batch(model, max_length, num_beams, not is_greedy, CPU_BATCH)
     by_generate = BatchDecoder(batch_size, functools.partial(generate_tokens, model, extractor, options))
     if not is_greedy:
         return by_generate, by_generate

@@ -723,6 +723,10 @@ def test_torch_compile_compiles_the_models_that_are_trained(tiny_teacher, studen
     distil(student, tiny_teacher, labelled, tmp_path / "compiled", "--max_steps", 1, "--torch_compile")
     assert compiled.count("WhisperDecoder") == 2  # the teacher's and the student's
     assert "WhisperEncoder" in compiled
+    compiled.clear()
+    flags = ("--max_steps", 1, "--kl_weight", 0, "--freeze_encoder", "--torch_compile")  # no teacher to share it with
+    distil(student, tiny_teacher, labelled, tmp_path / "frozen", *flags)
+    assert sorted(compiled) == ["WhisperDecoder", "WhisperEncoder"]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
