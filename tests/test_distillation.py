@@ -14,7 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import jiwer
@@ -1618,6 +1620,37 @@ def test_a_push_that_fails_in_the_background_does_not_stop_training_and_at_the_e
     assert (tmp_path / "alice-model" / "model.safetensors").exists()
     hub.faults.clear()
     assert script.main(arguments) == 0
+
+
+def test_while_a_push_runs_nothing_is_written_for_another_and_the_next_save_pushes_again(monkeypatch, caplog):
+    started = []
+    written = []
+    monkeypatch.setattr(HfApi, "run_as_future", lambda _, push, *given: started.append(Future()) or started[-1])
+    monkeypatch.setattr(script, "write_model", lambda training, changes: written.append(changes["steps"]))
+    training = argparse.Namespace(repo_id="acme/model", push=None, state=script.TrainingState(step=1), args=None)
+    script.push_progress(training)
+    training.state.step = 2
+    script.push_progress(training)
+    assert written == [1] and training.push is started[0]
+    started[0].set_exception(OSError("the line is down"))
+    training.state.step = 3
+    script.push_progress(training)
+    assert written == [1, 3] and training.push is started[1]
+    assert "a push to acme/model failed, training goes on: the line is down" in caplog.text
+    started[1].set_result(None)
+    assert not script.is_pushing(training)
+
+
+def test_the_trained_model_is_written_when_the_push_before_has_ended(monkeypatch, tmp_path):
+    push = Future()
+    args = argparse.Namespace(output_dir=tmp_path)
+    data = argparse.Namespace(total_steps=1)
+    training = argparse.Namespace(repo_id="acme/model", push=push, state=script.TrainingState(), args=args, data=data)
+    written = []
+    monkeypatch.setattr(script, "write_model", lambda *_: written.append(push.done()))
+    threading.Timer(0.5, push.set_result, [None]).start()
+    script.finish_training(training, time.monotonic())
+    assert written == [True]
 
 
 def test_a_token_that_may_not_write_is_refused_before_the_work(command, tmp_path, hub):

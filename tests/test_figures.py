@@ -752,6 +752,15 @@ def test_a_training_ends_where_the_loss_is_over_three_times_its_lowest_and_one(
         script.check_loss(training, loss, grad_norm)
 
 
+def test_the_lowest_loss_is_that_of_the_trend_and_not_of_one_easy_batch(tmp_path):
+    args = types.SimpleNamespace(output_dir=tmp_path, learning_rate=0.1, warmup_steps=5)
+    state = run_distillation.TrainingState()
+    training = types.SimpleNamespace(args=args, state=state, accelerator=types.SimpleNamespace(scaler=None))
+    for loss in (2.0, 0.0, 2.0):
+        run_distillation.check_loss(training, loss, 1.0)
+    assert (state.trend, state.lowest) == pytest.approx((1.905, 1.9))
+
+
 def data_digest(**changes) -> str:
     parts = {"labels": [[1, 2], [3]], "usable": [0, 1], "inputs": [b"one", b"two"], **changes}
     labels = pa.chunked_array(
