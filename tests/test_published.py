@@ -1,6 +1,7 @@
 """What is pushed, and to whom: names in place of places, nothing public by mistake, no password anywhere."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,11 @@ def pulled(repo_id: str, kind: str, into: Path) -> Path:
     return Path(snapshot_download(repo_id, repo_type=kind, local_dir=into / kind / repo_id))
 
 
-def test_what_is_pushed_names_things_and_no_places(hub, secret_place, tmp_path):
+@pytest.fixture(scope="module")
+def published(secret_place, tmp_path_factory) -> Path:
+    """What all stages push, pulled again."""
     place, teacher = secret_place, secret_place / "teacher"
+    repositories = tmp_path_factory.mktemp("pulled")
     push = ("--push_to_hub", "--hub_model_id")
     load(place / "download", place / "loaded", "-t", "small", *push, "acme/named-loaded")
     label(
@@ -45,14 +49,33 @@ def test_what_is_pushed_names_things_and_no_places(hub, secret_place, tmp_path):
 
     cut = ("acme/named-cut.wer_1000000000.0", "acme/named-cut.wer_1000000000.0.vectorized")
     for repo_id in ("acme/named-loaded", "acme/named-labels", *cut):
-        pulled(repo_id, "dataset", tmp_path)
+        pulled(repo_id, "dataset", repositories)
     for repo_id in ("acme/named-init", "acme/named-trained"):
-        pulled(repo_id, "model", tmp_path)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        pulled(repo_id, "model", repositories)
+    return repositories
+
+
+def test_what_is_pushed_names_things_and_no_places(published, secret_place):
+    files = [path for path in published.rglob("*") if path.is_file()]
     assert {"labelling.small.train.json", "distillation.json", "student.json"} <= {path.name for path in files}
     for path in files:
-        assert place.name.encode() not in path.read_bytes(), path
-    assert "| teacher | teacher |" in (tmp_path / "dataset/acme/named-labels/README.md").read_text()
+        assert secret_place.name.encode() not in path.read_bytes(), path
+    assert "| teacher | teacher |" in (published / "dataset/acme/named-labels/README.md").read_text()
+
+
+def test_what_a_card_shows_is_pushed_with_it(published):
+    shown = []
+    for card in published.rglob("README.md"):
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.read_text(encoding="utf-8")):
+            assert card.with_name(picture).read_bytes().startswith(b"\x89PNG"), card
+            shown.append(picture)
+    assert sorted(shown) == ["filtering.small.train.png"] * 2 + ["training_curves.png"]
+
+
+def test_a_pushed_model_has_all_files_that_its_users_look_for(published):
+    needed = "config.json generation_config.json model.safetensors tokenizer.json vocab.json preprocessor_config.json"
+    for name in ("named-init", "named-trained"):
+        assert set(needed.split()) <= {path.name for path in (published / "model" / "acme" / name).iterdir()}
 
 
 def test_the_evaluations_page_and_the_tracker_get_names_and_no_places(secret_place, loaded, tmp_path, monkeypatch):
