@@ -118,6 +118,17 @@ def test_predictions_may_bring_their_references_and_a_directory_of_ours_is_such_
     assert metrics["scores"]["readings"]["deletions"] == 6
 
 
+def test_predictions_that_bring_their_references_may_say_why_a_clip_could_not_be_used(tmp_path):
+    rows = [
+        {"reference": "はい", "hypothesis": "はい", "problem": "", "seconds": 1.5},
+        {"reference": "いいえ", "hypothesis": "", "problem": "no audio", "seconds": 2},
+    ]
+    metrics = score(write_rows(tmp_path / "engine.csv", rows), tmp_path / "out")
+    assert metrics["unusable"] == {"no audio": ["1"]}
+    assert (metrics["clips"], metrics["cer"], metrics["audio_seconds"]) == (1, 0, 3.5)
+    assert score(tmp_path / "out", tmp_path / "again")["unusable"] == {"no audio": ["1"]}
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
@@ -471,6 +482,20 @@ def test_the_page_of_a_comparison_tells_wrong_clips_and_runaways_apart(tmp_path)
     assert evaluation.main(["--compare", *compared, "--output_dir", str(tmp_path / "both")]) == 0
     kinds = {clip["id"]: clip["kinds"] for clip in read_page(tmp_path / "both" / "comparison.html")["clips"]}
     assert kinds == {"right": [], "wrong": ["wrong"], "runaway": ["runaway", "wrong"]}
+
+
+def test_clips_of_equal_name_and_reference_have_a_row_each(tmp_path):
+    directories = []
+    for engine, texts in {"engine": ["はい", "いいえ", "はい"], "other": ["いいえ", "はい", "はい"]}.items():
+        rows = [{"id": "clip", "reference": "はい", "text": text} for text in texts]
+        score(write_rows(tmp_path / f"{engine}.csv", rows), tmp_path / engine)
+        directories.append(str(tmp_path / engine))
+    alone = read_page(tmp_path / "engine" / "report.train.html")["clips"]
+    assert [clip["kinds"] for clip in alone] == [[], ["wrong"], []]
+    assert evaluation.main(["--compare", *directories, "--output_dir", str(tmp_path / "both")]) == 0
+    both = read_page(tmp_path / "both" / "comparison.html")["clips"]
+    assert [clip["figures"][:3] for clip in both] == [[100, 0, 100], [100, 100, 0], [0, 0, 0]]
+    assert [[text["model"] for text in clip["texts"]] for clip in both] == [["engine", "other"]] * 3
 
 
 def test_comparing_what_is_no_evaluation_or_an_old_one_is_a_clear_error(evaluated, tmp_path):
