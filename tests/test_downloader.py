@@ -253,6 +253,18 @@ def test_a_lost_connection_is_resumed_where_it_was_lost(headers, download, mirro
     assert sum(request.sent for request in requests) == size
 
 
+def test_a_rest_whose_version_the_server_does_not_say_is_taken_for_that_of_the_beginning(
+    download, mirror, data_dir, world
+):
+    mirror.fault("000.tar", cut_after=300_000)
+    mirror.fault("000.tar", cut_after=400_000, no_validators=True, ignore_if_range=True)
+    assert download() == 0
+    requests = mirror.requests("000.tar")
+    assert [request.range for request in requests] == [None, "bytes=300000-", "bytes=700000-"]
+    assert [request.status for request in requests] == [200, 206, 206]
+    assert same(data_dir / "tiny" / "tiny.000.tar", world / "data" / "000.tar")
+
+
 def test_a_connection_that_becomes_a_trickle_after_a_good_start_is_replaced(download, mirror, data_dir, world):
     original = world / "data" / "000.tar"
     mirror.fault("000.tar", rate=400, rate_after=original.stat().st_size - 4000)

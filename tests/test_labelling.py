@@ -578,6 +578,16 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("rows", [11, 13])
+def test_a_dry_run_sees_that_the_input_has_other_rows_than_those_of_the_shards(
+    whole, tiny_teacher, loaded, tmp_path, rows
+):
+    output = shutil.copytree(whole, tmp_path / "out")
+    flags = ("--max_samples", rows, *TWELVE[2:], "--dry_run")
+    with pytest.raises(SystemExit, match=f"rows was 12 and is now {rows}"):
+        script.main(arguments(tiny_teacher, loaded, output, *flags))
+
+
 def test_a_dry_run_without_the_time_to_read_all_of_the_input_says_so(
     whole, tiny_teacher, loaded, tmp_path, monkeypatch, capsys
 ):
