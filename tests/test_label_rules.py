@@ -182,6 +182,28 @@ def test_a_window_s_prompt_is_the_end_of_the_window_before(tiny_teacher, tokeniz
     assert cut
 
 
+def test_behind_a_window_without_text_the_prompt_is_the_last_text_before_it(tiny_teacher, tokenizer, tmp_path):
+    rows = []
+    for number in range(8):
+        text = f"{number}番です。" if number % 2 else ""
+        label = make_label(tiny_teacher, text)
+        rows.append({"audio": tone(1.0), "transcription": f"{number}番です。", "whisper_transcript": label})
+    data = write_dataset(tmp_path / "data", rows)
+    flags = ("--wer_threshold", 100, "--concatenate_audio", "--concatenate_probability", 0, "--skip_logmel")
+    filter_clips(tiny_teacher, data, *flags, "--condition_on_prev_probability", 1)
+    prompts = []
+    expected = []
+    last = None
+    for window in read_rows(tmp_path / "data.wer_100.0.packed"):
+        prompts.append(prompt_of(window["labels"], tokenizer))
+        expected.append(last)
+        (clip,) = window["clips"]
+        if clip % 2:
+            last = ids_of(tokenizer, f"{clip}番です。")
+    assert prompts == expected
+    assert any(first and first == second for first, second in itertools.pairwise(expected))
+
+
 def test_labels_of_the_older_arrangement_are_filtered_with_their_own_special_tokens(tiny_teacher_v2, clips, tmp_path):
     rows = []
     for clip in clips[:3]:

@@ -66,6 +66,9 @@ def test_labelling_stores_scores_where_there_are_no_references_and_says_so(speec
 def test_labelling_stores_no_scores_beside_references_unless_asked(clips, tiny_teacher, tmp_path):
     speech = stages.write_dataset(tmp_path / "speech", clips[:2])
     assert label_columns(tiny_teacher, speech, tmp_path / "out") == {"whisper_transcript"}
+    other = [{"name": clip["name"], "audio": clip["audio"], "text": clip["transcription"]} for clip in clips[:2]]
+    other_name = stages.write_dataset(tmp_path / "other-name", other)
+    assert label_columns(tiny_teacher, other_name, tmp_path / "other") == {"whisper_transcript", "text"}
     unused = label_columns(tiny_teacher, speech, tmp_path / "unused", "--text_column_name", "none")
     assert unused == {"whisper_transcript", *GOOD}
     again = label_columns(tiny_teacher, tmp_path / "unused", tmp_path / "again")
@@ -138,6 +141,18 @@ def test_english_has_a_list_of_its_own(tiny_teacher, tmp_path):
     assert [row["text"] for row in kept] == texts[2:]
 
 
+def test_a_translation_is_judged_by_the_english_list_whatever_was_spoken(tiny_teacher, tmp_path):
+    start = ["<|startoftranscript|>", "<|de|>", "<|translate|>"]
+    rows = []
+    for text in ("Thanks for watching!", "Thank you."):
+        label = stages.make_label(tiny_teacher, text, start=start)
+        rows.append({"audio": stages.tone(1.0), "whisper_transcript": label, **GOOD})
+    flags = ("--language", "de", "--task", "translate")
+    kept, report = filtered(tiny_teacher, stages.write_dataset(tmp_path / "speech", rows), *flags)
+    assert [row["text"] for row in kept] == ["Thank you."]
+    assert report["reasons"] == {"kept": 1, "known hallucination": 1}
+
+
 def test_with_references_a_hallucination_goes_unless_somebody_says_it(tiny_teacher, tmp_path):
     phrase = "ご視聴ありがとうございました"
     references = [phrase + "。", "全く別の言葉", "ご視聴ありがとうございます"]
@@ -156,6 +171,28 @@ def test_the_report_lists_the_most_frequent_labels(tiny_teacher, tmp_path):
     assert "| はい | 3 | 2 |" in card
     assert "how many of these labels are wrong is not known" in card
     assert "CER" not in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "suffix", "judged"),
+    [
+        (["--cer_threshold", 5], ".cer_5.0", "whose teacher label agrees with the reference"),
+        (["--text_column_name", "none"], ".unscored", "whose teacher label nothing speaks against"),
+    ],
+)
+def test_the_card_of_each_kind_of_result_says_what_it_holds(tiny_teacher, tmp_path, flags, suffix, judged):
+    dataset = labelled(tiny_teacher, tmp_path / "speech", [FIRST, "はい"], references=[FIRST, "はい"])
+    filter_clips(tiny_teacher, dataset, *flags)
+    filter_clips(tiny_teacher, dataset, *flags, "--concatenate_audio")
+    holds = {
+        "": f"Clips {judged}",
+        ".vectorized": "Log-mel features and labels",
+        ".packed": "Windows of several whole clips",
+        ".packed.vectorized": "Log-mel features and labels",
+    }
+    for kind, about in holds.items():
+        card = dataset.with_name(f"speech{suffix}{kind}").joinpath("README.md").read_text()
+        assert [text for text in {*holds.values()} if text in card] == [about]
 
 
 def test_without_scores_loops_and_phrases_are_all_there_is_to_go_by(tiny_teacher, tmp_path, caplog):
