@@ -155,6 +155,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
+# What stands under a banner "common" has the same text in every script that has it. Change it in all of them.
 
 CONTINUE = "Run the same command again to continue."
 
@@ -812,7 +813,10 @@ def load_processor(folder: Path, config: WhisperConfig, reference: str) -> Whisp
 def make_student(
     args: argparse.Namespace, generation_config: GenerationConfig, layers: dict[str, list[int]], commit: str | None
 ) -> WhisperForConditionalGeneration:
-    """The teacher without the layers that are not in `layers`. `generation_config` is the teacher's."""
+    """The teacher without the layers that are not in `layers`: all is copied. `generation_config` is the teacher's.
+
+    Another initialisation of tensors belongs here, and what chooses it into the `settings` of `main`.
+    """
     student = load_whisper(
         args.teacher_checkpoint,
         generation_config,
@@ -929,7 +933,7 @@ def is_undamaged(save_dir: Path, expected: str) -> bool:
         logger.warning("%s has damaged files, and is made again: %s", save_dir, ", ".join(damaged))
         return False
     check_saved(save_dir, expected)
-    return bool(record)
+    return bool(record)  # without a whole record, the student is written again
 
 
 def save_tokenizer_files(processor: WhisperProcessor, directory: Path) -> None:
@@ -1124,7 +1128,7 @@ def main(argv: list[str] | None = None) -> int:
             print_student_plan(args, config, layers, exists, f"{repository} ({visibility})")
             return 0
 
-        # 5. Work.
+        # 5. Work. A student that exists is made too: `is_undamaged` compares their fingerprints.
         student = make_student(args, generation_config, layers, commit)
 
         # 6. Write record and card.

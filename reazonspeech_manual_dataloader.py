@@ -16,7 +16,7 @@ As a script, in one process and in many:
 
 To resume, run the same command again: only missing shards are written. Tars are streamed, never extracted. Members
 without a transcript, transcripts without a member, malformed lines, duplicates and empty clips are left out, counted
-and named; a broken tar ends the run.
+and named. A broken tar fails the run; the script writes all others first.
 """
 
 import argparse
@@ -139,6 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
+# What stands under a banner "common" has the same text in every script that has it. Change it in all of them.
 
 CONTINUE = "Run the same command again to continue."
 
@@ -671,7 +672,10 @@ def push_dataset(
 
 @dataclass
 class Corpus:
-    """The downloaded files of a subset."""
+    """The downloaded files of a subset.
+
+    All of this script is ReazonSpeech's. Other corpora need none of it: the next stage reads audio folders and tables.
+    """
 
     tsv: Path
     tars: dict[int, Path]  # by index, in ascending order
@@ -1156,8 +1160,7 @@ def main(argv: list[str] | None = None) -> int:
     check_tars(args.target, corpus)
     repository = visibility = None
     if args.push_to_hub:
-        private = args.hub_private_repo
-        repository, visibility = prepare_repository(args.hub_model_id, "dataset", private, args.dry_run)
+        repository, visibility = prepare_repository(args.hub_model_id, "dataset", args.hub_private_repo, args.dry_run)
     if args.output_dir:
         check_cards(args.output_dir, repository, "dataset", update_card)
 

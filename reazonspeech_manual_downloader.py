@@ -71,7 +71,7 @@ LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 600  # seconds, even if Retry-After asks for more
 SPARE = 64 << 20  # bytes to leave free on the disk
 PADDING = 1 << 20  # bytes; the most zeros that may end a tar
-TEMPORARY_STATUSES = {408, 425, 429, *range(500, 600)}  # the next attempt may succeed
+TEMPORARY_STATUSES = {408, 425, 429, *range(500, 600)}  # such as 503: the next attempt may succeed
 NO_HEAD_STATUSES = {403, 405, 501}  # servers that refuse HEAD send these; they may still accept GET
 
 
@@ -129,6 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
+# What stands under a banner "common" has the same text in every script that has it. Change it in all of them.
 
 CONTINUE = "Run the same command again to continue."
 
@@ -556,7 +557,7 @@ def check_range(response: requests.Response, file: CorpusFile, version: str, run
 
 
 def download(file: CorpusFile, run: Run) -> None:
-    """Complete the `.part` with one request: only the rest if the server's file is unchanged, else the whole file."""
+    """Resume the `.part` with one request: only the rest if the server's file is unchanged, else the whole file."""
     version = file.version_path.read_text() if file.version_path.exists() else ""
     if not version:  # nothing tells whether the rest on the server belongs to it
         discard_part(file, run)

@@ -306,6 +306,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
+# What stands under a banner "common" has the same text in every script that has it. Change it in all of them.
 
 CONTINUE = "Run the same command again to continue."
 
@@ -1214,7 +1215,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
 # Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
-# decoded is up to libsndfile: see `open_stream`.
+# decoded is up to libsndfile: see `open_stream`. Another decoder would go into `decode_clip`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
@@ -2354,7 +2355,7 @@ def find_hallucinations(texts: Iterable[str], settings: dict) -> list[bool]:
     return found
 
 
-def normalise_texts(job: Job, table: pa.Table, labels: list[Label], start: int) -> pd.DataFrame:
+def rows_to_compare(job: Job, table: pa.Table, labels: list[Label], start: int) -> pd.DataFrame:
     """The labels of some rows with the texts to compare, normalised: the reference, and the teacher's hypothesis.
 
     Where there are no references, the teacher's text is taken for one.
@@ -2463,7 +2464,7 @@ def filter_shard(job: Job, shard: int) -> None:
     roles = [role for role in job.labelled.columns if role != "audio"]
     table = read_rows(job.labelled, start, stop, roles)
     labels = read_labels(job, start, stop)
-    rows = normalise_texts(job, table, labels, start)
+    rows = rows_to_compare(job, table, labels, start)
     clips = read_clips(job, start, stop)
 
     # Measures of the same texts and audio are taken from another threshold, if there is one.
@@ -2584,7 +2585,7 @@ class PackedClip:
 
     row: int  # of the labelled dataset
     samples: int
-    tokens: int  # that it adds to the label of its window
+    num_tokens: int  # that it adds to the label of its window
     speaker: str | None  # None = unknown; such a clip has a window of its own
     text: str = ""
     body: Sequence[int] = ()  # text and timestamps of its label
@@ -2633,8 +2634,8 @@ def fill_windows(clips: list[PackedClip], settings: dict, max_tokens: int) -> li
             continue
         fitting = []
         for window in shared[clip.speaker]:
-            tokens = clip.tokens + sum(other.tokens for other in window)
-            if tokens <= max_tokens and window_steps([clip, *window]) <= capacity:
+            num_tokens = clip.num_tokens + sum(other.num_tokens for other in window)
+            if num_tokens <= max_tokens and window_steps([clip, *window]) <= capacity:
                 fitting.append(window)
         if fitting:
             max(fitting, key=window_steps).append(clip)
@@ -2742,7 +2743,7 @@ def read_filtered_clips(job: Job, shards: range) -> list[PackedClip]:
             clip = PackedClip(
                 row=first + row,
                 samples=values["input_length"],
-                tokens=len(place_body(body, 0, 0, job.tokens)),
+                num_tokens=len(place_body(body, 0, 0, job.tokens)),
                 speaker=values.get("speaker", "any"),
                 text=values["text"],
                 body=body,

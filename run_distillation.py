@@ -354,6 +354,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
+# What stands under a banner "common" has the same text in every script that has it. Change it in all of them.
 
 CONTINUE = "Run the same command again to continue."
 
@@ -1369,7 +1370,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
 # Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
-# decoded is up to libsndfile: see `open_stream`.
+# decoded is up to libsndfile: see `open_stream`. Another decoder would go into `decode_clip`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
@@ -2774,7 +2775,7 @@ class TrainedPart(nn.Module):
         is_tied = student.proj_out.weight is self.decoder.embed_tokens.weight
         self.proj_out = None if is_tied else student.proj_out
         self.temperature = args.temperature
-        self.weights = (args.ce_weight, args.kl_weight)
+        self.loss_weights = (args.ce_weight, args.kl_weight)
 
     def forward(
         self,
@@ -2783,13 +2784,17 @@ class TrainedPart(nn.Module):
         teacher_head: Tensor | None,
         batch: dict,
     ) -> tuple[Tensor, Tensor]:
-        """`DistillationLoss` of a batch; `states` are the encoder outputs where the encoder is frozen."""
+        """`DistillationLoss` of a batch; `states` are the encoder outputs where the encoder is frozen.
+
+        SpecAugment would go here, before the encoder: so the teacher hears clips unchanged, and `optimiser_step` has
+        seeded torch. The `apply_spec_augment` of `transformers` does nothing, as its model is not called as a whole.
+        """
         if self.encoder is not None:
             states = encode_features(self.encoder, batch)
         hidden = decode_labels(self.decoder, states, batch)
         head = (self.proj_out or self.decoder.embed_tokens).weight
         inputs = (hidden, head, teacher_hidden, teacher_head, batch["targets"])
-        return DistillationLoss.apply(*inputs, self.temperature, self.weights, batch.get("kl_shares"))
+        return DistillationLoss.apply(*inputs, self.temperature, self.loss_weights, batch.get("kl_shares"))
 
 
 @dataclass

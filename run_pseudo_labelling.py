@@ -194,6 +194,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
+# What stands under a banner "common" has the same text in every script that has it. Change it in all of them.
 
 CONTINUE = "Run the same command again to continue."
 
@@ -1291,7 +1292,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
 # Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
-# decoded is up to libsndfile: see `open_stream`.
+# decoded is up to libsndfile: see `open_stream`. Another decoder would go into `decode_clip`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
@@ -2238,8 +2239,9 @@ def timestamp_rules(
 ) -> None:
     """Apply Whisper's rules for timestamps to scores (rows, vocabulary), in place and without asking for any value.
 
-    They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on. Between two pieces
-    of text stand two timestamps, a pair: the end of one and the start of the next.
+    They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on; those for the first
+    are in `GreedyDecoder.never_first`. Between two pieces of text stand two timestamps, a pair: the end of one and the
+    start of the next.
 
     Args:
         first_timestamp: id of <|0.00|>.
@@ -2974,7 +2976,7 @@ def read_shard(
     return list(decoders.map(load, rows))
 
 
-def longest_first(rows: list[SpeechRow]) -> list[SpeechRow]:
+def usable_longest_first(rows: list[SpeechRow]) -> list[SpeechRow]:
     """Rows with usable audio, the longest first, so that labels of similar length are decoded together."""
     usable = [row for row in rows if row.clip.problem is None]
     return sorted(usable, key=lambda row: row.clip.samples, reverse=True)
@@ -2982,7 +2984,7 @@ def longest_first(rows: list[SpeechRow]) -> list[SpeechRow]:
 
 def label_shard(teacher: Teacher, rows: list[SpeechRow], progress: Progress) -> None:
     """Label rows. Which clips are decoded together depends on the shard alone, so that labels do as well."""
-    usable = longest_first(rows)
+    usable = usable_longest_first(rows)
     waveforms = (row.clip.waveform for row in usable)
     for number, label in label_clips(teacher, waveforms):
         row = usable[number]

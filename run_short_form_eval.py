@@ -244,6 +244,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
+# What stands under a banner "common" has the same text in every script that has it. Change it in all of them.
 
 CONTINUE = "Run the same command again to continue."
 
@@ -1122,7 +1123,7 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 # ---- common: reading datasets ----------------------------------------------------------------------------------------
 
 # Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
-# decoded is up to libsndfile: see `open_stream`.
+# decoded is up to libsndfile: see `open_stream`. Another decoder would go into `decode_clip`.
 MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
@@ -2069,8 +2070,9 @@ def timestamp_rules(
 ) -> None:
     """Apply Whisper's rules for timestamps to scores (rows, vocabulary), in place and without asking for any value.
 
-    They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on. Between two pieces
-    of text stand two timestamps, a pair: the end of one and the start of the next.
+    They are those that WhisperTimeStampLogitsProcessor applies from the second token of a text on; those for the first
+    are in `GreedyDecoder.never_first`. Between two pieces of text stand two timestamps, a pair: the end of one and the
+    start of the next.
 
     Args:
         first_timestamp: id of <|0.00|>.
@@ -2643,7 +2645,8 @@ def summarise_lengths(counts: np.ndarray) -> list[dict]:
 def score_clip(prediction: dict, scorers: list[Scorer]) -> list[list[int]]:
     """Add a clip's own figures to its prediction. Returns its `COUNTS` for each of the `METRICS` and each scorer.
 
-    A clip whose reference is empty after normalisation has no counts.
+    A clip whose reference is empty after normalisation has no counts. A further metric needs its name in METRICS, its
+    counts here in that order, and its title in `page_rates`.
     """
     reference = prediction["reference"]
     hypothesis = prediction["hypothesis"]
@@ -2965,7 +2968,7 @@ def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recognise
 def load_assistance(
     reference: str, model: WhisperForConditionalGeneration, precision: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """The arguments of `generate` for a draft model, which only speeds it up.
+    """The arguments with which `generate_tokens` calls `generate` for a draft model, which only speeds it up.
 
     A draft model gets the main model's encoder outputs, so its own encoder must be identical.
     """
@@ -4091,7 +4094,7 @@ def write_evaluation(
     incorrect = [row for row in predictions if row.get("normalised_reference") != row.get("normalised_hypothesis")]
     write_table(output_dir / f"all_predictions.{args.name}.csv", predictions, columns)
     write_table(output_dir / f"incorrect_predictions.{args.name}.csv", incorrect, columns)
-    if load_waveform:
+    if load_waveform:  # after the tables, which hold no audio
         embed_audio(predictions, load_waveform, args.report_audio_mb)
     model = shown_name(metrics["model"])
     dataset = shown_name(metrics["dataset"])

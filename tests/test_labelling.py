@@ -238,7 +238,7 @@ def test_every_usable_clip_is_labelled_once_the_longest_first(lengths):
     for row, length in enumerate(lengths):
         problem = None if length else "no audio"
         rows.append(script.SpeechRow({"row": row}, script.Clip(None, length, length / 16000, problem)))
-    found = [row.values["row"] for row in script.longest_first(rows)]
+    found = [row.values["row"] for row in script.usable_longest_first(rows)]
     usable = [row for row, length in enumerate(lengths) if length]
     assert found == sorted(usable, key=lambda row: (-lengths[row], row))  # clips of one length in the order of rows
 

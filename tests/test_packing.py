@@ -108,7 +108,7 @@ def test_every_clip_is_in_one_window_that_keeps_the_limits(clips, seed, seconds,
         assert not any(clip.alone for clip in window)
         assert len({clip.speaker for clip in window}) == 1
         assert window[0].speaker is not None
-        assert sum(clip.tokens for clip in window) <= limit
+        assert sum(clip.num_tokens for clip in window) <= limit
         ends = [clip.start * 0.02 + clip.samples / 16_000 for clip in window]
         assert ends[-1] <= seconds + 1e-9
         for end, clip in zip(ends[:-1], window[1:], strict=True):
