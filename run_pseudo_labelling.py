@@ -106,6 +106,7 @@ LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "accelerate
 CPU_BATCH = 16  # clips
 APPEAR_SECONDS = 60  # how long a shared file system may take to show other machines' files
 PLAN_SECONDS = 20  # --dry_run reads the input for at most this long
+TOO_LONG = "only their first 30 s are labelled, and the filter drops them"
 NEW_CARD = """---
 license: other
 task_categories:
@@ -3147,8 +3148,7 @@ def report_total(split: LabelledSplit, total: dict) -> None:
     for name, problem in total["unusable"][:10]:
         logger.warning("left out: %.100r (%s)", name, problem)
     if total["over_30_s"]:
-        heard = "only their first 30 s are labelled, and the filter drops them"
-        logger.warning("%d clips are longer than 30 s: %s", total["over_30_s"], heard)
+        logger.warning("%d clips are longer than 30 s: %s", total["over_30_s"], TOO_LONG)
     if not total["rows_in"]:
         logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", split.name)
     elif not total["rows_out"]:
@@ -3198,6 +3198,8 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
     """
     first_batch: list[SpeechRow] = []
     clips = 0
+    too_long = 0
+    unusable = 0
     seconds = 0.0
     size = 0  # bytes
     more_than = ""
@@ -3209,12 +3211,18 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
         clips += len(batch)
         for row in batch:
             seconds += row.clip.seconds
+            too_long += row.clip.seconds > WINDOW_SECONDS
+            unusable += row.clip.problem is not None
             if row.clip.problem is None:
                 size += len(row.values[args.audio_column_name]["bytes"])
         if time.monotonic() > deadline:
             more_than = "more than "
             break
     print(f"input: {args.dataset_name}, {more_than}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+    if too_long:
+        print(f"too long: {more_than}{too_long:,} clips are over 30 s: {TOO_LONG}")
+    if unusable:
+        print(f"unusable: {more_than}{unusable:,} clips, which are left out")
     return more_than, clips, first_batch
 
 

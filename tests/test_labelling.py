@@ -588,6 +588,20 @@ def test_a_dry_run_sees_that_the_input_has_other_rows_than_those_of_the_shards(
         script.main(arguments(tiny_teacher, loaded, output, *flags))
 
 
+def test_a_dry_run_counts_the_clips_that_labelling_would_cut_or_leave_out(tiny_teacher, tmp_path, capsys):
+    audio = {
+        "long": encoded(np.ones(31 * 16000), format="FLAC"),
+        "whole": encoded(np.ones(30 * 16000), format="FLAC"),
+        "film": b"x",
+        "empty": b"",
+    }
+    dataset = dataset_of([{"name": name, "audio": content} for name, content in audio.items()], tmp_path / "in")
+    script.main(arguments(tiny_teacher, dataset, tmp_path / "new", *TWELVE, "--dry_run"))
+    told = capsys.readouterr().out
+    assert "too long: 1 clips are over 30 s: only their first 30 s are labelled, and the filter drops them\n" in told
+    assert "unusable: 2 clips, which are left out\n" in told
+
+
 def test_a_dry_run_without_the_time_to_read_all_of_the_input_says_so(
     whole, tiny_teacher, loaded, tmp_path, monkeypatch, capsys
 ):
