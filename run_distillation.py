@@ -2451,7 +2451,8 @@ class Rows(Dataset):
             if text is None and args.train_on_silence:
                 text = ""
             if text is not None and (may_be_empty or text.strip()):
-                text_ids = tokenizer.encode(text, add_special_tokens=False)
+                line = " ".join(text.splitlines())  # Whisper says no line breaks
+                text_ids = tokenizer.encode(line, add_special_tokens=False)
                 label = [*prefix_ids, *text_ids, tokenizer.eos_token_id]
             labels.append(label)
         return labels

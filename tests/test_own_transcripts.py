@@ -60,6 +60,16 @@ def test_labels_are_made_from_the_texts(speech, as_labels, student, tiny_teacher
         assert stages.read_figures(made, name) == stages.read_figures(given, name)
 
 
+def test_the_lines_of_a_text_make_one_line_of_a_label(clips, student, tmp_path):
+    """Whisper says no line breaks. Its own .txt files have one behind each segment, and cells of Excel may."""
+    losses = []
+    for number, mark in enumerate(("\n", "\r\n", " ")):
+        rows = [{"audio": clip["audio"], "transcription": f"はい。{mark}{clip['transcription']}"} for clip in clips[:4]]
+        dataset = stages.write_dataset(tmp_path / f"speech{number}", rows)
+        losses.append(stages.read_figures(fine_tune(student, dataset, tmp_path / f"out{number}"), "loss"))
+    assert losses[0] == losses[1] == losses[2]
+
+
 @pytest.mark.parametrize("flags", [(), ("--freeze_encoder",)], ids=["all", "decoder"])
 def test_fine_tuning_is_what_plain_cross_entropy_gives(speech, student, clips, flags, tmp_path):
     """The first step, and its gradient: AdamW's first update is the rate times the sign of it."""
