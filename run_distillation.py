@@ -1740,6 +1740,7 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
     far_texts = defaultdict(set)
     parallel = parallel_directories(place.base)
     links = []
+    unread = []
     for file in Path(place.base).rglob("*"):
         is_text = file.suffix.lower() == ".txt" or file.name == "metadata.csv"
         if not (is_text and file.is_file()):
@@ -1747,12 +1748,17 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
         if not file.resolve().is_relative_to(place.base):
             links.append(file)
             continue
-        for name, text in listed_texts(file):
+        texts = listed_texts(file)
+        if any("\ufffd" in text for _, text in texts):
+            unread.append(file)
+        for name, text in texts:
             add_text(near_texts, near_clips, file.parent, name, text)
             for directory in parallel[file.parent]:
                 add_text(far_texts, far_clips, directory, name, text)
     if links:
         logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
+    if unread:
+        logger.warning("left out: %d texts that are not UTF-8, such as %s: %s", len(unread), unread[0], NOT_UTF8)
     return near_texts, far_texts
 
 

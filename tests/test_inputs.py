@@ -326,6 +326,14 @@ def test_txt_files_in_another_encoding_are_one_line(tmp_path):
     assert ".txt files are not UTF-8: convert it, for example with iconv" in refusal(opened, tmp_path)
 
 
+def test_a_list_in_another_encoding_whose_names_fit_no_clip_is_named(tmp_path, caplog):
+    write_clips(tmp_path, ["一.flac", "2.flac"])
+    write(tmp_path / "2.txt", "a text")
+    script = write(tmp_path / "台本.txt", "一\tはい\n".encode("cp932"))
+    assert [text for text, *_ in opened(tmp_path)] == ["a text", None]
+    assert f"left out: 1 texts that are not UTF-8, such as {script}: convert it, for example with iconv" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["mic_test.wav", "train_1.wav", "train.csv"])
 def test_words_such_as_test_make_splits_of_directories_and_not_of_files(name, tmp_path, caplog):
     write_clips(tmp_path / "a")
