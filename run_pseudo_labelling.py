@@ -1304,7 +1304,8 @@ MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
 # a normalised text and the seconds, the ITA corpus and ROHAN a comma and the reading in katakana.
 LISTED_TEXT = re.compile(r"([^\t|]+)[\t|]([^\t|]*)(?:\|[^\t|]*\|[\d.]+)?")
-SPACED_TEXT = re.compile(r"([^\s:]+)[ :]([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
+SPACED_TEXT = re.compile(r"([^\s:]+) ([^\t|]*)")
+COLON_TEXT = re.compile(r"([^\s:]+):([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
@@ -1639,7 +1640,7 @@ def listed_texts(file: Path) -> list[tuple]:
         return [tuple(line.split("|")[:2]) for line in content.splitlines() if "|" in line]
     texts = [(file.stem, content)]
     for line in content.splitlines():
-        if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line):
+        if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line) or COLON_TEXT.fullmatch(line):
             texts.append(listed.groups())
     return texts
 

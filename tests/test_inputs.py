@@ -251,6 +251,12 @@ def test_lists_of_texts_are_read_as_corpora_have_them(layout, tmp_path):
     assert opened(tmp_path) == WHOLE
 
 
+def test_a_reading_in_katakana_is_cut_from_a_text_behind_a_colon_and_from_no_other(tmp_path):
+    write_clips(tmp_path, NAMES[:2])
+    write(tmp_path / "list.txt", "clip0:読むのは,ヨムノワ。\nclip1 読むのは,ラテン\n")
+    assert [text for text, *_ in opened(tmp_path)] == ["読むのは", "読むのは,ラテン"]
+
+
 def test_a_text_of_which_nobody_can_say_whose_it_is_is_given_to_no_clip(tmp_path, caplog):
     for speaker in ("jvs001", "jvs002"):
         write_clips(tmp_path / speaker / "wav", NAMES[:3])
