@@ -1444,22 +1444,22 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
     """Two tables of the clips by name: `near`, as lists beside or above them name them; `far`, as a parallel tree does.
 
     Clip wav/a/x.flac is x, wav/x and wav/a/x for a list; in a parallel tree, one directory of its path may be missing,
-    so that it is a/x as well. A name that two clips have stands for none.
+    so that it is a/x as well. A name that two clips have stands for none, but x.m4a and x.flac are one clip.
     """
     near = {}
     far = {}
     depth = len(Path(base).parts)
-    for path in paths:
-        *directories, stem = os.path.splitext(path)[0].split("/")
+    clips = [os.path.splitext(path)[0] for path in paths]
+    for clip in clips:
+        *directories, stem = clip.split("/")
         for number in range(depth, len(directories) + 1):
             above = directories[:number]
             listed = "/".join([*above, stem])
             # VCTK's texts do not name the microphone.
             in_tree = "/".join([*above, *directories[number + 1 :], stem.removesuffix("_mic1")])
-            for clips, name in ((near, listed), (far, listed), (far, in_tree)):
-                clips[name] = path if clips.get(name, path) == path else None
-    for path in paths:
-        near[os.path.splitext(path)[0]] = path  # by its full path; of x.flac and x.wav, the last has the text
+            for named, name in ((near, listed), (far, listed), (far, in_tree)):
+                named[name] = clip if named.get(name, clip) == clip else None
+    near.update((clip, clip) for clip in clips)  # by its full path
     return near, far
 
 
@@ -1521,8 +1521,9 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
     near_texts, far_texts = collect_texts(paths, place)
     column = []
     for path in paths:
-        found = near_texts[path] or far_texts[path]
-        column.append(found.pop() if len(found) == 1 else None)
+        clip = os.path.splitext(path)[0]
+        found = near_texts[clip] or far_texts[clip]
+        column.append(next(iter(found)) if len(found) == 1 else None)
     present = [text for text in column if text is not None]
     if not any(present):
         return dataset

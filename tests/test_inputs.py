@@ -230,6 +230,15 @@ def test_texts_beside_the_audio_do_not_hide_it_and_are_read(suffix, tmp_path):
     assert opened(root) == opened(root, streaming=True) == WHOLE
 
 
+@pytest.mark.parametrize("suffix", ["m4a", "wav"])
+def test_a_text_is_that_of_a_recording_and_of_what_was_converted_from_it(suffix, tmp_path):
+    write_clips(tmp_path)
+    for name, text in zip(NAMES, TEXTS, strict=True):
+        write(tmp_path / name.replace("flac", suffix), clip(0))
+        write(tmp_path / name.replace("flac", "txt"), text)
+    assert [text for text, *_ in opened(tmp_path)] == [text for text in TEXTS for _ in range(2)]
+
+
 LISTS = {  # the audio's directory, the list, and its lines
     "LibriSpeech": ("84/121", "84/121/84-121.trans.txt", "clip{} {}"),
     "JSUT": ("basic5000/wav", "basic5000/transcript_utf8.txt", "clip{}:{}"),
