@@ -1039,17 +1039,18 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     has_card = (directory / "README.md").exists()  # which may say what to read
     try:
         builder = datasets.load_dataset_builder(location, config)
-    except ValueError:
-        # Among other things where the directory of one split has less audio than texts, and that of another has more.
+    except (ValueError, datasets.exceptions.DataFilesNotFoundError):
+        # Among other things where the directory of one split has less audio than texts, and that of another has more,
+        # and where only a train.list has a split in its name.
         if has_card or not any(map(is_audio, resolve_pattern("**", location))):
             raise
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
-    # Audio counts more than texts and tables beside it, but the tables may be what the card says.
-    beside_audio = ("text",) if has_card else ("csv", "json", "text")
-    if builder.name not in ("audiofolder", *beside_audio):
+    # Audio counts more than texts, tables and pictures beside it, but the tables may be what the card says.
+    tables = ("csv", "json") if has_card else ()
+    if builder.name in ("parquet", "arrow", "webdataset", *tables):
         return builder  # before the files are listed: a repository may have many shards
     audio = set(filter(is_audio, resolve_pattern("**", location)))
-    if audio and builder.name in beside_audio:
+    if audio and builder.name != "audiofolder":
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location)
     elif builder.name == "text":
         fail(f"{reference} has texts, and no audio beside them: unpack an archive of both")
@@ -1124,7 +1125,10 @@ def refuse_missing_shards(reference: str, split: str, files: list[str], writer: 
 
 # Suffixes of audio files beside .flac, .mp3, .ogg, .opus, .wav and others that `datasets` knows. Which of them can be
 # decoded is up to libsndfile: see `open_stream`. Another decoder would go into `decode_clip`.
-MORE_AUDIO = (".aac", ".aif", ".aifc", ".amr", ".m4a", ".mka", ".mp2", ".oga", ".sph", ".spx", ".wma")
+MORE_AUDIO = (
+    *(".3gpp", ".aac", ".aif", ".aifc", ".amr", ".ape", ".ds2", ".dss", ".m4a", ".m4b", ".mka", ".mp2", ".mpeg"),
+    *(".mts", ".oga", ".sph", ".spx", ".wma", ".wv"),
+)
 PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio in manifests; the first is NeMo's
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
@@ -1178,7 +1182,7 @@ def mend_datasets() -> None:
     AudioFolder.EXTENSIONS = list(dict.fromkeys([*AudioFolder.EXTENSIONS, *MORE_AUDIO]))
     for suffix in AudioFolder.EXTENSIONS:
         for form in (suffix, suffix.upper(), suffix.title()):
-            if form not in datasets.load._EXTENSION_TO_MODULE:
+            if datasets.load._EXTENSION_TO_MODULE.get(form) != ("audiofolder", {}):  # but for films, for example
                 datasets.load._EXTENSION_TO_MODULE[form] = ("audiofolder", {})
                 datasets.load._MODULE_TO_EXTENSIONS["audiofolder"].append(form)
                 datasets.load._ALL_ALLOWED_EXTENSIONS.append(form)
@@ -1390,7 +1394,10 @@ def load_folder(
     """The rows of an audio folder, with the metadata above it where there is none in it."""
     is_local = not place.base.startswith("hf://")
     lists = set(filter(is_list, files)) if is_local else set()
-    files = DataFilesList([file for file in files if file not in lists], files.origin_metadata)
+    # `datasets` takes clip.wav.txt for audio as well. Of such files, only compressed ones may be some.
+    others = (*METADATA, ".zip", ".gz")
+    kept = [file for file in files if (is_audio(file) or file.lower().endswith(others)) and file not in lists]
+    files = DataFilesList(kept, files.origin_metadata)
     has_metadata = any(os.path.basename(file) in METADATA for file in files)
     above = []
     if not has_metadata:

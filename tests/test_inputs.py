@@ -230,6 +230,26 @@ def test_texts_beside_the_audio_do_not_hide_it_and_are_read(suffix, tmp_path):
     assert opened(root) == opened(root, streaming=True) == WHOLE
 
 
+@pytest.mark.parametrize("name", ["cover{}.jpg", "clip{}.xml", "script{}.pdf", "train{}.list", "clip{}.flac.srt"])
+def test_files_of_other_kinds_beside_the_audio_neither_hide_it_nor_count_as_audio(name, tmp_path, caplog):
+    write_clips(tmp_path)
+    for number in range(2 * len(NAMES)):
+        write(tmp_path / name.format(number), "x")
+    assert opened(tmp_path, text=None) == [(None, seconds, None) for _, seconds, _ in WHOLE]
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mpeg", ".3gpp", ".dss"])
+def test_recordings_that_must_be_converted_first_are_clips_that_say_so(suffix, tmp_path):
+    for number in range(2):
+        write(tmp_path / f"film{number}{suffix}", b"\0\0\0\x20ftypisom" + bytes(500))
+    advice = "undecodable audio: Format not recognised. Convert it, for example: ffmpeg -i FILE -ar 16000 FILE.flac"
+    films = [(None, 0.0, advice)] * 2
+    assert opened(tmp_path, text=None) == films
+    write_clips(tmp_path, NAMES[:1])
+    assert opened(tmp_path, text=None) == [(None, 0.5, None), *films]
+
+
 @pytest.mark.parametrize("suffix", ["m4a", "wav"])
 def test_a_text_is_that_of_a_recording_and_of_what_was_converted_from_it(suffix, tmp_path):
     write_clips(tmp_path)
