@@ -2029,6 +2029,11 @@ def pad_window(features: torch.Tensor) -> torch.Tensor:
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
 
 
+def text_language(language: str | None, task: str) -> str | None:
+    """The language in which texts are written: Whisper translates into English."""
+    return "en" if task == "translate" else language
+
+
 def remove_bracketed(text: str) -> str:
     """The text without what is in brackets, as Whisper's normalisers begin.
 
@@ -2356,7 +2361,7 @@ def find_hallucinations(texts: Iterable[str], settings: dict) -> list[bool]:
 
     A near match counts as well: a few more characters, or a word more.
     """
-    language = "en" if settings["task"] == "translate" else settings["language"]
+    language = text_language(settings["language"], settings["task"])
     split = list if language in UNSPACED else str.split
     least_ratio = 0.9 if language in UNSPACED else 0.85  # of the characters, or of the words
     normalise = text_normaliser(language, {})
@@ -2375,7 +2380,8 @@ def rows_to_compare(job: Job, table: pa.Table, labels: list[Label], start: int) 
 
     Where there are no references, the teacher's text is taken for one.
     """
-    language = job.outputs["filtered"].settings["language"]
+    settings = job.outputs["filtered"].settings
+    language = text_language(settings["language"], settings["task"])
     normalise = text_normaliser(language, job.tokenizer.english_spelling_normalizer)
     rows = pd.DataFrame(labels)
     hypotheses = job.tokenizer.batch_decode(rows.ids.to_list())
@@ -2776,6 +2782,7 @@ def window_row(
     settings: dict,
 ) -> dict:
     """What is stored of a window. `text` and `previous` are the texts of its label and of that of the window before."""
+    language = text_language(settings["language"], settings["task"])
     body = []
     for clip in window:
         body += place_body(clip.body, clip.start, clip.samples, tokens)
@@ -2784,7 +2791,7 @@ def window_row(
     soundfile.write(flac, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     return {
         "audio": {"bytes": flac.getvalue(), "path": None},
-        "text": join_texts([clip.text for clip in window], settings["language"]),
+        "text": join_texts([clip.text for clip in window], language),
         "whisper_transcript": [*tokens.prefix, *body, tokens.end],
         "labels": build_label(body, text, previous, f"window {window[0].row}", tokens, settings),
         "input_length": len(samples),
@@ -2798,6 +2805,7 @@ def pack_shard(job: Job, shard: int) -> None:
     filtered = job.outputs["filtered"]
     packed = job.outputs["packed"]
     settings = packed.settings
+    language = text_language(settings["language"], settings["task"])
     tokens = job.tokens
     together = settings["shard_size"] // filtered.settings["shard_size"]
     first = shard * together
@@ -2808,7 +2816,7 @@ def pack_shard(job: Job, shard: int) -> None:
     previous: TokenIds = []
     for window in fill_windows(read_filtered_clips(job, shards), settings, max_tokens):
         texts = [text_ids(clip.body, tokens) for clip in window]
-        text = join_ids(texts, settings["language"], max_tokens, job.tokenizer, tokens)
+        text = join_ids(texts, language, max_tokens, job.tokenizer, tokens)
         row = window_row(window, text, previous, tokens, settings)
         rows.append(row)
         counts = {
@@ -3009,10 +3017,11 @@ def describe_windows(windows: dict, settings: dict) -> str:
 
 def exact_match_notice(report: dict, settings: dict) -> str:
     """What a WER threshold means in a language without spaces; empty for other languages and for CER thresholds."""
-    if settings["metric"] != "wer" or settings["language"] not in UNSPACED:
+    language = text_language(settings["language"], settings["task"])
+    if settings["metric"] != "wer" or language not in UNSPACED:
         return ""
     return (
-        f"{settings['language']} is written without spaces, so WER <= {settings['threshold']} is nearly an exact match "
+        f"{language} is written without spaces, so WER <= {settings['threshold']} is nearly an exact match "
         f"and keeps {report['clips'][1]} of {report['clips'][0]} clips; CER <= 10 (--cer_threshold 10) would keep "
         f"{report['other_thresholds']['cer']['10']}."
     )
@@ -3240,7 +3249,7 @@ def load_job(args: argparse.Namespace) -> Job:
     refuse_other_sizes(args.model, model, vocabulary, extractor)
     language = language_code(args.language)
     prompt = prompt_arguments(args.model, vocabulary, language, args.task)
-    if language == "en" and tokenizer.english_spelling_normalizer is None:
+    if text_language(language, args.task) == "en" and tokenizer.english_spelling_normalizer is None:
         logger.warning("%s has no normalizer.json: British and American spellings count as different", args.model)
     if (args.max_label_length or 0) > model.max_target_positions:
         fail(f"--max_label_length {args.max_label_length} is over the decoder's {model.max_target_positions} positions")
@@ -3249,7 +3258,7 @@ def load_job(args: argparse.Namespace) -> Job:
         "dataset": labelled.digest,
         "config": labelled.config,
         "language": language,
-        "normaliser": NORMALISER,
+        "normaliser": "Whisper's for English" if args.task == "translate" else NORMALISER,
         "tokenizer": digest(tokenizer.backend_tokenizer.to_str().encode()),
         "feature_extractor": digest(extractor.to_json_string().encode()),
         "max_positions": model.max_target_positions,

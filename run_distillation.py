@@ -2172,6 +2172,11 @@ def pad_window(features: torch.Tensor) -> torch.Tensor:
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
 
 
+def text_language(language: str | None, task: str) -> str | None:
+    """The language in which texts are written: Whisper translates into English."""
+    return "en" if task == "translate" else language
+
+
 def remove_bracketed(text: str) -> str:
     """The text without what is in brackets, as Whisper's normalisers begin.
 
@@ -3169,7 +3174,8 @@ def evaluate(model: WhisperForConditionalGeneration, training: "Training") -> tu
     accelerator = training.accelerator
     rows = training.data.held_out
     tokenizer = training.models.tokenizer
-    normalise = text_normaliser(rows.source.language, tokenizer.english_spelling_normalizer)
+    language = text_language(rows.source.language, rows.source.task)
+    normalise = text_normaliser(language, tokenizer.english_spelling_normalizer)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # cross-entropy, KL, tokens
     pairs = []
     predictions = []

@@ -234,7 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--assistant_model works only with greedy decoding: remove --generation_num_beams")
     args.language = language_code(args.language)
     if args.scorer is None:
-        args.scorer = "kotoba" if args.language in UNSPACED else "whisper"
+        args.scorer = "kotoba" if text_language(args.language, args.task) in UNSPACED else "whisper"
     args.name = split_title(args.dataset_split_name)  # in the names of the output files
     if args.concatenate_audio:
         args.name += f".windows_{args.concatenate_seconds:g}"
@@ -2381,6 +2381,11 @@ class GreedyDecoder:
 UNSPACED = ("ja", "zh", "yue", "th", "lo", "my", "km")  # languages that are written without spaces
 
 
+def text_language(language: str | None, task: str) -> str | None:
+    """The language in which texts are written: Whisper translates into English."""
+    return "en" if task == "translate" else language
+
+
 def remove_bracketed(text: str) -> str:
     """The text without what is in brackets, as Whisper's normalisers begin.
 
@@ -2779,7 +2784,7 @@ def score_predictions(predictions: list[dict], scorers: list[Scorer]) -> dict:
 
 def refuse_empty_references(clips: datasets.Dataset, args: argparse.Namespace) -> None:
     """Fail where no clip has a reference to score, before anything is transcribed."""
-    normalise = scoring_rule(args.scorer, args.language, None)
+    normalise = scoring_rule(args.scorer, text_language(args.language, args.task), None)
     if not any(normalise(text or "") for text in clips["reference"]):
         fail(NOTHING_TO_SCORE)
 
@@ -2872,11 +2877,12 @@ def load_recording(clips: datasets.Dataset, place: Place, rows: Rows, args: argp
         names.append(str(name))
         references.append(text or "")
         seconds += clip.seconds
+    separator = "" if text_language(args.language, args.task) in UNSPACED else " "
     return Recording(
         id=" + ".join(names),
         seconds=round(seconds, 3),
         problem=problem,
-        reference=("" if args.language in UNSPACED else " ").join(references),
+        reference=separator.join(references),
         waveform=None if problem else np.concatenate(waveforms),
     )
 
@@ -3977,7 +3983,7 @@ def score_other_engine(args: argparse.Namespace) -> None:
         "language": args.language,
         "audio_seconds": round(sum(prediction["seconds"] for prediction in predictions), 1),
     }
-    if args.language == "en":
+    if text_language(args.language, args.task) == "en":
         logger.warning("without a tokenizer, British and American spellings count as different words")
     with one_line_for_write_errors(args.output_dir), lock_results(args):
         load_waveform = (lambda row: load([row]).waveform) if load else None
@@ -4128,7 +4134,8 @@ def finish_evaluation(
 ) -> dict:
     """Score predictions, write all results, and log the rates. Returns the metrics, of which `facts` are a part."""
     unusable = list_unusable(predictions, args)
-    metrics = score_predictions(predictions, make_scorers(args.scorer, args.language, spellings))
+    scorers = make_scorers(args.scorer, text_language(args.language, args.task), spellings)
+    metrics = score_predictions(predictions, scorers)
     metrics |= facts | {
         "name": args.name,
         "scorer": args.scorer,

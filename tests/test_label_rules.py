@@ -331,6 +331,30 @@ def test_a_hypothesis_of_the_task_translate_is_what_the_model_says_then(
     assert read_metrics(output)["task"] == "translate"
 
 
+def test_translations_are_compared_and_joined_as_english_in_every_stage(tiny_teacher, tmp_path):
+    teacher = speaking(tiny_teacher, tmp_path / "teacher", "Hello here.")
+    clips = [{"name": str(n), "audio": tone(2 + n, 300), "transcription": "Hello there."} for n in range(2)]
+    spoken = write_dataset(tmp_path / "spoken", clips)
+    flags = ("--language", "ja", "--task", "translate")
+    translated = label(teacher, spoken, tmp_path / "translated", *flags, "--dtype", "float32")
+
+    packing = ("--concatenate_audio", "--wer_threshold", 60, "--skip_logmel", "--output_dir", tmp_path)
+    filter_clips(teacher, translated, *flags, *packing)
+    assert [row["wer"] for row in read_rows(tmp_path / "translated.wer_60.0")] == [50, 50]
+    (window,) = read_rows(tmp_path / "translated.wer_60.0.packed")
+    assert window["text"] == "Hello there. Hello there."
+
+    metrics = read_metrics(evaluate(teacher, spoken, tmp_path / "scores", *flags))
+    assert (metrics["scorer"], metrics["wer"]) == ("whisper", 50)
+    windows = evaluate(teacher, spoken, tmp_path / "windows", *flags, "--concatenate_audio")
+    assert [row["reference"] for row in read_predictions(windows, "train.windows_30")] == ["Hello there. Hello there."]
+
+    student = initialise(teacher, tmp_path / "init")
+    held_out = ("--eval_dataset_name", spoken, "--eval_split_name", "train", "--max_steps", 1, "--learning_rate", 0)
+    trained = distil(student, teacher, translated, tmp_path / "trained", *flags, *held_out)
+    assert read_figures(trained, "eval_wer") == [50, 50]
+
+
 def test_training_for_the_task_translate_makes_held_out_labels_of_it_and_a_model_that_does_it(
     translated, spoken, clips, student, tiny_teacher, tokenizer, tmp_path
 ):

@@ -141,13 +141,14 @@ def test_english_has_a_list_of_its_own(tiny_teacher, tmp_path):
     assert [row["text"] for row in kept] == texts[2:]
 
 
-def test_a_translation_is_judged_by_the_english_list_whatever_was_spoken(tiny_teacher, tmp_path):
-    start = ["<|startoftranscript|>", "<|de|>", "<|translate|>"]
+@pytest.mark.parametrize("language", ["de", "ja"])
+def test_a_translation_is_judged_by_the_english_list_whatever_was_spoken(language, tiny_teacher, tmp_path):
+    start = ["<|startoftranscript|>", f"<|{language}|>", "<|translate|>"]
     rows = []
     for text in ("Thanks for watching!", "Thank you."):
         label = stages.make_label(tiny_teacher, text, start=start)
         rows.append({"audio": stages.tone(1.0), "whisper_transcript": label, **GOOD})
-    flags = ("--language", "de", "--task", "translate")
+    flags = ("--language", language, "--task", "translate")
     kept, report = filtered(tiny_teacher, stages.write_dataset(tmp_path / "speech", rows), *flags)
     assert [row["text"] for row in kept] == ["Thank you."]
     assert report["reasons"] == {"kept": 1, "known hallucination": 1}
