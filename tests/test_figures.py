@@ -998,7 +998,7 @@ def test_the_metrics_of_an_evaluation_have_every_setting_and_every_figure(evalua
     assert without_digests({key: metrics[key] for key in expected}) == expected
     weights = safetensors.torch.load_file(model / "model.safetensors")
     assert metrics["parameters"] == sum(t.numel() for key, t in weights.items() if key != "proj_out.weight")
-    assert (metrics["name"], metrics["scorer"], metrics["batch_size"]) == (name, "kotoba", "2")
+    assert (metrics["name"], metrics["scorer"], metrics["batch_size"]) == (name, "whisper", "2")
     assert metrics["audio_seconds"] == round(sum(map(seconds_of, speech[:7])), 1)
     assert sorted(itertools.chain(*metrics["unusable"].values())) == ["broken", "long"]
 
