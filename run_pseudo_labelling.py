@@ -2933,6 +2933,7 @@ class Progress:
     started: float  # s
     clips: int = 0  # that this process has labelled
     seconds: float = 0.0  # of audio
+    has_warned: bool = False  # of a clip over 30 s
 
 
 def start_progress(teacher: Teacher, accelerator: Accelerator, split: LabelledSplit, pending: list[int]) -> Progress:
@@ -3001,6 +3002,9 @@ def usable_longest_first(rows: list[SpeechRow]) -> list[SpeechRow]:
 def label_shard(teacher: Teacher, rows: list[SpeechRow], progress: Progress) -> None:
     """Label rows. Which clips are decoded together depends on the shard alone, so that labels do as well."""
     usable = usable_longest_first(rows)
+    if usable and usable[0].clip.seconds > WINDOW_SECONDS and not progress.has_warned:
+        progress.has_warned = True  # the end of the run, which tells how many there are, may be days away
+        logger.warning("there are clips over 30 s, such as one of %.0f s: %s", usable[0].clip.seconds, TOO_LONG)
     waveforms = (row.clip.waveform for row in usable)
     for number, label in label_clips(teacher, waveforms):
         row = usable[number]
