@@ -1864,7 +1864,7 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
 
 
 def resolve_file(file: str, base: str) -> str:
-    """The full path of a local file that a row names: as it is, with Windows' separators, or beside a table."""
+    """The full path of a local file that a row names: as it is, by Windows' separators, beside a table, by its stem."""
     forms = [
         file,
         file.replace("\\", "/"),
@@ -1872,6 +1872,8 @@ def resolve_file(file: str, base: str) -> str:
         unicodedata.normalize("NFD", file),
         *(f"{directory}/{file}" for directory in AUDIO_DIRECTORIES),
     ]
+    if not is_audio(file):
+        forms += [f"{form}{suffix}" for form in forms for suffix in AudioFolder.EXTENSIONS]
     paths = [os.path.realpath(os.path.join(base, form)) for form in forms]
     return next(filter(os.path.exists, paths), paths[0])
 

@@ -619,6 +619,13 @@ def test_a_table_may_name_files_in_the_usual_directory_beside_it_in_a_column_of_
     assert opened(write_csv(tmp_path / "list.csv", rows)) == WHOLE
 
 
+@pytest.mark.parametrize("directory", ["here", "here/wavs"])
+def test_a_table_may_name_clips_without_their_suffix(directory, tmp_path):
+    write_clips(tmp_path / directory, [f"utt.{number}.flac" for number in range(len(NAMES))])
+    rows = [("path", "transcription"), *((f"utt.{number}", text) for number, text in enumerate(TEXTS))]
+    assert opened(write_csv(tmp_path / "here" / "list.csv", rows)) == WHOLE
+
+
 def test_a_table_with_two_columns_of_audio_leaves_the_choice_to_the_flag(tiny_teacher, tmp_path):
     table = write_csv(tmp_path / "list.csv", [("mic", "phone", "text"), *((name, name, "はい") for name in NAMES)])
     assert "it has mic, phone, text" in refusal(label, tiny_teacher, table, tmp_path / "out")
