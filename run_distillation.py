@@ -1661,8 +1661,11 @@ def load_folder(
     if not is_local:
         return dataset
     column = next(name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio))
-    paths = pc.struct_field(dataset.data.column(column), "path").to_pylist()
-    paths = [unicodedata.normalize("NFC", path or "") for path in paths]
+    paths = []
+    for path in pc.struct_field(dataset.data.column(column), "path").to_pylist():
+        if path and "::" not in path and not is_audio(path):
+            path = resolve_file(path, place.base)  # the metadata name it without its suffix
+        paths.append(unicodedata.normalize("NFC", path or ""))
     if has_metadata or above:
         return match_files(dataset, paths, files, bool(above))
     return add_transcripts(dataset, paths, place)

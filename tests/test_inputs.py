@@ -37,6 +37,7 @@ from tests.stages import (
 
 TEXTS = ["西日本では雨です。", "コンマ,です", "はい", "いいえ", "三つください", "ありがとう"]
 NAMES = [f"clip{number}.flac" for number in range(len(TEXTS))]
+STEMS = [(f"clip{number}", text) for number, text in enumerate(TEXTS)]
 SHORT = ("--max_label_length", 12, "--language", "ja")
 
 
@@ -624,6 +625,21 @@ def test_a_table_may_name_clips_without_their_suffix(directory, tmp_path):
     write_clips(tmp_path / directory, [f"utt.{number}.flac" for number in range(len(NAMES))])
     rows = [("path", "transcription"), *((f"utt.{number}", text) for number, text in enumerate(TEXTS))]
     assert opened(write_csv(tmp_path / "here" / "list.csv", rows)) == WHOLE
+
+
+def test_metadata_may_name_clips_without_their_suffix(tmp_path, caplog):
+    for split in ("train", "test"):
+        write_clips(tmp_path / split)
+        write_csv(tmp_path / split / "metadata.csv", [("file_name", "transcription"), *STEMS])
+    assert opened(tmp_path) == WHOLE
+    (tmp_path / "train" / "metadata.csv").unlink()
+    (tmp_path / "test" / "metadata.csv").unlink()
+    rows = [*((f"train/{stem}", text) for stem, text in STEMS), *((f"test/{stem}", text) for stem, text in STEMS[:2])]
+    write_csv(tmp_path / "metadata.csv", [("file_name", "transcription"), *rows])
+    assert "left out" not in caplog.text
+    assert opened(tmp_path) == WHOLE
+    assert opened(tmp_path, "test") == WHOLE[:2]
+    assert "left out: 4 audio files that no row of the metadata names" in caplog.text
 
 
 def test_a_table_with_two_columns_of_audio_leaves_the_choice_to_the_flag(tiny_teacher, tmp_path):
