@@ -23,6 +23,7 @@ from transformers import WhisperForConditionalGeneration
 
 import reazonspeech_manual_dataloader
 import run_distillation
+import run_pseudo_labelling
 from tests.stages import (
     distil,
     evaluate,
@@ -262,12 +263,16 @@ def test_labelling_and_evaluation_compute_in_the_precision_that_dtype_names_on_a
     assert record["settings"]["dtype"] == read_metrics(tmp_path / "texts")["dtype"] == dtype
 
 
-def test_without_dtype_the_precision_that_is_recorded_is_the_one_that_is_computed_in(tiny_teacher, spoken, tmp_path):
+@pytest.mark.parametrize("chosen", ["float32", "bfloat16"])
+def test_without_dtype_the_precision_that_is_recorded_is_the_one_that_is_computed_in(
+    chosen, tiny_teacher, spoken, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_pseudo_labelling, "choose_dtype", lambda dtype, device: chosen)  # as on any machine
     with watched() as seen:
         label(tiny_teacher, spoken, tmp_path / "labels", "--language", "ja", "--max_label_length", 8)
     (dtype,) = {module.conv1.weight.dtype for module, _ in seen if type(module).__name__ == "WhisperEncoder"}
     record = json.loads((tmp_path / "labels" / "labelling.default.train.json").read_text())
-    assert dtype == getattr(torch, record["settings"]["dtype"])
+    assert (record["settings"]["dtype"], dtype) == (chosen, getattr(torch, chosen))
 
 
 def test_audio_and_texts_are_read_from_the_columns_that_are_named(tiny_teacher, misplaced, spoken, clips, tmp_path):
