@@ -106,7 +106,7 @@ LIBRARIES = ("torch", "transformers", "datasets", "huggingface_hub", "accelerate
 CPU_BATCH = 16  # clips
 APPEAR_SECONDS = 60  # how long a shared file system may take to show other machines' files
 PLAN_SECONDS = 20  # --dry_run reads the input for at most this long
-TOO_LONG = "only their first 30 s are labelled, and the filter drops them"
+CUT_CLIPS = "only their first 30 s are labelled, and the filter drops them"
 NEW_CARD = """---
 license: other
 task_categories:
@@ -1352,7 +1352,7 @@ def mend_datasets() -> None:
     AudioFolder.EXTENSIONS = list(dict.fromkeys([*AudioFolder.EXTENSIONS, *MORE_AUDIO]))
     for suffix in AudioFolder.EXTENSIONS:
         for form in (suffix, suffix.upper(), suffix.title()):
-            if datasets.load._EXTENSION_TO_MODULE.get(form) != ("audiofolder", {}):  # but for films, for example
+            if datasets.load._EXTENSION_TO_MODULE.get(form) != ("audiofolder", {}):  # .mp4 is a film to it
                 datasets.load._EXTENSION_TO_MODULE[form] = ("audiofolder", {})
                 datasets.load._MODULE_TO_EXTENSIONS["audiofolder"].append(form)
                 datasets.load._ALL_ALLOWED_EXTENSIONS.append(form)
@@ -2047,8 +2047,8 @@ def resolve_file(file: str, base: str) -> str:
     ]
     if not is_audio(file):
         forms += [f"{form}{suffix}" for form in forms for suffix in AudioFolder.EXTENSIONS]
-    paths = [os.path.realpath(os.path.join(base, form)) for form in forms]
-    return next(filter(os.path.exists, paths), paths[0])
+    paths = [os.path.join(base, form) for form in forms]
+    return os.path.realpath(next(filter(os.path.exists, paths), paths[0]))
 
 
 def find_file(path: str, place: Place) -> str:
@@ -3009,7 +3009,7 @@ def label_shard(teacher: Teacher, rows: list[SpeechRow], progress: Progress) -> 
     usable = usable_longest_first(rows)
     if usable and usable[0].clip.seconds > WINDOW_SECONDS and not progress.has_warned:
         progress.has_warned = True  # the end of the run, which tells how many there are, may be days away
-        logger.warning("there are clips over 30 s, such as one of %.0f s: %s", usable[0].clip.seconds, TOO_LONG)
+        logger.warning("there are clips over 30 s, such as one of %.0f s: %s", usable[0].clip.seconds, CUT_CLIPS)
     waveforms = (row.clip.waveform for row in usable)
     for number, label in label_clips(teacher, waveforms):
         row = usable[number]
@@ -3172,7 +3172,7 @@ def report_total(split: LabelledSplit, total: dict) -> None:
     for name, problem in total["unusable"][:10]:
         logger.warning("left out: %.100r (%s)", name, problem)
     if total["over_30_s"]:
-        logger.warning("%d clips are longer than 30 s: %s", total["over_30_s"], TOO_LONG)
+        logger.warning("%d clips are longer than 30 s: %s", total["over_30_s"], CUT_CLIPS)
     if not total["rows_in"]:
         logger.warning("THE INPUT HAS NO ROWS: %s is an empty split", split.name)
     elif not total["rows_out"]:
@@ -3236,15 +3236,16 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
         for row in batch:
             seconds += row.clip.seconds
             too_long += row.clip.seconds > WINDOW_SECONDS
-            unusable += row.clip.problem is not None
             if row.clip.problem is None:
                 size += len(row.values[args.audio_column_name]["bytes"])
+            else:
+                unusable += 1
         if time.monotonic() > deadline:
             more_than = "more than "
             break
     print(f"input: {args.dataset_name}, {more_than}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
     if too_long:
-        print(f"too long: {more_than}{too_long:,} clips are over 30 s: {TOO_LONG}")
+        print(f"too long: {more_than}{too_long:,} clips are over 30 s: {CUT_CLIPS}")
     if unusable:
         print(f"unusable: {more_than}{unusable:,} clips, which are left out")
     return more_than, clips, first_batch

@@ -1182,7 +1182,7 @@ def mend_datasets() -> None:
     AudioFolder.EXTENSIONS = list(dict.fromkeys([*AudioFolder.EXTENSIONS, *MORE_AUDIO]))
     for suffix in AudioFolder.EXTENSIONS:
         for form in (suffix, suffix.upper(), suffix.title()):
-            if datasets.load._EXTENSION_TO_MODULE.get(form) != ("audiofolder", {}):  # but for films, for example
+            if datasets.load._EXTENSION_TO_MODULE.get(form) != ("audiofolder", {}):  # .mp4 is a film to it
                 datasets.load._EXTENSION_TO_MODULE[form] = ("audiofolder", {})
                 datasets.load._MODULE_TO_EXTENSIONS["audiofolder"].append(form)
                 datasets.load._ALL_ALLOWED_EXTENSIONS.append(form)
@@ -1877,8 +1877,8 @@ def resolve_file(file: str, base: str) -> str:
     ]
     if not is_audio(file):
         forms += [f"{form}{suffix}" for form in forms for suffix in AudioFolder.EXTENSIONS]
-    paths = [os.path.realpath(os.path.join(base, form)) for form in forms]
-    return next(filter(os.path.exists, paths), paths[0])
+    paths = [os.path.join(base, form) for form in forms]
+    return os.path.realpath(next(filter(os.path.exists, paths), paths[0]))
 
 
 def find_file(path: str, place: Place) -> str:
