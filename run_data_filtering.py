@@ -2000,7 +2000,7 @@ def log_mel_on_device(waveforms: torch.Tensor, extractor: WhisperFeatureExtracto
     window = torch.hann_window(extractor.n_fft, device=waveforms.device)
     stft = torch.stft(waveforms, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
     power = (stft[..., :-1].abs() ** 2).contiguous()
-    filters = torch.from_numpy(extractor.mel_filters).to(waveforms.device, torch.float32)
+    filters = torch.from_numpy(extractor.mel_filters).to(waveforms.device, torch.float32, non_blocking=True)
     log_power = (filters.T @ power).clamp(min=1e-10).log10()
     loudest = log_power.amax((1, 2), keepdim=True)
     return (torch.maximum(log_power, loudest - 8.0) + 4.0) / 4.0
@@ -2017,7 +2017,9 @@ def log_mel(waveforms: list[np.ndarray], extractor: WhisperFeatureExtractor, dev
         padded = torch.zeros(len(waveforms), samples)
         for row, waveform in zip(padded, waveforms, strict=True):
             row[: len(waveform)] = torch.from_numpy(waveform)
-        return log_mel_on_device(padded.to(device), extractor)
+        if device.startswith("cuda"):
+            padded = padded.pin_memory()  # so that the host does not wait for the copy
+        return log_mel_on_device(padded.to(device, non_blocking=True), extractor)
     features = extractor(waveforms, sampling_rate=SAMPLING_RATE, max_length=samples, return_tensors="pt")
     return features.input_features
 

@@ -127,7 +127,9 @@ def test_training_on_a_gpu_learns_what_it_learns_on_a_cpu_and_waits_once_a_step(
         assert stages.read_figures(on_gpu, name) == pytest.approx(stages.read_figures(on_cpu, name), rel=1e-3)
     in_steps = {line: count for line, count in gpu.reads.items() if line.startswith("optimiser_step")}
     assert list(in_steps.values()) == [3]
-    assert not [line for line in (*gpu.reads, *gpu.copies) if line.startswith(("forward", "chunk_loss", "run_frozen"))]
+    within_steps = ("forward", "chunk_loss", "run_frozen", "encode_features", "decode_labels")
+    waits = [line for line in (*gpu.reads, *gpu.copies) if "super()" not in line]  # that is `generate`'s, at the end
+    assert not [line for line in waits if line.startswith(within_steps)]
     assert not [line for line in gpu.copies if line.startswith("optimiser_step")]
 
 
@@ -185,7 +187,7 @@ def test_a_log_mel_is_the_extractors_to_the_bit_and_stays_on_the_device_that_mad
     assert torch.equal(found, expected)
     with fake_gpu() as gpu:
         on_device = script.log_mel(waveforms, extractor, "cuda")
-        assert on_device.is_cuda and not gpu.reads
+        assert on_device.is_cuda and not gpu.reads and not gpu.copies
         assert torch.equal(on_device.cpu(), expected)
 
 

@@ -257,6 +257,7 @@ def gpu(monkeypatch):
     sizes = []
     step = script.GreedyDecoder.step
     capturing = []
+    waited = []
 
     @contextlib.contextmanager
     def graph(stand_in):
@@ -270,7 +271,9 @@ def gpu(monkeypatch):
             sizes.append(len(slots.position))
             stand_in.step = lambda: step(decoder, slots)
 
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stream = types.SimpleNamespace(
+        wait_stream=lambda other: None, record_event=lambda: "after the steps", wait_event=waited.append
+    )
     monkeypatch.setattr(script.GreedyDecoder, "step", noted)
     forget = script.GreedyDecoder.forget
     monkeypatch.setattr(
@@ -281,7 +284,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    return sizes
+    yield sizes
+    assert set(waited) == {"after the steps"}  # each time before the host looks
 
 
 @pytest.mark.parametrize("timestamps", [False, True])

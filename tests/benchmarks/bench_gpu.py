@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizerFast,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 import create_student_model as creation
 import run_distillation as distillation
@@ -197,17 +198,18 @@ def end_texts(script, limit: int) -> None:
     class Ending(script.GreedyDecoder):
         """The lengths of the texts are in a further entry of `keys_values`, so they go where their clips go."""
 
-        def encode_groups(self, waveforms: dict[int, np.ndarray]) -> Iterator[tuple]:
-            for group, states in super().encode_groups(waveforms):
-                states.lengths = [text_length(len(waveforms[clip]), limit) for clip in group]
-                yield group, states
+        def encode_group(self, waveforms: list[np.ndarray]) -> BaseModelOutput:
+            states = super().encode_group(waveforms)
+            states.lengths = [text_length(len(waveform), limit) for waveform in waveforms]
+            return states
 
         def fill(self, states, targets: list[int]) -> None:
             known = self.slots.keys_values.pop() if self.slots else None
             super().fill(states, targets)
             known = known or (torch.zeros(self.batch_size, dtype=torch.long, device=DEVICE),)
-            # The position of the last token but the end.
-            known[0][targets] = torch.tensor(states.lengths, device=DEVICE) + len(self.prompt) - 1
+            # The position of the last token but the end. The host does not wait for a GPU here.
+            lengths = torch.tensor(states.lengths).to(DEVICE, non_blocking=True) + len(self.prompt) - 1
+            known[0][torch.tensor(targets).to(DEVICE, non_blocking=True)] = lengths
             self.slots.keys_values.append(known)
 
         def next_logits(self, slots, token: torch.Tensor) -> torch.Tensor:
