@@ -1125,6 +1125,26 @@ def test_a_signal_saves_and_ends_with_its_status_and_the_same_command_goes_on(
     assert metrics(tmp_path / "out") == metrics(uninterrupted)
 
 
+def test_a_handler_of_signals_formats_no_weights():
+    """Python formats a handler to try whether it is one of its constants; a method brings its object, all of it."""
+
+    class Weights:
+        told = ()
+
+        def __repr__(self):
+            raise AssertionError("formatted")
+
+        def stop(self, number, frame) -> None:
+            self.told += (number,)
+
+    before = signal.getsignal(signal.SIGTERM)
+    weights = Weights()
+    with script.stopped_by_signals(weights):
+        signal.raise_signal(signal.SIGTERM)
+    assert weights.told == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on_from_it(run, uninterrupted, tmp_path, caplog):
     shutil.copytree(uninterrupted, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns

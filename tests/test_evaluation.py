@@ -603,6 +603,15 @@ def test_the_time_of_the_first_batch_does_not_count_in_the_rtfx(tiny_teacher, lo
     assert metrics["rtfx"] == pytest.approx(audio[1] / 10, abs=0.01)
     metrics = evaluate(tiny_teacher, loaded, tmp_path / "one", "--per_device_eval_batch_size", "24")
     assert metrics["rtfx"] == pytest.approx(audio[2] / 10, abs=0.01)  # the only batch
+    parts = {tmp_path / "a": slice(9), tmp_path / "b": slice(9, None)}
+
+    def plan(_directory, rows, *_settings):
+        return {path: rows[part] for path, part in parts.items()}
+
+    monkeypatch.setattr(evaluation, "plan_shards", plan)
+    audio.clear()
+    metrics = evaluate(tiny_teacher, loaded, tmp_path / "small shards", "--per_device_eval_batch_size", "24")
+    assert metrics["rtfx"] == pytest.approx(audio[1] / 10, abs=0.01)
 
 
 def test_an_evaluation_without_any_reference_says_so_before_it_loads_a_model(tiny_teacher, loaded, clips, tmp_path):

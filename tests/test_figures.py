@@ -257,6 +257,21 @@ def test_the_first_ten_rows_that_are_left_out_are_named(caplog):
         run_pseudo_labelling.report_total(split, total | {"rows_in": 12, "rows_out": 0})
 
 
+def on_device(device: str, batch_size: int) -> types.SimpleNamespace:
+    """What a plan asks of a teacher and of a model that is evaluated."""
+    model = types.SimpleNamespace(device=torch.device(device))
+    return types.SimpleNamespace(model=model, decoder=types.SimpleNamespace(batch_size=batch_size))
+
+
+@pytest.mark.parametrize(("device", "sampled"), [("cpu", 1), ("cuda", 4)])
+def test_the_sample_of_a_labelling_is_a_batch_on_a_cpu_and_four_on_a_gpu(labelling, tmp_path, device, sampled):
+    dataset, *_ = labelling
+    given = ["--model_name_or_path", "a", "--dataset_name", dataset, "--output_dir", tmp_path, *LABELLING_FLAGS]
+    args = run_pseudo_labelling.parse_args([str(flag) for flag in given])
+    _, read, sample = run_pseudo_labelling.print_input(args, on_device(device, 1))
+    assert (read, len(sample)) == (8, sampled)
+
+
 def test_the_rate_of_a_teacher_is_that_of_the_second_time(clock, monkeypatch):
     durations = iter([100.0, 4.0])
 
@@ -1029,8 +1044,9 @@ def test_the_seed_is_a_setting_of_windows_alone(evaluation, tmp_path):
         (1, 0, True, {"time": "about 22.0 min; a sample of 1 took 120.0 s (float32)"}),
     ],
 )
+@pytest.mark.parametrize(("device", "batch_size"), [("cpu", 4), ("cuda", 1)])
 def test_the_plan_of_an_evaluation_is_scaled_from_its_sample_to_what_is_left(
-    capsys, monkeypatch, processes, done, long_form, expected
+    capsys, monkeypatch, processes, done, long_form, expected, device, batch_size
 ):
     """Of eleven windows in shards of four: the sample is every third, with 1,800 s of audio."""
     script = run_short_form_eval
@@ -1045,7 +1061,7 @@ def test_the_plan_of_an_evaluation_is_scaled_from_its_sample_to_what_is_left(
     vars(args).update(
         push_to_hub=True, dataset_name="acme/d", dataset_split_name="test", output_dir="o", dtype="float32"
     )
-    recogniser = types.SimpleNamespace(decoder=types.SimpleNamespace(batch_size=4))
+    recogniser = on_device(device, batch_size)
     script.print_evaluation_plan(range(1200), None, shards, recogniser, processes, args)
     said = told(capsys)
     hours = 1800 * 11 / 3600 / (1 if long_form else 4)

@@ -300,6 +300,21 @@ def test_steps_of_graphs_for_all_slots_and_for_half_of_them_give_the_same_texts(
     assert gpu == [16, 8]  # each once, while clips were in its slots
 
 
+def test_a_gpu_has_the_next_clips_to_encode_while_the_host_looks_which_have_ended(tiny_teacher, waveforms, monkeypatch):
+    decoder = greedy(load(tiny_teacher), tiny_teacher, 8, **JAPANESE, return_timestamps=False)
+    events = []
+    for name in ("encode_group", "fill", "run_steps", "take_ended"):
+        work = getattr(decoder, name)
+        monkeypatch.setattr(decoder, name, lambda *given, name=name, work=work: (events.append(name), work(*given))[1])
+    texts(decoder, waveforms)
+    assert events.count("encode_group") == events.count("fill") == 5  # in groups of two
+    first_steps = events.index("run_steps")
+    assert events[:first_steps].count("encode_group") == 4  # what is encoded for later comes after the steps
+    for moment in [index for index, event in enumerate(events) if event == "take_ended"]:
+        filled = events[:moment].count("fill")
+        assert events[:moment].count("encode_group") == min(5, filled + 1)
+
+
 def test_a_step_that_cannot_be_captured_runs_as_it_is_and_is_named(gpu, tiny_teacher, waveforms, monkeypatch, caplog):
     @contextlib.contextmanager
     def refuse(graph):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import WhisperForConditionalGeneration, WhisperTokenizerFast
 
 from tests import stages
@@ -438,3 +439,44 @@ def test_the_encoder_keeps_its_states_row_by_row_and_computes_what_transformers_
     assert torch.equal(*states)
     assert all(layouts[ours])
     assert not any(layouts[stock])  # once it does by itself, ours need not do it
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of tensors."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number += operation is torch.ops.aten.clone.default
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("script", [stages.run_distillation, stages.run_pseudo_labelling, stages.run_short_form_eval])
+def test_attention_copies_nothing_and_computes_what_transformers_does(script, attention, tiny_teacher):
+    options = {"attn_implementation": attention}
+    config = script.load_config(tiny_teacher)
+    rules = script.load_generation_config(tiny_teacher, config, script.load_tokenizer(tiny_teacher).get_vocab())
+    ours = script.load_whisper(tiny_teacher, rules, **options).eval()
+    stock = WhisperForConditionalGeneration.from_pretrained(tiny_teacher, **options).eval()
+    inputs = {
+        "input_features": torch.randn(2, config.num_mel_bins, 3000, generator=torch.Generator().manual_seed(0)),
+        "decoder_input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]),
+    }
+    copies, results = [], []
+    for model in (ours, stock):
+        for use_cache in (False, True):
+            with torch.no_grad():
+                results.append(model(**inputs, use_cache=use_cache, output_attentions=attention == "eager"))
+                with Copies() as counted:  # which itself changes how attention is computed
+                    model(**inputs, use_cache=use_cache)
+            copies.append(counted.number)
+    if attention == "eager":  # whose matrix products copy what is not in one piece, and add in another order
+        for name in ("encoder_attentions", "cross_attentions"):
+            torch.testing.assert_close(results[0][name], results[2][name])
+        for result in results:
+            torch.testing.assert_close(result.logits, results[0].logits)
+    else:
+        assert all(torch.equal(result.logits, results[0].logits) for result in results)
+        layers = config.encoder_layers + 2 * config.decoder_layers
+        assert copies[2] - copies[0] >= 3 * layers  # of queries, keys and values

@@ -421,6 +421,10 @@ def section_exact(world: World) -> None:
             what = f"labels as of generate, {dtype}, timestamps {timestamps}"
             world.tell(what, f"{equal} of {len(waveforms)}", note="" if dtype == "float32" else "near-ties apart")
             assert dtype != "float32" or found == expected, what
+        first, again = (tiny_labels(teacher, waveforms, DEVICE, *flags, NAME) for _ in range(2))
+        equal = sum(map(list.__eq__, first, again))
+        world.tell(f"labels made twice, {NAME}, timestamps {timestamps}", f"{equal} of {len(waveforms)}")
+        assert first == again, "labels made twice"
         on_cpu = tiny_labels(teacher, waveforms, torch.device("cpu"), *flags, "float32")
         found = tiny_labels(teacher, waveforms, DEVICE, *flags, "float32")
         world.tell(f"labels as of a CPU, float32, timestamps {timestamps}", f"{sum(map(list.__eq__, found, on_cpu))}")
@@ -465,9 +469,8 @@ def training_data(directory: Path, teacher: Path, mels: int, rows: int, packed: 
 
 
 def training_rate(entries: list[dict]) -> float:
-    """Samples a second behind the first quarter of the steps, by the entries of metrics.jsonl, one a step."""
-    rates = [entry["samples_per_second"] for entry in entries if "samples_per_second" in entry]
-    return statistics.harmonic_mean(rates[len(rates) // 4 :])  # as all steps have as many samples
+    """Samples a second, by the entries of metrics.jsonl, one a step: the median, as some first steps are slow."""
+    return statistics.median(entry["samples_per_second"] for entry in entries if "samples_per_second" in entry)
 
 
 def train(student: Path, teacher: Path, data: Path, output: Path, *flags) -> None:
