@@ -66,7 +66,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from difflib import SequenceMatcher
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import datasets
@@ -1228,11 +1228,16 @@ FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8 (Unicode text of Excel: -f UTF-16)"
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
-# a normalised text and the seconds, the ITA corpus and ROHAN a comma and the reading in katakana.
-LISTED_TEXT = re.compile(r"([^\t|]+)[\t|]([^\t|]*)(?:\|[^\t|]*\|[\d.]+)?")
+# a normalised text and the seconds, the ITA corpus and ROHAN a comma and the reading in katakana, VITS the number of a
+# speaker before the text.
+LISTED_TEXT = re.compile(r"([^\t|]+)[\t|](?:\d+\|)?([^\t|]*)(?:\|[^\t|]*\|[\d.]+)?")
 SPACED_TEXT = re.compile(r"([^\s:]+) ([^\t|]*)")
 COLON_TEXT = re.compile(r"([^\s:]+):([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
+PHONEMES = re.compile(r"\s*[\d.]+\s+[\d.]+\s")  # at the start of a .lab file of phonemes: their times
+TEXT_FILES = (".txt", ".lab", ".list", ".json")  # in audio folders
+WITH_TIMES = (".srt", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
+CUT_THERE = "cut the audio there, and write the text of each piece into a .txt file of its name"
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
 LIBRARY_ERRORS = (httpx.HTTPError, pa.ArrowException, datasets.exceptions.DatasetsError)
@@ -1566,12 +1571,25 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
 
 
 def listed_texts(file: Path) -> list[tuple]:
-    """Pairs of name and text: of a .txt, its own name and all of it, and its lines; of a metadata.csv, its lines."""
+    """Pairs of name and text: of a file for one clip, its own name and its text; of a list, those of its lines."""
     content = file.read_text("utf-8-sig", errors="replace")
+    lines = content.splitlines()
     if file.suffix == ".csv":
-        return [tuple(line.split("|")[:2]) for line in content.splitlines() if "|" in line]
-    texts = [(file.stem, content)]
-    for line in content.splitlines():
+        return [tuple(line.split("|")[:2]) for line in lines if "|" in line]
+    if file.suffix == ".list":  # of GPT-SoVITS and Style-Bert-VITS2: path|speaker|language|text
+        fields = [line.split("|") for line in lines]
+        return [(line[0], line[3]) for line in fields if len(line) > 3]
+    if file.suffix == ".lab":  # a text, or phonemes and their times
+        return [] if PHONEMES.match(content) else [(file.stem, content)]
+    if file.suffix == ".json":  # a clip of Emilia, or what a recogniser wrote
+        with contextlib.suppress(ValueError):
+            values = json.loads(content)
+            if isinstance(values, dict) and isinstance(values.get("text"), str):
+                return [(file.stem, values["text"])]
+        return []
+    names = {file.stem, file.stem.removesuffix(".normalized")}  # LibriTTS also has the original text
+    texts = [(name, content) for name in names]
+    for line in lines:
         if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line) or COLON_TEXT.fullmatch(line):
             texts.append(listed.groups())
     return texts
@@ -1579,17 +1597,21 @@ def listed_texts(file: Path) -> list[tuple]:
 
 def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) -> None:
     """Add a text to those of the clip that has this name in a directory, if one has."""
-    path = unicodedata.normalize("NFC", os.path.normpath(directory / name.strip()))
-    stem = os.path.splitext(path)[0] if is_audio(path) else path
-    if clip := clips.get(stem):
-        texts[clip].add(text.strip())
+    # Lists for training tools have paths of another machine, or placeholders such as DUMMY/a.wav.
+    for known in (name.strip(), PureWindowsPath(name.strip()).name):
+        path = unicodedata.normalize("NFC", os.path.normpath(directory / known))
+        stem = os.path.splitext(path)[0] if is_audio(path) else path
+        if clip := clips.get(stem):
+            texts[clip].add(text.strip())
+            return
 
 
 def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set]]:
     """The texts in a directory, by the clips that they fit: those near the clip, and those in a parallel tree.
 
-    NAME.txt is the text of NAME.wav. Other .txt files, and a metadata.csv without a header, are lists of clips beside
-    or below them, with lines such as `NAME text`. In a parallel tree, txt/a/NAME.txt is the text of wav/a/NAME.wav.
+    NAME.txt is the text of NAME.wav, and so are NAME.lab and the `text` of NAME.json. Other .txt files, .list files and
+    a metadata.csv without a header are lists of clips beside or below them, with lines such as `NAME text`. In a
+    parallel tree, txt/a/NAME.txt is the text of wav/a/NAME.wav.
     """
     near_clips, far_clips = name_clips(paths, place.base)
     near_texts = defaultdict(set)
@@ -1597,8 +1619,11 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
     parallel = parallel_directories(place.base)
     links = []
     unread = []
+    timed = []
     for file in Path(place.base).rglob("*"):
-        is_text = file.suffix.lower() == ".txt" or file.name == "metadata.csv"
+        if file.suffix.lower() in WITH_TIMES:
+            timed.append(file)
+        is_text = file.suffix.lower() in TEXT_FILES or file.name == "metadata.csv"
         if not (is_text and file.is_file()):
             continue
         if not file.resolve().is_relative_to(place.base):
@@ -1615,6 +1640,8 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
         logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
     if unread:
         logger.warning("left out: %d texts that are not UTF-8, such as %s: %s", len(unread), unread[0], NOT_UTF8)
+    if timed:
+        logger.warning("left out: %d texts with times, such as %s: %s", len(timed), timed[0], CUT_THERE)
     return near_texts, far_texts
 
 

@@ -231,7 +231,7 @@ def test_texts_beside_the_audio_do_not_hide_it_and_are_read(suffix, tmp_path):
     assert opened(root) == opened(root, streaming=True) == WHOLE
 
 
-@pytest.mark.parametrize("name", ["cover{}.jpg", "clip{}.xml", "script{}.pdf", "train{}.list", "clip{}.flac.srt"])
+@pytest.mark.parametrize("name", ["cover{}.jpg", "clip{}.xml", "script{}.pdf", "train{}.list", "clip{}.flac.log"])
 def test_files_of_other_kinds_beside_the_audio_neither_hide_it_nor_count_as_audio(name, tmp_path, caplog):
     write_clips(tmp_path)
     for number in range(2 * len(NAMES)):
@@ -269,6 +269,10 @@ LISTS = {  # the audio's directory, the list, and its lines
     "LJSpeech": ("wavs", "metadata.csv", "clip{}|{}|a i"),
     "tabs": ("clips", "list.txt", "./clips/clip{}.FLAC\t{}"),
     "AISHELL": ("wav/S0002", "transcript/transcript_v0.8.txt", "clip{} {}"),
+    "VITS": ("wavs", "filelists/train.txt", "DUMMY1/clip{}.flac|{}"),
+    "VITS, speakers": ("wavs", "train.txt", "DUMMY2/clip{}.flac|4|{}"),
+    "GPT-SoVITS": ("sliced", "speaker.list", r"D:\GPT-SoVITS\sliced\clip{}.flac|speaker|JA|{}"),
+    "Style-Bert-VITS2": ("raw", "esd.list", "clip{}.flac|speaker|JP|{}"),
 }
 
 
@@ -279,6 +283,43 @@ def test_lists_of_texts_are_read_as_corpora_have_them(layout, tmp_path):
     write(tmp_path / "LICENSE.txt", "Free to use\n")
     write(tmp_path / file, "".join(f"{line.format(number, text)}\n" for number, text in enumerate(TEXTS)))
     assert opened(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "other_suffix", "other"),
+    [
+        ("lab", "{}\n", "TextGrid", "x"),
+        ("normalized.txt", "{}", "original.txt", "another text"),
+        ("json", '{{"id": 1, "text": "{}"}}', "wav.json", '["no object"]'),
+        ("txt", "{}", "lab", "0 3125000 sil\n3125000 3525000 a\n"),
+        ("txt", "{}", "json", '{{"text": null}}'),
+    ],
+)
+def test_a_file_of_one_clip_s_text_is_read_as_tools_write_it(suffix, content, other_suffix, other, tmp_path):
+    write_clips(tmp_path)
+    for name, text in zip(NAMES, TEXTS, strict=True):
+        write(tmp_path / f"{name[:-5]}.{suffix}", content.format(text))
+        write(tmp_path / f"{name[:-5]}.{other_suffix}", other.format(text))
+    assert opened(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize("suffix", ["srt", "vtt", "TextGrid"])
+def test_texts_with_times_are_counted_and_named_with_what_to_do(suffix, tmp_path, caplog):
+    write_clips(tmp_path)
+    for name in NAMES[:2]:
+        write(tmp_path / f"{name}.{suffix}", "1\n00:00:00,000 --> 00:00:01,000\nはい\n")
+    assert opened(tmp_path, text=None) == [(None, seconds, None) for _, seconds, _ in WHOLE]
+    assert re.search(
+        rf"left out: 2 texts with times, such as .*clip[01].flac.{suffix}: cut the audio there", caplog.text
+    )
+
+
+def test_a_list_s_paths_of_another_machine_are_of_no_clip_where_two_have_the_name(tmp_path):
+    for speaker in ("a", "b"):
+        write_clips(tmp_path / speaker, NAMES[:2])
+    write(tmp_path / "clip1.flac", clip(0))
+    write(tmp_path / "list.txt", "DUMMY/clip0.flac|someone's\na/clip1.flac|that of a\n")
+    assert [text for text, *_ in opened(tmp_path)] == [None, "that of a", None, None, None]
 
 
 def test_a_reading_in_katakana_is_cut_from_a_text_behind_a_colon_and_from_no_other(tmp_path):
