@@ -1059,6 +1059,16 @@ def name_linked_directories(directory: str) -> None:
                 logger.warning("left out: %s is a link to a directory: name a table of its files, or copy it", path)
 
 
+def capital_splits(directory: str) -> dict[str, list[str]]:
+    """Patterns of the splits in directories such as TRAIN and TEST, which `datasets` does not take for splits."""
+    patterns = defaultdict(list)
+    for name in sorted(os.listdir(directory)):
+        for split, words in SPLIT_KEYWORDS.items():
+            if name.lower() in words:
+                patterns[str(split)].append(f"{name}/**")
+    return patterns
+
+
 def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
     """The builder that `datasets` chooses for a local directory or a Hub id; AudioFolder for a directory of audio."""
     directory = local_directory(reference)
@@ -1090,6 +1100,9 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     if audio - files and all(SPLIT_IN_NAME.search(os.path.basename(file)) for file in files):
         # mic_test.wav makes no split of an audio folder, nor does train.tsv: only directories do.
         builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files="**")
+    splits = capital_splits(location)
+    if len(splits) > 1 and set(builder.config.data_files) == {"train"}:
+        builder = datasets.load_dataset_builder("audiofolder", data_dir=location, data_files=splits)
     left_out = audio.difference(*builder.config.data_files.values())
     name_left_out(left_out, "that lie in the directory of no split")
     return builder
@@ -1172,7 +1185,10 @@ LISTED_TEXT = re.compile(r"([^\t|]+)[\t|](?:\d+\|)?([^\t|]*)(?:\|[^\t|]*\|[\d.]+
 SPACED_TEXT = re.compile(r"([^\s:]+) ([^\t|]*)")
 COLON_TEXT = re.compile(r"([^\s:]+):([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
-PHONEMES = re.compile(r"\s*[\d.]+\s+[\d.]+\s")  # at the start of a .lab file of phonemes: their times
+TIMIT_SAMPLES = re.compile(r"^0 \d{4,} (?=\D)")  # the first and last sample, before a text
+FESTIVAL_TEXTS = "txt.done.data"  # as CMU ARCTIC has it
+FESTIVAL_TEXT = re.compile(r'\(\s*(\S+)\s+"(.*)"\s*\)')
+PHONEMES = re.compile(r"^\s*[\d.]+\s+[\d.]+\s", re.MULTILINE)  # in a .lab file of phonemes: their times
 TEXT_FILES = (".txt", ".lab", ".list", ".json")  # in audio folders
 WITH_TIMES = (".srt", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
 CUT_THERE = "cut the audio there, and write the text of each piece into a .txt file of its name"
@@ -1517,8 +1533,10 @@ def listed_texts(file: Path) -> list[tuple]:
     if file.suffix == ".list":  # of GPT-SoVITS and Style-Bert-VITS2: path|speaker|language|text
         fields = [line.split("|") for line in lines]
         return [(line[0], line[3]) for line in fields if len(line) > 3]
+    if file.name == FESTIVAL_TEXTS:
+        return FESTIVAL_TEXT.findall(content)
     if file.suffix == ".lab":  # a text, or phonemes and their times
-        return [] if PHONEMES.match(content) else [(file.stem, content)]
+        return [] if PHONEMES.search(content) else [(file.stem, content)]
     if file.suffix == ".json":  # a clip of Emilia, or what a recogniser wrote
         with contextlib.suppress(ValueError):
             values = json.loads(content)
@@ -1526,7 +1544,7 @@ def listed_texts(file: Path) -> list[tuple]:
                 return [(file.stem, values["text"])]
         return []
     names = {file.stem, file.stem.removesuffix(".normalized")}  # LibriTTS also has the original text
-    texts = [(name, content) for name in names]
+    texts = [(name, TIMIT_SAMPLES.sub("", content)) for name in names]
     for line in lines:
         if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line) or COLON_TEXT.fullmatch(line):
             texts.append(listed.groups())
@@ -1561,7 +1579,7 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
     for file in Path(place.base).rglob("*"):
         if file.suffix.lower() in WITH_TIMES:
             timed.append(file)
-        is_text = file.suffix.lower() in TEXT_FILES or file.name == "metadata.csv"
+        is_text = file.suffix.lower() in TEXT_FILES or file.name in ("metadata.csv", FESTIVAL_TEXTS)
         if not (is_text and file.is_file()):
             continue
         if not file.resolve().is_relative_to(place.base):
@@ -1935,7 +1953,28 @@ def resolve_file(file: str, base: str) -> str:
     if not is_audio(file):
         forms += [f"{form}{suffix}" for form in forms for suffix in AudioFolder.EXTENSIONS]
     paths = [os.path.join(base, form) for form in forms]
-    return os.path.realpath(next(filter(os.path.exists, paths), paths[0]))
+    found = next(filter(os.path.exists, paths), None) or find_below(file, base)
+    return os.path.realpath(found or paths[0])
+
+
+def find_below(file: str, base: str) -> str | None:
+    """A file that is not where its row says: by the end of its path, or by a bare name that one file below has."""
+    parts = PureWindowsPath(file).parts
+    if len(parts) == 1:
+        return None if base.startswith("hf://") else files_by_name(base).get(file)
+    # Not by the name alone, which another clip may have.
+    ends = (os.path.join(base, *parts[start:]) for start in range(1, len(parts) - 1))
+    return next(filter(os.path.exists, ends), None)
+
+
+@functools.cache
+def files_by_name(base: str) -> dict[str, str | None]:
+    """The audio files below a directory by their names; None where two have the name."""
+    found = {}
+    for directory, _, names in os.walk(base):
+        for name in filter(is_audio, names):
+            found[name] = None if name in found else os.path.join(directory, name)
+    return found
 
 
 def find_file(path: str, place: Place) -> str:

@@ -271,6 +271,7 @@ LISTS = {  # the audio's directory, the list, and its lines
     "AISHELL": ("wav/S0002", "transcript/transcript_v0.8.txt", "clip{} {}"),
     "VITS": ("wavs", "filelists/train.txt", "DUMMY1/clip{}.flac|{}"),
     "VITS, speakers": ("wavs", "train.txt", "DUMMY2/clip{}.flac|4|{}"),
+    "CMU ARCTIC": ("wav", "etc/txt.done.data", '( clip{} "{}" )'),
     "GPT-SoVITS": ("sliced", "speaker.list", r"D:\GPT-SoVITS\sliced\clip{}.flac|speaker|JA|{}"),
     "Style-Bert-VITS2": ("raw", "esd.list", "clip{}.flac|speaker|JP|{}"),
 }
@@ -293,6 +294,8 @@ def test_lists_of_texts_are_read_as_corpora_have_them(layout, tmp_path):
         ("json", '{{"id": 1, "text": "{}"}}', "wav.json", '["no object"]'),
         ("txt", "{}", "lab", "0 3125000 sil\n3125000 3525000 a\n"),
         ("txt", "{}", "json", '{{"text": null}}'),
+        ("txt", "{}", "lab", "separator ;\nnfields 1\n#\n    0.13000   125  pau\n"),  # Festival's
+        ("TXT", "0 8000 {}\n", "WRD", "0 800 yes\n"),
     ],
 )
 def test_a_file_of_one_clip_s_text_is_read_as_tools_write_it(suffix, content, other_suffix, other, tmp_path):
@@ -312,6 +315,53 @@ def test_texts_with_times_are_counted_and_named_with_what_to_do(suffix, tmp_path
     assert re.search(
         rf"left out: 2 texts with times, such as .*clip[01].flac.{suffix}: cut the audio there", caplog.text
     )
+
+
+def test_directories_such_as_TRAIN_and_TEST_are_splits(tmp_path):
+    write_clips(tmp_path / "TRAIN" / "DR1", NAMES[:3])
+    write_clips(tmp_path / "Dev", NAMES[:1])
+    write_clips(tmp_path / "TEST" / "DR1", NAMES[:2])
+    clips = [len(opened(tmp_path, split, text=None)) for split in ("train", "validation", "test")]
+    assert clips == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("audio", "named"),
+    [
+        ("calls/2024-05-10", "{}"),
+        ("upload/4", "/data/upload/4/{}"),
+        ("wavs/train", r"C:\corpus\wavs\train\{}"),
+    ],
+)
+def test_a_table_of_another_machine_names_clips_below_it(audio, named, tmp_path):
+    write_clips(tmp_path / audio)
+    lines = [f"{named.format(name)}\t{text}\n" for name, text in zip(NAMES, TEXTS, strict=True)]
+    write(tmp_path / "list.tsv", "path\ttranscription\n" + "".join(lines))
+    assert opened(tmp_path / "list.tsv") == WHOLE
+
+
+def test_a_clip_that_is_not_where_its_row_says_is_no_other_of_its_name(tmp_path):
+    for directory in ("a", "b"):
+        write_clips(tmp_path / directory, NAMES[:1])
+    write_clips(tmp_path, NAMES[1:2])
+    write_clips(tmp_path / "b", NAMES[2:3])
+    named = ("clip0.flac", "a/clip1.flac", "/elsewhere/clip1.flac", "clip2.flac")
+    write(tmp_path / "list.csv", "path,transcription\n" + "".join(f"{name},はい\n" for name in named))
+    problems = [problem for *_, problem in opened(tmp_path / "list.csv")]
+    assert [bool(problem) for problem in problems] == [True, True, True, False]
+    assert all("file not found" in problem for problem in problems[:3])
+
+
+@pytest.mark.parametrize("flag", [None, "none"])
+def test_tables_in_an_audio_folder_without_texts_are_named_by_labelling(flag, tiny_teacher, tmp_path, caplog):
+    write_clips(tmp_path / "in", NAMES[:2])
+    write(tmp_path / "in" / "clip0.json", "{}")
+    for number in range(2):
+        write(tmp_path / "in" / f"texts {number}.csv", "番号,書き起こし\n1,はい\n")
+    flags = ("--max_label_length", 8) if flag is None else ("--max_label_length", 8, "--text_column_name", flag)
+    label(tiny_teacher, tmp_path / "in", tmp_path / "out", *flags)
+    told = f"2 tables in {tmp_path / 'in'} are not read, such as {tmp_path / 'in' / 'texts 0.csv'}: if one has"
+    assert (told in caplog.text) == (flag is None)
 
 
 def test_a_list_s_paths_of_another_machine_are_of_no_clip_where_two_have_the_name(tmp_path):
@@ -689,9 +739,9 @@ def test_a_table_with_two_columns_of_audio_leaves_the_choice_to_the_flag(tiny_te
 
 
 def test_a_table_tells_from_where_its_paths_count(tmp_path):
-    rows = [("path", "transcription"), (NAMES[0], TEXTS[0]), ("/gone.flac", TEXTS[1])]
+    rows = [("path", "transcription"), ("nowhere.flac", TEXTS[0]), ("/gone.flac", TEXTS[1])]
     table = write_csv(write_clips(tmp_path / "recordings").parent / "list.csv", rows)
-    said = [f"file not found: clip0.flac (paths count from {tmp_path})", "file not found: /gone.flac"]
+    said = [f"file not found: nowhere.flac (paths count from {tmp_path})", "file not found: /gone.flac"]
     assert [problem for *_, problem in opened(table)] == said
 
 
