@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 import reazonspeech_manual_dataloader
 import run_distillation
@@ -246,7 +247,7 @@ def test_attention_is_of_the_kind_that_attn_type_names(tiny_teacher, student, sp
         label(tiny_teacher, spoken, tmp_path / "1", *short, "--attn_type", kind)
         distil(student, tiny_teacher, labelled, tmp_path / "2", "--max_steps", 1, "--attn_type", kind)
         evaluate(tiny_teacher, spoken, tmp_path / "3", "--attn_type", kind, "--dtype", "bfloat16")
-    attentions = [module for module, _ in seen if type(module).__name__ == "WhisperAttention"]
+    attentions = [module for module, _ in seen if isinstance(module, WhisperAttention)]
     assert {module.config._attn_implementation for module in attentions} == {kind}
 
 
