@@ -1961,7 +1961,7 @@ def find_below(file: str, base: str) -> str | None:
     """A file that is not where its row says: by the end of its path, or by a bare name that one file below has."""
     parts = PureWindowsPath(file).parts
     if len(parts) == 1:
-        return None if base.startswith("hf://") else files_by_name(base).get(file)
+        return files_by_name(base).get(file)
     # Not by the name alone, which another clip may have.
     ends = (os.path.join(base, *parts[start:]) for start in range(1, len(parts) - 1))
     return next(filter(os.path.exists, ends), None)
