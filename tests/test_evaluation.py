@@ -1,6 +1,7 @@
 """run_short_form_eval.py: the scorers and figures on strings, then the script on tiny teachers and real files."""
 
 import csv
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -635,6 +636,35 @@ def test_a_second_run_keeps_what_the_model_said_and_can_score_it_by_another_rule
     assert hypotheses[0] == hypotheses[1]
 
 
+@pytest.mark.parametrize("damage", ["text", "time", "not JSON", "no checksum"])
+def test_a_damaged_shard_of_predictions_is_named_and_made_again_with_the_same_rates(
+    evaluated_by_one, tiny_teacher, many, tmp_path, caplog, damage
+):
+    output = shutil.copytree(evaluated_by_one, tmp_path / "results")
+    whole, damaged = sorted((output / ".predictions.train").glob("*.jsonl"))
+    before = whole.stat()
+    work, first, *others = damaged.read_text(encoding="utf-8").split("\n")
+    text = json.loads(first)["hypothesis"]
+    work_with = functools.partial(dict, json.loads(work))
+    changed = {
+        "text": [work, first.replace(text, text.replace(text[0], "犬", 1)), *others],
+        "time": [json.dumps(work_with(process_seconds=0.001)), first, *others],
+        "not JSON": [work, first[:-1], *others],
+        "no checksum": [json.dumps({"process_seconds": 0.001}), first, *others],
+    }[damage]
+    assert changed != [work, first, *others]
+    damaged.write_text("\n".join(changed), encoding="utf-8")
+    (output / "metric.train.json").unlink()
+    metrics = evaluate(tiny_teacher, many, output)
+    assert caplog.text.count(f"{damaged} is damaged and is made again") == 1
+    assert (whole.stat().st_ino, whole.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    made = damaged.read_text(encoding="utf-8").split("\n")
+    assert made[1:] == [first, *others]
+    assert predictions(output) == predictions(evaluated_by_one)
+    expected = json.loads((evaluated_by_one / "metric.train.json").read_text())
+    assert [metrics[name] for name in ("scores", "details")] == [expected[name] for name in ("scores", "details")]
+
+
 def test_another_model_never_gets_the_saved_predictions(evaluated, tiny_teacher, loaded, tmp_path):
     shutil.copytree(evaluated, tmp_path / "results")
     shutil.copytree(tiny_teacher, tmp_path / "model")
@@ -858,6 +888,10 @@ def test_clips_without_readable_audio_are_listed_and_fatal_only_when_there_are_n
     [
         (["--text_column_name", "text"], r"has no column 'text' \(--text_column_name\); it has name, audio, trans"),
         (["--id_column_name", "number"], r"has no column 'number'"),
+        (
+            ["--id_column_name", "transcription"],
+            r"--id_column_name transcription is the column of audio or texts: leave it out, or name another",
+        ),
         (["--dataset_split_name", "test"], r"has no split 'test'; it has train"),
         (
             ["--dataset_name", "no/such/directory"],
@@ -966,6 +1000,29 @@ def test_a_model_and_a_dataset_on_the_hub_are_evaluated_and_the_card_gets_the_ra
     with pytest.raises(SystemExit, match="the results are written, but not on the card of acme/eval-me"):
         evaluate("acme/eval-me", "acme/eval-me", tmp_path / "results", *flags, "--scorer", "whisper")
     assert json.loads((tmp_path / "results/metric.train.json").read_text())["scorer"] == "whisper"
+
+
+def test_a_card_that_cannot_be_read_is_named_before_anything_is_transcribed(hub, loaded, tmp_path):
+    api = HfApi()
+    api.create_repo("acme/eval-bad-card")
+    card = b"---\nmodel-index:\n- name: mine\n---\nRates without results.\n"
+    api.upload_file(repo_id="acme/eval-bad-card", path_in_repo="README.md", path_or_fileobj=card)
+    with pytest.raises(SystemExit, match=r"the card of acme/eval-bad-card cannot be read: .* Correct it") as error:
+        evaluate("acme/eval-bad-card", loaded, tmp_path / "results", "--push_to_hub")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_card_leaves_out_the_scorers_that_find_no_reference(tmp_path):
+    only_reazon_keeps = "♪"
+    rows = f"id,reference,text\n1,{only_reazon_keeps},{2 * only_reazon_keeps}\n"
+    (tmp_path / "engine.csv").write_text(rows, encoding="utf-8")
+    given = ["--predictions", tmp_path / "engine.csv", "--scorer", "reazon", "--output_dir", tmp_path / "out"]
+    assert evaluation.main([*map(str, given), "--dataset_split_name", "train"]) == 0
+    metrics = json.loads((tmp_path / "out/metric.train.json").read_text())
+    assert metrics["scores"]["kotoba"]["rate"] is None
+    results = evaluation.card_results(metrics)
+    assert [(result.metric_name, result.metric_value) for result in results] == [("CER (reazon)", 100.0)]
 
 
 def test_the_rate_of_a_leaderboard_is_the_headline_also_where_it_counts_words():

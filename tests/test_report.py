@@ -409,6 +409,17 @@ def test_one_huge_rate_does_not_crush_the_other_bars():
 # ---- comparison ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("flags", "warned"), [(["--language", "en"], 1), (["--task", "translate"], 1), (["--language", "fr"], 0)]
+)
+def test_english_of_another_engine_is_scored_with_a_warning_that_spellings_count(tmp_path, caplog, flags, warned):
+    rows = [{"id": "clip", "reference": "The colour.", "text": "the color"}]
+    metrics = score(write_rows(tmp_path / "engine.csv", rows), tmp_path / "out", *flags)
+    warning = "without a tokenizer, British and American spellings count as different words"
+    assert caplog.text.count(warning) == warned
+    assert metrics["wer"] == 50
+
+
 @pytest.fixture(scope="module")
 def compared(evaluated, tiny_teacher_v2, loaded, tmp_path_factory) -> list[Path]:
     """Results of two models on the same clips, of another engine, and of the second model on fewer clips."""
@@ -447,6 +458,17 @@ def test_evaluations_are_compared_in_a_table_and_as_json(compared, tmp_path, cap
         assert test["difference"] == pytest.approx(rates[1] - rates[0])
         assert test["low"] <= test["difference"] <= test["high"]
     assert str(compared[0]) not in (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_a_dry_run_of_a_comparison_prints_its_table_and_writes_nothing(compared, tmp_path, capsys):
+    output = tmp_path / "out"
+    flags = ["--compare", *map(str, compared), "--output_dir", str(output)]
+    assert evaluation.main([*flags, "--dry_run"]) == 0
+    assert not output.exists()
+    said = capsys.readouterr().out
+    assert evaluation.main(flags) == 0
+    assert said == capsys.readouterr().out
+    assert said.count("\n") == 6
 
 
 def test_the_page_of_a_comparison_has_a_row_per_clip_with_all_models_side_by_side(visit, compared, tmp_path):
@@ -506,4 +528,7 @@ def test_comparing_what_is_no_evaluation_or_an_old_one_is_a_clear_error(evaluate
     del metrics["scores"]
     (old / "metric.train.json").write_text(json.dumps(metrics))
     with pytest.raises(SystemExit, match=r"is of an earlier version: evaluate again with --output_dir"):
+        evaluation.main(["--compare", str(old)])
+    (old / "all_predictions.train.csv").unlink()
+    with pytest.raises(SystemExit, match=rf"all_predictions\.train\.csv is missing: .* --output_dir {old}$"):
         evaluation.main(["--compare", str(old)])
