@@ -142,6 +142,10 @@ def test_a_rule_of_the_model_that_the_step_does_not_know_is_left_to_generate(tin
     config.repetition_penalty = 1.5
     assert script.other_rules(config) == {"repetition_penalty"}
     assert "generation_config.json sets repetition_penalty: `generate` decodes" in caplog.text
+    config = GenerationConfig.from_pretrained(tiny_teacher)
+    config.eos_token_id = [config.eos_token_id, 0]
+    assert script.other_rules(config) == {"eos_token_id"}
+    assert "generation_config.json sets eos_token_id: `generate` decodes" in caplog.text
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -327,6 +331,29 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is_and_is_named(gpu, tiny_tea
     expected = stock_texts(model, tiny_teacher, waveforms[:6], **options)
     assert texts(greedy(model, tiny_teacher, 4, **options), waveforms[:6]) == expected
     assert caplog.text.count("cannot be a CUDA graph: CUDA error: operation not permitted") == 1
+
+
+def test_memory_that_runs_out_while_a_step_is_captured_halves_the_slots_and_changes_no_text(
+    gpu, tiny_teacher, waveforms, monkeypatch, caplog
+):
+    model = load(tiny_teacher)
+    options = {**JAPANESE, "return_timestamps": True}
+    expected = stock_texts(model, tiny_teacher, waveforms, **options)
+    decoder = greedy(model, tiny_teacher, 16, **options)
+    graph = torch.cuda.graph
+
+    @contextlib.contextmanager
+    def small_device(stand_in):
+        if decoder.batch_size > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        with graph(stand_in):
+            yield
+
+    monkeypatch.setattr(torch.cuda, "graph", small_device)
+    assert texts(decoder, waveforms) == expected
+    assert (decoder.batch_size, gpu) == (8, [8])
+    assert caplog.text.count("for the rest of the run") == 1
+    assert "cannot be a CUDA graph" not in caplog.text
 
 
 def test_memory_that_runs_out_halves_the_slots_and_changes_no_text(tiny_teacher, waveforms, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """run_pseudo_labelling.py: labels are the teacher's own, and nothing is lost."""
 
+import errno
 import io
 import json
 import logging
@@ -279,20 +280,28 @@ def test_without_a_language_the_teacher_hears_it(tiny_teacher, loaded, clips, tm
     assert_stock_labels(tiny_teacher, [clip["audio"] for clip in clips[:3]], labels(tmp_path), task="transcribe")
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_scores_are_those_of_whisper(tiny_teacher, loaded, clips, tmp_path, beams):
+@pytest.mark.parametrize(
+    ("arrangement", "no_speech_token", "beams"),
+    [
+        ("tiny_teacher", "<|nospeech|>", 1),
+        ("tiny_teacher", "<|nospeech|>", 3),
+        ("tiny_teacher_v2", "<|nocaptions|>", 1),
+    ],
+)
+def test_scores_are_those_of_whisper(request, loaded, clips, tmp_path, arrangement, no_speech_token, beams):
+    teacher = request.getfixturevalue(arrangement)
     flags = ("--scores", "--generation_num_beams", beams, "--max_samples", 4, "--max_label_length", 60)
-    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *flags)) == 0
-    model = WhisperForConditionalGeneration.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
-    extractor = WhisperFeatureExtractor.from_pretrained(tiny_teacher)
-    tokenizer = WhisperTokenizerFast.from_pretrained(tiny_teacher)
+    assert script.main(arguments(teacher, loaded, tmp_path, *flags)) == 0
+    model = WhisperForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32).eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(teacher)
+    tokenizer = WhisperTokenizerFast.from_pretrained(teacher)
     rules = model.generation_config
     for row, clip in zip(read(tmp_path), clips[:4], strict=True):
         label = torch.tensor([row["whisper_transcript"]])
         features = extractor(waveform(clip["audio"]), sampling_rate=16000, return_tensors="pt").input_features
         with torch.inference_mode():
             logits = model(features, decoder_input_ids=label[:, :-1]).logits[0]
-        no_speech = logits[0].softmax(-1)[tokenizer.convert_tokens_to_ids("<|nospeech|>")]
+        no_speech = logits[0].softmax(-1)[tokenizer.convert_tokens_to_ids(no_speech_token)]
         assert row["no_speech_prob"] == pytest.approx(no_speech.item(), abs=1e-4)
         logits = logits[3:].clone()  # those that give the tokens behind the prefix
         logits[:, rules.suppress_tokens] = -math.inf
@@ -403,6 +412,15 @@ def test_a_dataset_without_any_usable_audio_ends_with_an_error(tiny_teacher, tmp
     source = dataset_of([{"name": "a", "audio": b"x"}], tmp_path / "in")
     with pytest.raises(SystemExit, match="none of the 1 clips"):
         script.main(arguments(tiny_teacher, source, tmp_path / "out"))
+
+
+def test_a_dry_run_knows_no_time_where_none_of_the_first_clips_can_be_used(tiny_teacher, tmp_path, capsys):
+    source = dataset_of([{"name": "a", "audio": b"x"}, {"name": "b", "audio": b""}], tmp_path / "in")
+    assert script.main(arguments(tiny_teacher, source, tmp_path / "out", "--dry_run")) == 0
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert said["unusable"] == "2 clips, which are left out"
+    assert said["time"] == "unknown, as no clip of the first ones can be used"
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_split_gives_an_empty_shard(tiny_teacher, tmp_path):
@@ -821,6 +839,37 @@ def test_a_full_disk_costs_the_shard_in_flight(whole, tiny_teacher, loaded, tmp_
     assert files(tmp_path) == files(whole)
 
 
+def test_a_record_that_cannot_be_written_ends_the_run_in_one_line(tiny_teacher, loaded, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(script, "write_record", refuse)
+    with pytest.raises(SystemExit, match=f"cannot write to --output_dir {tmp_path}: .*Read-only file system") as error:
+        script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_shard_of_another_machine_that_does_not_appear_is_named_and_the_same_command_makes_it(
+    whole, tiny_teacher, loaded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script, "APPEAR_SECONDS", 0.1)
+    write_labels = script.write_labels
+
+    def write_elsewhere(teacher, split, features, shard, rows):
+        if shard != 2:
+            write_labels(teacher, split, features, shard, rows)
+
+    monkeypatch.setattr(script, "write_labels", write_elsewhere)
+    missing = tmp_path / "tiny" / "train-00002-of-00004.parquet"
+    with pytest.raises(SystemExit, match=f"{missing} has not appeared: do all machines see it.*Run the same command"):
+        script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE))
+    assert record(tmp_path)["status"] == "running"
+    monkeypatch.undo()
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path, *TWELVE)) == 0
+    assert files(tmp_path) == files(whole)
+
+
 def test_memory_that_runs_out_halves_the_batch(caplog):
     sizes = []
 
@@ -919,6 +968,12 @@ def test_a_token_that_cannot_write_is_found_before_any_work(tiny_teacher, tmp_pa
         script.main(
             arguments(tiny_teacher, "no_such_loader.py", tmp_path / "out", "--hub_model_id", "acme/label-token")
         )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_push_without_the_name_of_a_repository_is_refused_before_any_work(tiny_teacher, tmp_path):
+    with pytest.raises(SystemExit, match="--push_to_hub needs --hub_model_id, the dataset repository to push to"):
+        script.main(arguments(tiny_teacher, "no_such_loader.py", tmp_path / "out", "--push_to_hub"))
     assert not (tmp_path / "out").exists()
 
 
