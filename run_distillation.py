@@ -3806,8 +3806,6 @@ def rotate_checkpoints(training: Training) -> None:
 
 def read_entries(path: Path, last_step: float = math.inf) -> list[dict]:
     """The entries of a log up to a step, without damaged lines and a last line that is not complete."""
-    if not path.exists():
-        return []
     entries = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+import wandb
 from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -510,16 +511,23 @@ def test_a_frozen_encoder_is_the_teachers_unchanged_and_in_no_checkpoint(uninter
     assert all(value["exp_avg"].dtype == torch.float32 for value in optimizer["state"].values())
 
 
-def test_a_frozen_encoder_that_differs_from_the_teachers_runs_beside_it(run, student, tiny_teacher, tmp_path, caplog):
+@pytest.mark.parametrize("difference", ["weights", "layers"])
+def test_a_frozen_encoder_that_differs_from_the_teachers_runs_beside_it(run, student, tmp_path, caplog, difference):
     model = WhisperForConditionalGeneration.from_pretrained(student)
-    with torch.no_grad():
-        model.model.encoder.layer_norm.bias += 0.5
+    if difference == "weights":
+        with torch.no_grad():
+            model.model.encoder.layer_norm.bias += 0.5
+    else:
+        model.model.encoder.layers = model.model.encoder.layers[:1]
+        model.config.encoder_layers = 1
     shutil.copytree(student, tmp_path / "other", ignore=shutil.ignore_patterns("student.json"))
     model.save_pretrained(tmp_path / "other")
     output = run("differs", "--model_name_or_path", tmp_path / "other", "--max_steps", 1)
     assert "not the teacher's" in caplog.text
     trained, before = weights(output), load_file(tmp_path / "other" / "model.safetensors")
-    assert torch.equal(trained["model.encoder.layer_norm.bias"], before["model.encoder.layer_norm.bias"])
+    assert trained.keys() == before.keys()
+    encoder = [name for name in before if name.startswith("model.encoder.")]
+    assert encoder and all(torch.equal(trained[name], before[name]) for name in encoder)
     assert metrics(output)[0] != pytest.approx(metrics(run("same", "--max_steps", 1))[0])
 
 
@@ -833,12 +841,26 @@ def test_a_directory_is_pushed_to_the_repository_that_it_came_from(hub, tmp_path
     assert script.home_repository(downloaded) == "acme/came-from"
     assert script.home_repository(cloned) == "acme/of-the-clone"
     assert script.home_repository(tmp_path / "not--allowed" / "new") == "new"
+    hub.fault("/api/models/acme/came-from", status=400, message="the Hub is away")
+    with pytest.raises(SystemExit, match=r"looking for the repository acme/came-from failed: .*hf auth whoami"):
+        script.home_repository(downloaded)
 
 
 def test_an_output_directory_that_another_machine_does_not_see_is_refused(command, monkeypatch):
     monkeypatch.setattr(script, "write_json", lambda *_: None)  # as if the first machine had a disk of its own
     with pytest.raises(SystemExit, match="must be on a file system that all machines see"):
         script.main(command())
+
+
+def test_a_cache_that_another_machine_does_not_see_is_refused(command, tmp_path, monkeypatch):
+    hold_lock = script.hold_lock
+
+    def hold_elsewhere(lock, *given, **options):  # as if the first machine had a disk of its own
+        return contextlib.nullcontext() if "cache" in lock.parts else hold_lock(lock, *given, **options)
+
+    monkeypatch.setattr(script, "hold_lock", hold_elsewhere)
+    with pytest.raises(SystemExit, match=f"--cache_encoder_outputs {tmp_path}/cache must be on a file system that all"):
+        script.main(command("out", "--cache_encoder_outputs", tmp_path / "cache"))
 
 
 def test_processes_without_a_gpu_know_of_each_other_without_being_told(two_processes, uninterrupted):
@@ -1125,6 +1147,30 @@ def test_a_signal_saves_and_ends_with_its_status_and_the_same_command_goes_on(
     assert metrics(tmp_path / "out") == metrics(uninterrupted)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_and_the_same_command_goes_on_from_the_last_checkpoint(
+    command, run, uninterrupted, tmp_path, monkeypatch, number
+):
+    optimiser_step = script.optimiser_step
+    raised = []
+
+    def be_told_twice(training, batches):
+        if training.state.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            raised.append("one")
+            signal.raise_signal(number)
+            raised.append("two")
+        return optimiser_step(training, batches)
+
+    monkeypatch.setattr(script, "optimiser_step", be_told_twice)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(command())
+    assert (stopped.value.code, raised) == (128 + number, ["one"])
+    monkeypatch.undo()
+    assert checkpoint_names(tmp_path / "out") == ["checkpoint-2-epoch-0"]
+    assert_equal_weights(run(), uninterrupted)
+
+
 def test_a_handler_of_signals_formats_no_weights():
     """Python formats a handler to try whether it is one of its constants; a method brings its object, all of it."""
 
@@ -1152,6 +1198,21 @@ def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on_from_it(run, 
     assert "nothing is trained" in caplog.text
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     assert_equal_weights(run("out", "--num_train_epochs", 3), run("straight", "--num_train_epochs", 3))
+
+
+def test_more_epochs_of_a_run_without_its_checkpoints_start_afresh_only_with_leave(
+    run, command, uninterrupted, tmp_path
+):
+    output = shutil.copytree(uninterrupted, tmp_path / "out")
+    for _, checkpoint in script.list_checkpoints(output):
+        shutil.rmtree(checkpoint)
+    more = ("--num_train_epochs", 3)
+    with pytest.raises(SystemExit, match=r"holds later results \(.*model\.safetensors.*pass --overwrite_output_dir"):
+        script.main(command("out", *more))
+    assert_equal_weights(output, uninterrupted)
+    run("out", *more, "--overwrite_output_dir")
+    assert metrics(output, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert_equal_weights(output, run("fresh", *more))
 
 
 def test_other_settings_are_refused_by_name_until_overwriting_is_allowed(run, command, uninterrupted, tmp_path):
@@ -1315,6 +1376,12 @@ def test_a_dry_run_of_two_processes_tells_the_rates_of_one(plan, monkeypatch):
     said = plan("--gradient_accumulation_steps", 3)
     assert said["work"].endswith(" steps of 24 rows, 1 an epoch")
     assert said["rates"] == "a training process takes 6.0 rows/s, a process that loads gives 8.0"
+
+
+def test_a_dry_run_of_an_evaluation_says_what_is_held_out(plan, vectorized):
+    said = plan("--do_train", "False", "--eval_dataset_name", vectorized, "--eval_max_samples", 3)
+    assert said.keys() == {"input"}
+    assert said["input"].startswith(f"{vectorized}, ") and ", 3 rows, " in f", {said['input']}"
 
 
 def test_epochs_may_be_parts_and_steps_come_before_them(plan):
@@ -1520,6 +1587,19 @@ def test_without_training_the_student_and_the_teacher_are_evaluated_and_nothing_
     assert "held-out rows, teacher: CER" in caplog.text and "held-out rows, student: CER" in caplog.text
 
 
+@pytest.mark.parametrize("flags", [(), ("--do_train", "False")])
+def test_held_out_audio_that_is_lost_after_the_start_ends_the_run_in_one_line(
+    command, examples, tmp_path, monkeypatch, caplog, flags
+):
+    monkeypatch.setattr(script.Rows, "require_audio", lambda rows: None)  # it could be read then
+    broken = [{**example, "audio": {"bytes": b"not audio", "path": "broken.flac"}} for example in examples[:2]]
+    data = write_dataset(tmp_path / "broken", "default", "test", broken, AUDIO)
+    with pytest.raises(SystemExit, match=f"no held-out clip of {data} can be read: the warnings above") as error:
+        script.main(command("out", "--eval_dataset_name", data, "--max_label_length", 60, *flags))
+    assert "\n" not in str(error.value)
+    assert caplog.text.count("unreadable audio, left out of the loss") == 2
+
+
 class Tracker:
     """A tracker that takes tables."""
 
@@ -1557,6 +1637,31 @@ def test_what_the_student_says_of_a_few_held_out_rows_is_written_down_and_shown_
     assert len(tracker.tables) == 3
     script.clean_output(script.Start(script.TrainingState(step=1)), output)
     assert script.read_entries(output / "held_out_predictions.jsonl") == entries[:2]
+
+
+@pytest.mark.parametrize(
+    ("method", "warning", "warnings"),
+    [("log", "the tracker does not work any more and is left out", 1), ("log_table", "the tracker takes no table", 3)],
+)
+def test_a_tracker_that_fails_during_a_training_stops_nothing(
+    run, vectorized, monkeypatch, caplog, method, warning, warnings
+):
+    tracker = Tracker()
+    logged = []
+    tracker.log = lambda values, step, **options: logged.append(values)
+
+    def refuse(*given, **options) -> None:
+        logged.append("refused")
+        raise ValueError("the server is away\nmore")
+
+    setattr(tracker, method, refuse)
+    monkeypatch.setattr(script, "start_tracker", lambda accelerator, *_: accelerator.trackers.append(tracker))
+    held_out = ("--eval_dataset_name", vectorized, "--eval_steps", 1, "--eval_max_samples", 1, "--max_label_length", 60)
+    output = run("out", *held_out, "--max_steps", 2)
+    assert caplog.text.count(f"{warning}: the server is away\n") == logged.count("refused") == warnings
+    assert len(metrics(output)) == 2 and len(metrics(output, "eval_loss")) == 3
+    figures = [entry for entry in logged if entry != "refused"]
+    assert bool(figures) == (method == "log_table")
 
 
 @pytest.mark.parametrize(("figure", "best"), [("loss", 1), ("wer", 2), ("cer", 3)])
@@ -1687,6 +1792,23 @@ def test_a_tracker_without_login_goes_offline_with_one_warning(run, tmp_path, mo
     monkeypatch.undo()
     assert caplog.text.count("no login") == 1
     assert list((output / "wandb").glob("offline-run-*")) and len(metrics(output)) == 2
+
+
+def test_a_tracker_is_online_with_a_login_and_offline_where_it_refuses_one(monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_MODE")
+    asked = []
+    monkeypatch.setattr(wandb, "login", lambda **options: asked.append(options) or True)
+    assert script.wandb_mode("out") == "online"
+    assert asked == [{"prompt": False, "timeout": 20}]  # it must not wait for an answer
+    assert not caplog.text
+
+    def refuse(**options):
+        raise wandb.errors.AuthenticationError("the key is not valid\nmore")
+
+    monkeypatch.setattr(wandb, "login", refuse)
+    assert script.wandb_mode("out") == "offline"
+    assert "wandb: the key is not valid\n" in caplog.text
+    assert caplog.text.count("wandb has no login (`wandb login`): its files stay in out/wandb") == 1
 
 
 def test_tensorboard_gets_the_figures_and_a_tracker_that_is_not_installed_one_warning(run, caplog):
