@@ -59,7 +59,12 @@ import soundfile
 import yaml
 from datasets.data_files import sanitize_patterns
 from huggingface_hub import HfApi, RepoCard, set_client_factory
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import httpx
 from huggingface_hub.utils._http import default_client_factory
 from tqdm import tqdm
@@ -476,7 +481,7 @@ def download_card(repository: str, repo_type: str, revision: str | None = None) 
     """The card of a repository on the Hub, None where there is none."""
     try:
         path = HfApi().hf_hub_download(repository, "README.md", repo_type=repo_type, revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):  # not where the Hub did not answer
         return None
     return read_card(Path(path), repository)
 

@@ -88,7 +88,12 @@ from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList, re
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from huggingface_hub import HfApi, HfFileSystem, RepoCard, set_client_factory, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import httpx
 from huggingface_hub.utils._http import default_client_factory
 from matplotlib.figure import Figure
@@ -643,7 +648,7 @@ def download_card(repository: str, repo_type: str, revision: str | None = None) 
     """The card of a repository on the Hub, None where there is none."""
     try:
         path = HfApi().hf_hub_download(repository, "README.md", repo_type=repo_type, revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):  # not where the Hub did not answer
         return None
     return read_card(Path(path), repository)
 

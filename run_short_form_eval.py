@@ -98,7 +98,7 @@ from huggingface_hub import (
     metadata_update,
     set_client_factory,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import httpx, yaml_dump
 from huggingface_hub.utils._http import default_client_factory
@@ -4297,7 +4297,7 @@ def check_card(model: str) -> None:
     try:
         HfApi().auth_check(model, repo_type="model", write=True)
         ModelCard.load(model)
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         pass  # it will be made
     except HUB_ERRORS as error:
         hub_fail(f"reading the card of {model}", error)
@@ -4355,6 +4355,9 @@ def publish_rates(metrics: dict) -> None:
                 commit_message="Add an evaluation result",
             )
         head = HfApi().model_info(model).sha
+        with contextlib.suppress(RemoteEntryNotFoundError):  # it will be made
+            # Fails where the Hub does not answer. `metadata_update` would take an old card then, or make one.
+            HfApi().hf_hub_download(model, "README.md", force_download=True)
         metadata_update(model, index, overwrite=True, parent_commit=head)  # fails if another push came in between
 
     try:

@@ -89,6 +89,21 @@ LEGAL = {
 }
 
 
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_card_that_the_hub_does_not_give_just_now_is_not_replaced(hub, tiny_teacher, tmp_path, skip):
+    """Neither before the work nor behind it, where the card has changed since it was looked at."""
+    repository = f"acme/cards-withheld-{skip}"
+    write_by_hand(repository)
+    fault = hub.fault(rf"{repository}/resolve/.*README", method="HEAD", times=-1, skip=skip, status=403)
+    with pytest.raises(SystemExit) as error:
+        stages.initialise(tiny_teacher, tmp_path / "init", "--push_to_hub", "--hub_model_id", repository)
+    assert fault.hits
+    assert repository in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "init").exists() == bool(skip)
+    hub.faults.clear()
+    assert pushed_card(repository).text == RepoCard(MINE).text
+
+
 @pytest.mark.parametrize("form", LEGAL.values(), ids=LEGAL)
 @pytest.mark.parametrize("config", ["other", "tiny"])
 def test_every_legal_form_of_configs_still_finds_its_files(form, config, loaded, tmp_path):

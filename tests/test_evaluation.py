@@ -1025,6 +1025,22 @@ def test_a_card_leaves_out_the_scorers_that_find_no_reference(tmp_path):
     assert [(result.metric_name, result.metric_value) for result in results] == [("CER (reazon)", 100.0)]
 
 
+def test_a_card_that_the_hub_does_not_give_just_now_keeps_its_text_and_gets_the_rates_later(hub, evaluated):
+    metrics = json.loads((evaluated / "metric.train.json").read_text()) | {"model": "acme/eval-withheld"}
+    HfApi().create_repo("acme/eval-withheld")
+    for text in (b"first", b"second"):  # the first of which is in the cache when the second cannot be had
+        HfApi().upload_file(path_or_fileobj=text, path_in_repo="README.md", repo_id="acme/eval-withheld")
+        hub.fault("acme/eval-withheld/resolve/.*README", method="HEAD", times=-1, status=403)
+        with pytest.raises(SystemExit, match="the results are written, but not on the card of acme/eval-withheld"):
+            evaluation.publish_rates(metrics)
+        hub.faults.clear()
+        assert Path(hf_hub_download("acme/eval-withheld", "README.md")).read_bytes() == text
+    evaluation.publish_rates(metrics)
+    card = ModelCard.load("acme/eval-withheld")
+    assert card.text.strip() == "second"
+    assert len(card.data.eval_results) == len(metrics["scores"])
+
+
 def test_the_rate_of_a_leaderboard_is_the_headline_also_where_it_counts_words():
     scorers = [evaluation.Scorer("whisper", "words", evaluation.scoring_rule("whisper", "en", None))]
     metrics, _ = score(["the cat sat"], ["the cat sits"], scorers)

@@ -857,6 +857,27 @@ def test_a_student_of_other_settings_on_the_hub_is_replaced_only_when_asked(hub,
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("README.md", "reading the cards of {directory} and {repository} failed"),
+        (script.RECORD, "reading {repository} failed"),
+    ],
+)
+def test_a_repository_that_the_hub_does_not_give_is_one_clear_line_before_the_work(
+    hub, tiny_teacher, tmp_path, capsys, name, said
+):
+    repository = f"acme/withheld-{name.partition('.')[0]}".lower()
+    HfApi().create_repo(repository)
+    for file in ("README.md", script.RECORD):
+        HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=file, repo_id=repository)
+    hub.fault(rf"{repository}/resolve/.*{name}", times=-1, status=403)
+    flags = ["--teacher_checkpoint", tiny_teacher, "--push_to_hub", "--hub_model_id", repository]
+    message = refused(capsys, *flags, "--save_dir", tmp_path / "init")
+    assert said.format(directory=tmp_path / "init", repository=repository) in message
+    assert not (tmp_path / "init").exists()
+
+
 def test_without_push_to_hub_nothing_is_sent(hub, tiny_teacher, tmp_path):
     create(tiny_teacher, tmp_path / "init", "--hub_model_id", "acme/never")
     create(tiny_teacher, tmp_path / "other", "--hub_model_id", "acme/never", "--push_to_hub", "False")
@@ -898,6 +919,13 @@ def test_a_directory_without_a_whisper_is_one_clear_line(tiny_teacher, tmp_path,
     assert not (tmp_path / "init").exists()
 
 
+def test_a_file_in_place_of_the_student_s_directory_is_one_clear_line(tiny_teacher, tmp_path, capsys):
+    (tmp_path / "init").write_text("mine")
+    message = refused(capsys, "--teacher_checkpoint", tiny_teacher, "--save_dir", tmp_path / "init")
+    assert message.endswith(f"error: --save_dir {tmp_path / 'init'} is not a directory")
+    assert (tmp_path / "init").read_text() == "mine"
+
+
 def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny_teacher, student, tmp_path, capsys):
     size = (student / "model.safetensors").stat().st_size / 1e9
     before = snapshot(student)
@@ -922,7 +950,7 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny_teacher, s
     assert not HfApi().repo_exists("acme/plan-student")
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors", script.RECORD])
 def test_a_file_that_cannot_be_read_just_now_is_named_and_nothing_is_made_again(tiny_teacher, tmp_path, name):
     student = tmp_path / "init"
     flags = ["--teacher_checkpoint", tiny_teacher, "--save_dir", student]
