@@ -2964,9 +2964,10 @@ def write_shards(job: Job, kind: str, shards: list[int], max_workers: int, show_
     workers = min(max_workers, len(shards))
     progress = ProgressBar(total=len(shards), desc=kind, unit="shard", disable=not show_progress)
     if workers == 1:
-        for shard in shards:
-            SHARD_WRITERS[kind](job, shard)
-            progress.update()
+        with progress:
+            for shard in shards:
+                SHARD_WRITERS[kind](job, shard)
+                progress.update()
         return
     # Workers are forked from a server that has imported the libraries and has no threads. Forked from this process,
     # which has threads, they would deadlock in the extractor; spawned, each would import everything.
@@ -2987,6 +2988,7 @@ def write_shards(job: Job, kind: str, shards: list[int], max_workers: int, show_
         fail(f"a worker was killed, perhaps because memory ran out: lower --preprocessing_num_workers. {CONTINUE}")
     finally:
         pool.shutdown(cancel_futures=True)  # returns once the shards in progress are done
+        progress.close()  # so that an error is the last line
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

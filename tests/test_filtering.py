@@ -1,5 +1,6 @@
 """run_data_filtering.py: what it keeps, the labels and features it stores, and that nothing is lost on the way."""
 
+import errno
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -623,6 +625,33 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_bytes_of_one_that_was_no
             )  # which is decoded for everybody who loads it
 
 
+def test_a_killed_worker_ends_the_run_in_a_line_and_the_same_command_goes_on(source, filtered, arguments, tmp_path):
+    given = arguments(source, *SAME, output=tmp_path)
+    process = subprocess.Popen([sys.executable, SCRIPT, *given], stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(tmp_path.rglob("train-*.parquet")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        children = psutil.Process(process.pid).children(recursive=True)
+        workers = [child for child in children if child.ppid() != process.pid]  # of the server that forks them
+        assert len(workers) == 2
+        workers[0].send_signal(signal.SIGKILL)  # as the kernel does when memory is short
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    line = errors.splitlines()[-1]
+    assert re.search(r"error: a worker was killed.*lower --preprocessing_num_workers\. Run the same command", line)
+    assert record(tmp_path / NAMES[0])["status"] == "running"
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("train-*.parquet")}
+    assert 0 < len(kept) < 16
+    assert script.main(given) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
 def test_the_same_command_again_writes_no_data(source, filtered, run, tmp_path):
     shutil.copytree(filtered, tmp_path / "again")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.parquet")}
@@ -700,6 +729,30 @@ def test_a_damaged_shard_is_made_again(source, filtered, run, tmp_path, name):
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
     assert {path for path in after if after[path] != before[path]} == {damaged}
     assert contents(*(tmp_path / name for name in NAMES)) == contents(*(filtered / name for name in NAMES))
+
+
+@pytest.mark.parametrize("reader", ["read_metadata", "ParquetFile"])
+def test_a_shard_that_cannot_be_read_just_now_is_named_and_not_made_again(
+    source, filtered, run, tmp_path, monkeypatch, reader
+):
+    shutil.copytree(filtered, tmp_path, dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    unreadable = tmp_path / NAMES[1] / "tiny" / "train-00003-of-00008.parquet"
+    read = getattr(pq, reader)
+
+    def fail_to_read(path, **options):
+        if path == unreadable:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, **options)
+
+    monkeypatch.setattr(pq, reader, fail_to_read)
+    with pytest.raises(SystemExit) as error:
+        run(source, *SAME, output=tmp_path)
+    assert re.search(rf"error: cannot read {unreadable}: .*Input/output error\. Run the same command", str(error.value))
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert run(source, *SAME, output=tmp_path) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def flip(path: Path) -> None:
@@ -976,6 +1029,16 @@ def test_vectorising_takes_the_filtered_dataset_from_the_hub(hub, source, filter
     expected = {name.replace("speech", "apart"): value for name, value in contents(filtered / NAMES[1]).items()}
     assert contents(tmp_path / "two" / "apart.cer_10.0.vectorized") == expected
     assert len(load_dataset("acme/apart.cer_10.0.vectorized", "tiny", split="train")) == len(read(filtered / NAMES[0]))
+
+
+def test_a_filtered_dataset_that_the_hub_does_not_give_is_one_line_and_nothing_is_made(hub, source, run, tmp_path):
+    push("acme/withheld", source)
+    assert run("acme/withheld", *SAME, "--skip_logmel", output=tmp_path / "one") == 0
+    hub.fault(r"acme/withheld\.cer_10\.0/(resolve|xet-read-token)", times=-1, status=403)
+    with pytest.raises(SystemExit, match=r"error: downloading acme/withheld\.cer_10\.0 failed: ") as error:
+        run("acme/withheld", *SAME, "--skip_filtering", output=tmp_path / "two")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "two").rglob("*.parquet"))
 
 
 # ---- dry run ---------------------------------------------------------------------------------------------------------
