@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -215,6 +216,17 @@ def test_what_can_not_be_used_is_left_out_counted_and_named(data_dir, tmp_path, 
     assert "no audio" not in left_out
     kept = "2 clips that are no audio (000/aaaaaaaaaaaa.flac, 000/bbbbbbbbbbbb.flac)"
     assert f"not decodable, but kept: {kept}\n" in output
+
+
+def test_directories_in_a_tar_are_nothing_that_is_left_out(data_dir, tmp_path, caplog):
+    write_download(data_dir / "tiny", "tiny", {0: []}, ["000/a.flac\tあ"])
+    with tarfile.open(data_dir / "tiny" / "tiny.000.tar", "w") as tar:
+        for name, kind, content in (("./000", tarfile.DIRTYPE, b""), ("./000/a.flac", tarfile.REGTYPE, b"x")):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert rows(load("tiny", tmp_path)) == [("000/a.flac", b"x", "あ")]
+    assert "left out" not in caplog.text
 
 
 def test_an_empty_transcription_stays_a_row(data_dir, tmp_path):
@@ -624,6 +636,33 @@ def test_a_dry_run_tells_what_a_run_would_do_and_changes_nothing(tiny, clips, tm
     output = capsys.readouterr().out
     assert "done: 1 of 1 shards\nleft: 0 tars" in output
     assert "pushes: nothing" in output
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--dry_run"], "cannot write a sample: .*File too large; set TMPDIR to a directory with 1 GB of free space"),
+        ([], "cannot write the dataset: .*File too large; complete shards are kept. Run the same command again"),
+    ],
+)
+def test_a_full_disk_ends_the_run_in_a_line_and_the_same_command_goes_on(small, tmp_path, more, said):
+    flags = ["-t", "small", "--output_dir", str(tmp_path / "out"), "--preprocessing_num_workers", "1"]
+    assert loader.main(flags) == 0
+    whole = digests(tmp_path / "out" / "small")
+    paths = sorted((tmp_path / "out" / "small").glob("*.parquet"))[:2]
+    paths[1].unlink()
+    kept = paths[0].stat().st_mtime_ns
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, limits[1]))  # bytes that a file may have
+    try:
+        with pytest.raises(SystemExit, match=said) as error:
+            loader.main([*flags, *more])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert paths[0].stat().st_mtime_ns == kept
+    assert loader.main(flags) == 0
+    assert digests(tmp_path / "out" / "small") == whole
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,22 @@ def test_float32_is_float32_for_convolutions_too(script):
 
 
 @pytest.mark.parametrize("script", DECODING)
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32_unless_told(
+    script, capability, dtype, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or capability >= (8, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert script.choose_dtype(None, torch.device("cuda")) == dtype
+    assert f"--dtype is not set: {dtype}, which this cuda computes natively" in caplog.text
+    assert script.choose_dtype("bfloat16", torch.device("cuda")) == "bfloat16"
+
+
+@pytest.mark.parametrize("script", DECODING)
 @pytest.mark.parametrize(
     ("dtype", "device", "package", "kernel", "taken", "said"),
     [

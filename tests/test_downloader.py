@@ -4,6 +4,7 @@ import contextlib
 import email.utils
 import io
 import itertools
+import logging
 import os
 import random
 import re
@@ -208,6 +209,7 @@ PASSING_FAULTS = {
     "a length that is too long": [{"wrong_length": 5_000_000}],
     "a length that is too long, always": [{"wrong_length": 5_000_000, "times": -1, "method": "GET|HEAD"}],
     "no length": [{"no_length": True}],
+    "no length, and the connection lost": [{"no_length": True, "cut_after": 300_000}],
     "no length, anywhere": [{"no_length": True, "method": "GET|HEAD", "times": -1}],
     "a damaged header": [{"corrupt_at": 150}],
     "a damaged end": [{"corrupt_at": -1}],
@@ -296,6 +298,21 @@ def test_a_server_that_ignores_if_range_can_not_stitch_either(download, mirror, 
     assert [request.status for request in mirror.requests("000.tar")] == [200, 206, 200]
 
 
+def test_more_bytes_than_the_file_has_by_now_are_thrown_away(download, mirror, data_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    mirror.root = write_world(tmp_path / "shrinking", {0: 100}, 5000)
+    tar = mirror.root / "data" / "000.tar"
+    mirror.fault("000.tar", cut_after=300_000)
+    assert download("--retries", "0") == 1
+    write_tar(tar, {"000/new.flac": bytes(random.Random(1).randbytes(100_000))})
+    size = tar.stat().st_size
+    mirror.fault("000.tar", ignore_if_range=True, times=-1)
+    assert download() == 0
+    assert [request.status for request in mirror.requests("000.tar")] == [200, 416, 200]
+    assert f"300,000 bytes were received, but the server states a length of {size}" in caplog.text
+    assert same(data_dir / "tiny" / "tiny.000.tar", tar)
+
+
 def test_the_wait_that_a_server_asks_for_is_kept(download, mirror):
     mirror.fault("000.tar", status=503, headers={"Retry-After": "2"})
     started = time.monotonic()
@@ -329,6 +346,11 @@ LASTING_FAULTS = {
     "damaged further on": ({"corrupt_at": 512 + 5120 + 150}, "damaged: no tar header at byte 5,632", 2),
     "cut short": ({"wrong_length": 102_400, "method": "GET|HEAD"}, "damaged: cut short after 102,400 bytes", 2),
     "lost again and again": ({"cut_after": 10_000, "ignore_range": True}, "10000 bytes read", 3),
+    "lost without a length": (
+        {"cut_after": 10_000, "ignore_range": True, "no_length": True},
+        "connection lost at 10,000 of 1,",
+        3,
+    ),
     "silent": ({"stall": 30}, "timed out (gave up after 3 attempts)", 3),
     "a trickle": ({"rate": 300}, "only", 3),
     "compressed": ({"headers": {"Content-Encoding": "gzip"}}, "encoding that was not requested", 1),
@@ -556,6 +578,21 @@ def test_a_signal_ends_it_while_everything_hangs_and_every_part_is_resumable(mir
     assert {request.range for request in mirror.requests("tar")} == {"bytes=10000-"}
     for index in range(12):
         assert same(data_dir / "small" / f"small.{index:03x}.tar", world / "data" / f"{index:03x}.tar")
+
+
+def test_a_run_that_is_stopped_makes_no_further_attempt(data_dir):
+    run = downloader.Run(downloader.parse_args(["--data_dir", str(data_dir), "--backoff", "60"]))
+    attempts = []
+
+    def lose_connection(file, run) -> None:
+        attempts.append(file)
+        run.stopped.set()
+        raise downloader.TryAgainError("connection lost")
+
+    file = downloader.CorpusFile("http://127.0.0.1/000.tar", data_dir / "000.tar")
+    with pytest.raises(downloader.GiveUpError, match="stopped"):
+        downloader.retry(lose_connection, file, run)
+    assert attempts == [file]
 
 
 def test_two_runs_at_once_fetch_every_file_once(mirror, data_dir, world):

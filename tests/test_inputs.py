@@ -546,6 +546,49 @@ def test_paths_in_parquet_are_relative_to_the_dataset(tiny_teacher, tmp_path):
     assert [row["audio"]["bytes"] for row in read_rows(tmp_path / "paths.wer_1000000000.0")] == [*map(clip, range(6))]
 
 
+BUILDER = """
+import datasets
+
+
+class Speech(datasets.GeneratorBasedBuilder):
+    def _info(self):
+        features = datasets.Features(audio=datasets.Audio(), transcription=datasets.Value("string"))
+        return datasets.DatasetInfo(features=features)
+
+    def _split_generators(self, dl_manager):
+        return [datasets.SplitGenerator("train")]
+
+    def _generate_examples(self):
+        for number, text in enumerate(TEXTS):
+            with open(f"CLIPS/clip{number}.flac", "rb") as file:
+                yield number, {"audio": file.read(), "transcription": text}
+"""
+
+
+def test_a_builder_may_give_its_audio_as_plain_bytes(tmp_path):
+    code = BUILDER.replace("TEXTS", repr(TEXTS)).replace("CLIPS", str(write_clips(tmp_path / "clips")))
+    assert opened(write(tmp_path / "speech_in_bytes.py", code)) == WHOLE
+
+
+def test_a_python_file_without_a_builder_is_one_line(tmp_path):
+    path = write(tmp_path / "no_builder.py", "TEXTS = []\n")
+    assert refusal(opened, path).endswith(f"--dataset_name {path} must define a datasets.DatasetBuilder")
+
+
+def test_a_column_of_nothing_is_a_column_of_texts_that_are_missing(tmp_path, caplog):
+    write_parquet(tmp_path / "data" / "train.parquet", audio=pa.array(embedded()), transcription=pa.nulls(len(TEXTS)))
+    assert opened(tmp_path / "data") == [(None, *heard) for _, *heard in WHOLE]
+    assert f"6 of 6 rows of {tmp_path / 'data'} have no transcription" in caplog.text
+
+
+def test_a_directory_whose_name_is_a_pattern_to_datasets_is_to_be_renamed(tmp_path):
+    root = write_clips(tmp_path / "take [1]")
+    write_csv(root / "metadata.csv", [("file_name", "transcription"), *zip(NAMES, TEXTS, strict=True)])
+    line = refusal(opened, root)
+    assert f"cannot load the default configuration, train of {root}: " in line
+    assert line.endswith("`datasets` takes the characters *, ? and [ of its path for a pattern: rename the directory")
+
+
 def test_two_exports_make_up_a_split(tmp_path):
     for part in ("a", "b"):
         write_parquet(tmp_path / part / "train-00000-of-00001.parquet", audio=embedded(), transcription=TEXTS)
@@ -787,6 +830,20 @@ def test_a_manifest_that_cannot_be_read_is_one_line(content, said, tmp_path):
     assert said in refusal(opened, table)
 
 
+@pytest.mark.parametrize("content", ["", "\n", ",,\n"])
+def test_a_table_of_no_cells_is_one_line(content, tmp_path):
+    table = write(tmp_path / "list.csv", content)
+    assert refusal(opened, table).endswith(f"{table} is empty")
+
+
+def test_a_table_may_name_clips_by_their_urls(tmp_path):
+    write_clips(tmp_path / "elsewhere")
+    rows = [(f"file://{tmp_path}/elsewhere/{name}", text) for name, text in zip(NAMES, TEXTS, strict=True)]
+    rows.append((f"file://{tmp_path}/gone.flac", "x"))
+    table = write_csv(tmp_path / "list.csv", [("path", "transcription"), *rows])
+    assert opened(table) == [*WHOLE, ("x", 0.0, f"file not found: file://{tmp_path}/gone.flac")]
+
+
 def test_a_directory_whose_table_is_not_metadata_tells_to_name_the_table(tiny_teacher, tmp_path):
     write_clips(tmp_path / "data" / "wavs")
     write(tmp_path / "data" / "list.csv", "audio,transcription\n")
@@ -1004,6 +1061,13 @@ def test_audio_that_soundfile_cannot_read_tells_how_to_convert_it():
     assert "ffmpeg -i FILE -ar 16000 FILE.flac" in problem
 
 
+@pytest.mark.parametrize("rate", [1_000, 1_000_000])
+def test_the_lowest_and_the_highest_sampling_rate_are_heard_and_none_beyond(rate):
+    assert decode_clip(encoded(noise(0.1, rate), rate, format="WAV")).seconds == 0.1
+    beyond = rate - 1 if rate == 1_000 else rate + 1
+    assert decode_clip(encoded(noise(0.1, beyond), beyond, format="WAV")).problem == f"a sampling rate of {beyond} Hz"
+
+
 def make_zoo(root: Path, teacher: Path) -> tuple[Path, dict[str, str]]:
     """An audio folder of odd files with labels, and the problem of each file that cannot be used."""
     spoiled = noise(1)
@@ -1023,6 +1087,7 @@ def make_zoo(root: Path, teacher: Path) -> tuple[Path, dict[str, str]]:
         "text.wav": (b"not audio at all", "undecodable audio: Format not recognised"),
         "infinite.wav": (encoded(spoiled, format="WAV", subtype="FLOAT"), "samples that are not finite numbers"),
         "silent.wav": (encoded(noise(0), format="WAV"), "zero length"),
+        "slow.wav": (encoded(noise(1, 999), 999, format="WAV"), "a sampling rate of 999 Hz"),
         "empty.wav": (b"", "no audio"),
     }
     for name, content in [*files.items(), *((name, content) for name, (content, _) in problems.items())]:

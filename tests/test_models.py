@@ -121,6 +121,19 @@ def complaint(stage, model: Path, world: World, tmp_path: Path, capsys) -> str:
 # ---- what is refused ----
 
 
+@pytest.mark.parametrize("stage", ALL)
+def test_a_model_of_another_kind_is_refused(stage, model, world, tmp_path, capsys):
+    edit(model / "config.json", lambda config: config.update(model_type="wav2vec2"))
+    assert "model is a wav2vec2 model, not a Whisper" in complaint(stage, model, world, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("stage", LOADING_WEIGHTS)
+def test_a_damaged_generation_config_is_named(stage, model, world, tmp_path, capsys):
+    (model / "generation_config.json").write_text('{"max_length": 448')
+    line = complaint(stage, model, world, tmp_path, capsys)
+    assert f"cannot load the generation config of {model}: JSON was expected, not '{{" in line
+
+
 @pytest.mark.parametrize("stage", LOADING_TOKENIZER)
 def test_a_model_without_tokenizer_files_is_refused(stage, model, world, tmp_path, capsys):
     for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
