@@ -1250,6 +1250,8 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     if not directory:
         return datasets.load_dataset_builder(reference, config)
     location = str(directory.resolve())
+    if glob.has_magic(location):  # which would read the files of other directories, too
+        fail(f"`datasets` takes the characters *, ? and [ of a path for a pattern: rename the directory {location}")
     name_linked_directories(location)
     has_card = (directory / "README.md").exists()  # which may say what to read
     try:
@@ -1929,8 +1931,6 @@ def open_dataset(
         dataset = find_audio(dataset, audio_column)
     except (Unreadable, *LOADING_ERRORS) as error:
         hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
-        if glob.has_magic(reference):
-            hint = ". `datasets` takes the characters *, ? and [ of its path for a pattern: rename the directory"
         cause = first_line(error.__cause__ or error)
         fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
     return convert_texts(reference, dataset, text_column), place

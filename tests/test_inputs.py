@@ -581,12 +581,15 @@ def test_a_column_of_nothing_is_a_column_of_texts_that_are_missing(tmp_path, cap
     assert f"6 of 6 rows of {tmp_path / 'data'} have no transcription" in caplog.text
 
 
-def test_a_directory_whose_name_is_a_pattern_to_datasets_is_to_be_renamed(tmp_path):
-    root = write_clips(tmp_path / "take [1]")
-    write_csv(root / "metadata.csv", [("file_name", "transcription"), *zip(NAMES, TEXTS, strict=True)])
-    line = refusal(opened, root)
-    assert f"cannot load the default configuration, train of {root}: " in line
-    assert line.endswith("`datasets` takes the characters *, ? and [ of its path for a pattern: rename the directory")
+@pytest.mark.parametrize("name", ["take [1]", "take*", "tak? 1"])
+def test_a_directory_whose_name_is_a_pattern_to_datasets_is_to_be_renamed(name, tmp_path, monkeypatch):
+    for root in (tmp_path / name, tmp_path / "take 1"):  # the second of which fits the pattern
+        write_csv(write_clips(root) / "metadata.csv", [("file_name", "transcription"), *zip(NAMES, TEXTS, strict=True)])
+    said = f"`datasets` takes the characters *, ? and [ of a path for a pattern: rename the directory {tmp_path / name}"
+    assert refusal(opened, tmp_path / name).endswith(said)
+    monkeypatch.chdir(tmp_path / name)
+    assert refusal(opened, Path(".")).endswith(said)
+    assert opened(tmp_path / "take 1") == WHOLE
 
 
 def test_two_exports_make_up_a_split(tmp_path):
