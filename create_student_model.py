@@ -67,8 +67,6 @@ from transformers import (
     WhisperProcessor,
     WhisperTokenizerFast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.whisper.modeling_whisper import WhisperAttention, eager_attention_forward
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 from transformers.utils import cached_file, find_adapter_config_file
 
@@ -719,37 +717,6 @@ def load_generation_config(
     return GenerationConfig(**values)
 
 
-class UncopiedAttention(WhisperAttention):
-    """Attention to views of the projected queries, keys and values.
-
-    WhisperAttention copies all three into another layout and its output back, which is a seventh of the encoder's time
-    on an H100. The results are the same, with sdpa to the bit.
-    """
-
-    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **options):
-        if past_key_values is not None:  # `generate` keeps the copies
-            return super().forward(hidden_states, key_value_states, past_key_values, attention_mask, **options)
-        source = hidden_states if key_value_states is None else key_value_states
-        heads = []
-        for projected in (self.q_proj(hidden_states) * self.scaling, self.k_proj(source), self.v_proj(source)):
-            heads.append(projected.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.dropout if self.training else 0.0
-        mixed, weights = attend(self, *heads, attention_mask, dropout=dropout, scaling=1.0, **options)
-        return self.out_proj(mixed.flatten(2)), weights
-
-
-def spare_copies(model: WhisperForConditionalGeneration) -> WhisperForConditionalGeneration:
-    """Let a model compute the same with fewer copies of its states, which cost a third of a GPU's time."""
-    # The encoder transposes the output of its convolutions by strides alone. Without this copy, every layer would work
-    # on that layout.
-    model.model.encoder.layers[0].register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    for module in model.modules():
-        if isinstance(module, WhisperAttention):
-            module.__class__ = UncopiedAttention
-    return model
-
-
 def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
     """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
     model, report = load_pretrained(
@@ -769,7 +736,7 @@ def load_whisper(reference: str, generation_config: GenerationConfig, **options)
         if names:
             fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
     model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
-    return spare_copies(model)
+    return model
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

@@ -995,6 +995,31 @@ def load_generation_config(
     return GenerationConfig(**values)
 
 
+def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
+    """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
+    model, report = load_pretrained(
+        WhisperForConditionalGeneration,
+        reference,
+        generation_config=generation_config,  # otherwise the one that is stored is loaded, which may be refused
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
+        **options,
+    )
+    problems = {
+        "lack": report["missing_keys"],
+        "have another shape of": {name for name, *_ in report["mismatched_keys"]},
+        "have, and config.json does not know,": report["unexpected_keys"],
+    }
+    for problem, names in problems.items():
+        if names:
+            fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
+    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
+    return model
+
+
+# ---- common: attention -----------------------------------------------------------------------------------------------
+
+
 class UncopiedAttention(WhisperAttention):
     """Attention to views of the projected queries, keys and values.
 
@@ -1024,28 +1049,6 @@ def spare_copies(model: WhisperForConditionalGeneration) -> WhisperForConditiona
         if isinstance(module, WhisperAttention):
             module.__class__ = UncopiedAttention
     return model
-
-
-def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
-    """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
-    model, report = load_pretrained(
-        WhisperForConditionalGeneration,
-        reference,
-        generation_config=generation_config,  # otherwise the one that is stored is loaded, which may be refused
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
-        **options,
-    )
-    problems = {
-        "lack": report["missing_keys"],
-        "have another shape of": {name for name, *_ in report["mismatched_keys"]},
-        "have, and config.json does not know,": report["unexpected_keys"],
-    }
-    for problem, names in problems.items():
-        if names:
-            fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
-    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
-    return spare_copies(model)
 
 
 # ---- common: languages -----------------------------------------------------------------------------------------------
@@ -2992,7 +2995,7 @@ def load_model(
     if args.dry_run:
         with device:
             return spare_copies(AutoModelForSpeechSeq2Seq.from_config(config, **options))
-    return load_whisper(reference, load_generation_config(reference, config, vocabulary), **options)
+    return spare_copies(load_whisper(reference, load_generation_config(reference, config, vocabulary), **options))
 
 
 def load_teacher_model(

@@ -917,6 +917,31 @@ def load_generation_config(
     return GenerationConfig(**values)
 
 
+def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
+    """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
+    model, report = load_pretrained(
+        WhisperForConditionalGeneration,
+        reference,
+        generation_config=generation_config,  # otherwise the one that is stored is loaded, which may be refused
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
+        **options,
+    )
+    problems = {
+        "lack": report["missing_keys"],
+        "have another shape of": {name for name, *_ in report["mismatched_keys"]},
+        "have, and config.json does not know,": report["unexpected_keys"],
+    }
+    for problem, names in problems.items():
+        if names:
+            fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
+    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
+    return model
+
+
+# ---- common: attention -----------------------------------------------------------------------------------------------
+
+
 class UncopiedAttention(WhisperAttention):
     """Attention to views of the projected queries, keys and values.
 
@@ -946,28 +971,6 @@ def spare_copies(model: WhisperForConditionalGeneration) -> WhisperForConditiona
         if isinstance(module, WhisperAttention):
             module.__class__ = UncopiedAttention
     return model
-
-
-def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
-    """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
-    model, report = load_pretrained(
-        WhisperForConditionalGeneration,
-        reference,
-        generation_config=generation_config,  # otherwise the one that is stored is loaded, which may be refused
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
-        **options,
-    )
-    problems = {
-        "lack": report["missing_keys"],
-        "have another shape of": {name for name, *_ in report["mismatched_keys"]},
-        "have, and config.json does not know,": report["unexpected_keys"],
-    }
-    for problem, names in problems.items():
-        if names:
-            fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
-    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
-    return spare_copies(model)
 
 
 # ---- common: languages -----------------------------------------------------------------------------------------------
@@ -2800,7 +2803,7 @@ def load_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
         dtype=getattr(torch, args.dtype),
         attn_implementation=choose_attention(args.attn_type, args.dtype, device),
     )
-    model.to(device).eval()
+    spare_copies(model).to(device).eval()
     model.generation_config.max_length = None
     model.generation_config.max_new_tokens = args.max_label_length - prefix_length
     return Teacher(args, model, extractor, tokenizer, vocabulary, prompt, prefix_length)

@@ -742,6 +742,31 @@ def load_generation_config(
     return GenerationConfig(**values)
 
 
+def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
+    """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
+    model, report = load_pretrained(
+        WhisperForConditionalGeneration,
+        reference,
+        generation_config=generation_config,  # otherwise the one that is stored is loaded, which may be refused
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
+        **options,
+    )
+    problems = {
+        "lack": report["missing_keys"],
+        "have another shape of": {name for name, *_ in report["mismatched_keys"]},
+        "have, and config.json does not know,": report["unexpected_keys"],
+    }
+    for problem, names in problems.items():
+        if names:
+            fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
+    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
+    return model
+
+
+# ---- common: attention -----------------------------------------------------------------------------------------------
+
+
 class UncopiedAttention(WhisperAttention):
     """Attention to views of the projected queries, keys and values.
 
@@ -771,28 +796,6 @@ def spare_copies(model: WhisperForConditionalGeneration) -> WhisperForConditiona
         if isinstance(module, WhisperAttention):
             module.__class__ = UncopiedAttention
     return model
-
-
-def load_whisper(reference: str, generation_config: GenerationConfig, **options) -> WhisperForConditionalGeneration:
-    """A Whisper with all of its weights: `transformers` fills in random ones for those that are missing, and warns."""
-    model, report = load_pretrained(
-        WhisperForConditionalGeneration,
-        reference,
-        generation_config=generation_config,  # otherwise the one that is stored is loaded, which may be refused
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the report instead of an error that does not name them
-        **options,
-    )
-    problems = {
-        "lack": report["missing_keys"],
-        "have another shape of": {name for name, *_ in report["mismatched_keys"]},
-        "have, and config.json does not know,": report["unexpected_keys"],
-    }
-    for problem, names in problems.items():
-        if names:
-            fail(f"the weights of {reference} {problem} {min(names)} and {len(names) - 1} more tensors")
-    model.config.forced_decoder_ids = None  # models of 2022 have these in place of language and task
-    return spare_copies(model)
 
 
 # ---- common: languages -----------------------------------------------------------------------------------------------
@@ -3095,7 +3098,7 @@ def load_recogniser(args: argparse.Namespace, device: torch.device) -> Recognise
     attention = choose_attention(args.attn_type, args.dtype, device)
     precision = {"dtype": getattr(torch, args.dtype), "attn_implementation": attention}
     generation_config = load_generation_config(reference, config, vocabulary, **source)
-    model = load_whisper(reference, generation_config, **precision, **source)
+    model = spare_copies(load_whisper(reference, generation_config, **precision, **source))
     assistance = {}
     if args.assistant_model:
         assistance = load_assistance(args.assistant_model, model, precision, device)
@@ -3112,7 +3115,7 @@ def load_assistance(
     A draft model gets the main model's encoder outputs, so its own encoder must be identical.
     """
     options = precision | {"generation_config": model.generation_config}
-    draft_model = load_whisper(reference, **options)
+    draft_model = spare_copies(load_whisper(reference, **options))
     weights = list(draft_model.model.encoder.parameters())
     expected = list(model.model.encoder.parameters())
     same_encoder = len(weights) == len(expected) and all(map(torch.equal, weights, expected))

@@ -436,7 +436,7 @@ def test_the_encoder_keeps_its_states_row_by_row_and_computes_what_transformers_
     script = stages.run_pseudo_labelling
     config = script.load_config(tiny_teacher)
     rules = script.load_generation_config(tiny_teacher, config, script.load_tokenizer(tiny_teacher).get_vocab())
-    ours = script.load_whisper(tiny_teacher, rules).eval()
+    ours = script.spare_copies(script.load_whisper(tiny_teacher, rules)).eval()
     stock = WhisperForConditionalGeneration.from_pretrained(tiny_teacher).eval()
     layouts = {}
     for model in (ours, stock):
@@ -470,7 +470,7 @@ def test_attention_copies_nothing_and_computes_what_transformers_does(script, at
     options = {"attn_implementation": attention}
     config = script.load_config(tiny_teacher)
     rules = script.load_generation_config(tiny_teacher, config, script.load_tokenizer(tiny_teacher).get_vocab())
-    ours = script.load_whisper(tiny_teacher, rules, **options).eval()
+    ours = script.spare_copies(script.load_whisper(tiny_teacher, rules, **options)).eval()
     stock = WhisperForConditionalGeneration.from_pretrained(tiny_teacher, **options).eval()
     inputs = {
         "input_features": torch.randn(2, config.num_mel_bins, 3000, generator=torch.Generator().manual_seed(0)),

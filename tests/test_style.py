@@ -29,6 +29,7 @@ COMMON = [
     "common: models",
     "common: saving models",
     "common: weights and decoding",
+    "common: attention",
     "common: languages",
     "common: processes",
     "common: devices and trackers",
