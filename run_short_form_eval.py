@@ -1183,6 +1183,7 @@ SAMPLED_BYTES = 4096  # of a clip, for a digest
 FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp.sh"
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8 (Unicode text of Excel: -f UTF-16)"
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
+TEXT_COLUMNS = ("transcription", "text")  # of a table in an audio folder, where no flag names another
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
 # a normalised text and the seconds, the ITA corpus and ROHAN a comma and the reading in katakana, VITS the number of a
 # speaker before the text.
@@ -1194,7 +1195,7 @@ TIMIT_SAMPLES = re.compile(r"^0 \d{4,} (?=\D)")  # the first and last sample, be
 FESTIVAL_TEXTS = "txt.done.data"  # as CMU ARCTIC has it
 FESTIVAL_TEXT = re.compile(r'\(\s*(\S+)\s+"(.*)"\s*\)')
 PHONEMES = re.compile(r"^\s*[\d.]+\s+[\d.]+\s", re.MULTILINE)  # in a .lab file of phonemes: their times
-TEXT_FILES = (".txt", ".lab", ".list", ".json")  # in audio folders
+TEXT_FILES = (".txt", ".lab", ".list", ".json", ".csv", ".tsv")  # in audio folders
 WITH_TIMES = (".srt", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
 CUT_THERE = "cut the audio there, and write the text of each piece into a .txt file of its name"
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
@@ -1445,11 +1446,16 @@ def is_list(file: str) -> bool:
 
 
 def load_folder(
-    files: DataFilesList, place: Place, num_proc: int | None = None, streaming: bool = False
+    files: DataFilesList,
+    place: Place,
+    text_column: str | None = None,
+    num_proc: int | None = None,
+    streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of an audio folder, with the metadata above it where there is none in it."""
+    """The rows of an audio folder, with the metadata above it where there is none in it, or else with its texts."""
     is_local = not place.base.startswith("hf://")
     lists = set(filter(is_list, files)) if is_local else set()
+    tables = find_tables(files, place) if is_local else []
     # `datasets` takes clip.wav.txt for audio as well. Of such files, only compressed ones may be some.
     others = (*METADATA, ".zip", ".gz")
     kept = [file for file in files if (is_audio(file) or file.lower().endswith(others)) and file not in lists]
@@ -1477,7 +1483,11 @@ def load_folder(
         paths.append(unicodedata.normalize("NFC", path or ""))
     if has_metadata or above:
         return match_files(dataset, paths, files, bool(above))
-    return add_transcripts(dataset, paths, place)
+    dataset = add_transcripts(dataset, paths, place)
+    wanted = {text_column} if text_column else set(TEXT_COLUMNS)
+    if text_column == "none" or wanted.intersection(dataset.column_names):
+        return dataset
+    return read_listed(paths, tables, place, wanted.union(TEXT_COLUMNS)) or dataset
 
 
 def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], is_shared: bool) -> datasets.Dataset:
@@ -1529,12 +1539,25 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
     return near, far
 
 
+def headless_rows(lines: list[str]) -> list[tuple]:
+    """The rows of a table that has two columns, name and text, and no header; none where it has one, or others."""
+    delimiter = next((mark for mark in "\t,;|" if lines and mark in lines[0]), ",")
+    try:
+        rows = [tuple(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+    except csv.Error:
+        return []
+    is_headless = rows and is_audio(rows[0][0]) and all(len(row) == 2 for row in rows)
+    return rows if is_headless else []
+
+
 def listed_texts(file: Path) -> list[tuple]:
     """Pairs of name and text: of a file for one clip, its own name and its text; of a list, those of its lines."""
     content = file.read_text("utf-8-sig", errors="replace")
     lines = content.splitlines()
-    if file.suffix == ".csv":
+    if file.name == "metadata.csv":
         return [tuple(line.split("|")[:2]) for line in lines if "|" in line]
+    if file.suffix.lower() in (".csv", ".tsv"):
+        return headless_rows(lines)
     if file.suffix == ".list":  # of GPT-SoVITS and Style-Bert-VITS2: path|speaker|language|text
         fields = [line.split("|") for line in lines]
         return [(line[0], line[3]) for line in fields if len(line) > 3]
@@ -1556,23 +1579,27 @@ def listed_texts(file: Path) -> list[tuple]:
     return texts
 
 
-def add_text(texts: dict, clips: dict, directory: Path, name: str, text: str) -> None:
-    """Add a text to those of the clip that has this name in a directory, if one has."""
+def find_clip(clips: dict, directory: Path, name: str) -> str | None:
+    """The clip that a file in a directory calls by this name, if there is one."""
     # Lists for training tools have paths of another machine, or placeholders such as DUMMY/a.wav.
-    for known in (name.strip(), PureWindowsPath(name.strip()).name):
+    parts = PureWindowsPath(name.strip()).parts
+    ends = ["/".join(parts[start:]) for start in range(1, len(parts))]
+    for known in (name.strip(), *ends):
         path = unicodedata.normalize("NFC", os.path.normpath(directory / known))
         stem = os.path.splitext(path)[0] if is_audio(path) else path
         if clip := clips.get(stem):
-            texts[clip].add(text.strip())
-            return
+            return clip
+        if ends and os.path.exists(path):  # it is of another split
+            return None
+    return None
 
 
 def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set]]:
     """The texts in a directory, by the clips that they fit: those near the clip, and those in a parallel tree.
 
     NAME.txt is the text of NAME.wav, and so are NAME.lab and the `text` of NAME.json. Other .txt files, .list files and
-    a metadata.csv without a header are lists of clips beside or below them, with lines such as `NAME text`. In a
-    parallel tree, txt/a/NAME.txt is the text of wav/a/NAME.wav.
+    tables without a header are lists of clips beside or below them, with lines such as `NAME text`. In a parallel tree,
+    txt/a/NAME.txt is the text of wav/a/NAME.wav.
     """
     near_clips, far_clips = name_clips(paths, place.base)
     near_texts = defaultdict(set)
@@ -1584,7 +1611,7 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
     for file in Path(place.base).rglob("*"):
         if file.suffix.lower() in WITH_TIMES:
             timed.append(file)
-        is_text = file.suffix.lower() in TEXT_FILES or file.name in ("metadata.csv", FESTIVAL_TEXTS)
+        is_text = file.suffix.lower() in TEXT_FILES or file.name == FESTIVAL_TEXTS
         if not (is_text and file.is_file()):
             continue
         if not file.resolve().is_relative_to(place.base):
@@ -1594,9 +1621,11 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
         if any("\ufffd" in text for _, text in texts):
             unread.append(file)
         for name, text in texts:
-            add_text(near_texts, near_clips, file.parent, name, text)
+            if clip := find_clip(near_clips, file.parent, name):
+                near_texts[clip].add(text.strip())
             for directory in parallel[file.parent]:
-                add_text(far_texts, far_clips, directory, name, text)
+                if clip := find_clip(far_clips, directory, name):
+                    far_texts[clip].add(text.strip())
     if links:
         logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
     if unread:
@@ -1625,6 +1654,66 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
     return dataset.add_column("transcription", column)
 
 
+def find_tables(files: list[str], place: Place) -> list[Path]:
+    """The tables among the files of a split of an audio folder, or else those at its top."""
+    with_clips = {os.path.splitext(file)[0] for file in files if is_audio(file)}
+    among = [Path(file) for file in files]
+    for candidates in (among, sorted(Path(place.base).iterdir())):
+        tables = [file for file in candidates if file.suffix.lower() in MANIFESTS]
+        # A clip may have a .json of its own.
+        tables = [file for file in tables if str(file.with_suffix("")) not in with_clips]
+        if tables:
+            return tables
+    return []
+
+
+def naming_column(table: pa.Table, clips: dict, directory: Path) -> str | None:
+    """The first column of a table in a directory whose cells name clips."""
+    for column, values in zip(table.column_names, table.columns, strict=True):
+        names = values.to_pylist() if pa.types.is_string(values.type) else []
+        if any(find_clip(clips, directory, name) for name in names if name):
+            return column
+    return None
+
+
+def choose_table(tables: list[Path], clips: dict, wanted: set[str]) -> tuple[Path, pa.Table, str] | None:
+    """The only table that names clips and has a wanted column, and the column that names them; None if none is."""
+    found = []
+    for file in tables:
+        with contextlib.suppress(ValueError):  # of something that is no table of clips
+            table = read_table(str(file), file.suffix.lower())
+            if wanted.intersection(table.column_names) and (column := naming_column(table, clips, file.parent)):
+                found.append((file, table, column))
+    return found[0] if len(found) == 1 else None
+
+
+def read_listed(paths: list[str], tables: list[Path], place: Place, wanted: set[str]) -> datasets.Dataset | None:
+    """The clips of an audio folder as the only fitting one of its tables lists them; None if there is none, or several.
+
+    The column `audio` has the clip's path, one of `paths`, in place of what the table calls it.
+    """
+    clips, _ = name_clips(paths, place.base)
+    chosen = choose_table(tables, clips, wanted)
+    if not chosen:
+        return None
+    file, table, column = chosen
+    path_of = {os.path.splitext(path)[0]: path for path in paths} | {path: path for path in paths}
+    audio = []
+    for name in table.column(column).to_pylist():
+        clip = find_clip(clips, file.parent, name or "")
+        same_kind = f"{clip}{os.path.splitext(name or '')[1]}"  # of a.wav and a.m4a, the one that is named
+        audio.append(path_of.get(same_kind) or path_of.get(clip))
+    missing = pc.is_null(pa.array(audio, pa.string()))
+    if number := pc.sum(missing).as_py():
+        first = table.column(column).filter(missing)[0]
+        logger.warning("left out: %d rows of %s that name no clip here, such as %s", number, file, first)
+    name_left_out(set(paths).difference(audio), f"that {file} does not name")
+    logger.info("the clips and their texts are those of %s", file)
+    others = table.select([name for name in table.column_names if name not in (column, "audio")])
+    listed = others.append_column("audio", pa.array(audio, pa.string()))
+    return datasets.Dataset(listed.filter(pc.invert(missing)))
+
+
 def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
     """A split of a manifest, or of what Kaldi or `save_to_disk` wrote, and where its files lie."""
     is_directory = path.is_dir()
@@ -1648,7 +1737,7 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
 
 
 def read_repository(
-    reference: str, config: str | None, split: str, num_proc: int, streaming: bool
+    reference: str, config: str | None, split: str, text_column: str | None, num_proc: int, streaming: bool
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Place]:
     """A split of a local directory or a Hub id, by the loader that `datasets` chooses, and where its files lie."""
     builder, files = find_files(reference, config, split)
@@ -1659,6 +1748,8 @@ def read_repository(
         options = {"num_proc": min(num_proc, len(paths))} if num_proc > 1 else {}
         if streaming and split == name and builder.name != "webdataset":  # whose columns change their order
             options = {"streaming": True}
+        if builder.name == "audiofolder":
+            options["text_column"] = text_column
         parts[name] = load_part(builder.name, paths, place, **options)
     if builder.name == "audiofolder" and not directory:
         place = Place("", is_confined=False)  # the loader has found and downloaded the files itself
@@ -1740,8 +1831,9 @@ def open_dataset(
     """The rows of a split, with the audio column, where there is one, undecoded, and where the files they name lie.
 
     `reference` is a .py file with a builder, a manifest or wav.scp, a local directory (a repository, or written by
-    `save_to_disk` or Kaldi), or a Hub id. `text_column` must be text, if it is there. `dir_suffix` is for our data
-    loader. `num_proc` processes convert what is not Arrow yet. `streaming` prepares nothing in the cache.
+    `save_to_disk` or Kaldi), or a Hub id. `text_column` must be text, if it is there; the table of an audio folder is
+    found by it. `dir_suffix` is for our data loader. `num_proc` processes convert what is not Arrow yet. `streaming`
+    prepares nothing in the cache.
     """
     mend_datasets()
     path = Path(reference).expanduser()
@@ -1753,7 +1845,7 @@ def open_dataset(
                 builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
             dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
         elif is_repository(reference):
-            dataset, place = read_repository(reference, config, split, num_proc, streaming)
+            dataset, place = read_repository(reference, config, split, text_column, num_proc, streaming)
         else:
             dataset, place = read_local(path, split)
         dataset = find_audio(dataset, audio_column)

@@ -503,6 +503,102 @@ def test_class_labels_are_read_by_their_names(tmp_path):
     assert [text for text, *_ in opened(tmp_path / "classes")] == ["はい", "いいえ"]
 
 
+def write_table_folder(root: Path, name: str = "export.csv", text: str = "transcription") -> Path:
+    """An audio folder with one table, in another order, with paths of another machine."""
+    write_clips(root / "upload" / "1")
+    rows = [(f"/data/upload/1/{name}", text, "x") for name, text in zip(NAMES, TEXTS, strict=True)]
+    return write_csv(root / name, [("recording", text, "annotator"), *rows[::-1]])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_audio_folder_has_the_texts_of_its_only_table_and_the_tables_order(streaming, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    table = write_table_folder(tmp_path / "data")
+    for text in ("transcription", None):
+        rows, _ = open_dataset(str(tmp_path / "data"), None, "train", "audio", text)
+        assert rows.column_names == ["transcription", "annotator", "audio"]
+    assert opened(tmp_path / "data", streaming=streaming) == WHOLE[::-1]
+    assert f"the clips and their texts are those of {table}" in caplog.text
+    assert "left out" not in caplog.text
+
+
+def test_the_table_of_an_audio_folder_is_found_by_the_column_that_a_flag_names(tmp_path):
+    write_table_folder(tmp_path, text="書き起こし")
+    write(tmp_path / "lengths.csv", "path,seconds\n/data/upload/1/clip0.flac,0.5\n")
+    assert opened(tmp_path, text="書き起こし") == WHOLE[::-1]
+    rows, _ = open_dataset(str(tmp_path), None, "train", "audio", None)
+    assert "書き起こし" not in rows.column_names and len(rows) == len(NAMES)
+    write_table_folder(tmp_path, "copy.csv", text="書き起こし")
+    rows, _ = open_dataset(str(tmp_path), None, "train", "audio", "書き起こし")
+    columns = {"text_column_name": "書き起こし"}
+    assert f"{tmp_path / 'copy.csv'}, {tmp_path / 'export.csv'}" in refusal(
+        require_columns, str(tmp_path), rows, columns
+    )
+
+
+def test_a_table_is_not_looked_for_where_texts_lie_beside_the_clips_or_none_are_wanted(tmp_path):
+    write_table_folder(tmp_path)
+    rows, _ = open_dataset(str(tmp_path), None, "train", "audio", "none")
+    assert rows.column_names == ["audio"]
+    for name in NAMES:
+        write((tmp_path / "upload" / "1" / name).with_suffix(".txt"), "はい")
+    assert [text for text, *_ in opened(tmp_path)] == ["はい"] * len(NAMES)
+
+
+def test_each_split_of_an_audio_folder_has_its_own_table(tmp_path, caplog):
+    # NeMo's: clips of the splits have the same names.
+    for split, stem in (("train", "train_manifest"), ("val", "val_manifest"), ("test", "test_manifest")):
+        write_clips(tmp_path / "wavs" / split)
+        names = [f"wavs/{split}/{name}" for name in NAMES]
+        rows = [{"audio_filepath": name, "text": f"{split}{text}"} for name, text in zip(names, TEXTS, strict=True)]
+        write(tmp_path / f"{stem}.json", "".join(json.dumps(row) + "\n" for row in rows))
+    for split, said in (("train", "train"), ("validation", "val"), ("test", "test")):
+        assert opened(tmp_path, split, text="text") == [(f"{said}{text}", *rest) for text, *rest in WHOLE]
+    assert "left out" not in caplog.text
+
+
+def test_rows_of_a_folders_table_without_a_clip_and_clips_without_a_row_are_counted(tmp_path, caplog):
+    write_clips(tmp_path / "data")
+    write(tmp_path / "secret.flac", clip(0))
+    rows = [("clip3.flac", "はい"), ("gone.flac", "x"), ("", "y"), ("../secret.flac", "z")]
+    table = write_csv(tmp_path / "data" / "list.csv", [("file", "transcription"), *rows])
+    assert opened(tmp_path / "data") == [("はい", 0.8, None)]
+    assert f"left out: 3 rows of {table} that name no clip here, such as gone.flac" in caplog.text
+    assert f"left out: 5 audio files that {table} does not name: {tmp_path}/data/clip0.flac, " in caplog.text
+
+
+def test_a_folders_table_tells_files_of_one_stem_apart(tmp_path):
+    write(tmp_path / "a.flac", clip(1))
+    write(tmp_path / "a.wav", encoded(np.zeros(16_000, np.float32), 16_000, "WAV"))
+    write_csv(tmp_path / "list.csv", [("file", "transcription"), ("a.flac", "x"), ("a.wav", "y"), ("a", "z")])
+    assert [row[:2] for row in opened(tmp_path)][:2] == [("x", 0.6), ("y", 1.0)]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "LIST.TSV"])
+def test_a_table_of_two_columns_without_a_header_is_a_list_of_texts(name, tmp_path):
+    write_clips(tmp_path)
+    delimiter = "\t" if name.endswith("TSV") else ","
+    write_csv(tmp_path / name, zip(NAMES, TEXTS, strict=True), delimiter=delimiter)
+    assert opened(tmp_path) == WHOLE
+    write_csv(tmp_path / name, [*zip(NAMES, TEXTS, strict=True), ("clip0.flac", "話者", "x")], delimiter=delimiter)
+    assert [text for text, *_ in opened(tmp_path)] == [None] * len(NAMES)
+
+
+def test_a_table_of_speakers_is_no_list_of_texts(tmp_path):
+    write_clips(tmp_path)
+    write_csv(tmp_path / "speakers.csv", [("file", "speaker"), *((name, "佐藤") for name in NAMES)])
+    assert [text for text, *_ in opened(tmp_path)] == [None] * len(NAMES)
+
+
+def test_lists_of_several_splits_do_not_name_clips_of_the_same_name_in_another(tmp_path):
+    for split in ("train", "test"):
+        write_clips(tmp_path / "wavs" / split)
+        rows = [f"/old/wavs/{split}/{name}|{split}{text}\n" for name, text in zip(NAMES, TEXTS, strict=True)]
+        write(tmp_path / f"filelist_{split}.txt", "".join(rows))
+    assert [text for text, *_ in opened(tmp_path)] == [f"train{text}" for text in TEXTS]
+    assert [text for text, *_ in opened(tmp_path, "test")] == [f"test{text}" for text in TEXTS]
+
+
 # ---- parquet, tars and manifests -------------------------------------------------------------------------------------
 
 
