@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import unicodedata
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
+from fsspec.implementations.local import LocalFileSystem
 
 import run_distillation
 import run_short_form_eval
@@ -597,6 +599,22 @@ def test_lists_of_several_splits_do_not_name_clips_of_the_same_name_in_another(t
         write(tmp_path / f"filelist_{split}.txt", "".join(rows))
     assert [text for text, *_ in opened(tmp_path)] == [f"train{text}" for text in TEXTS]
     assert [text for text, *_ in opened(tmp_path, "test")] == [f"test{text}" for text in TEXTS]
+
+
+def test_a_folder_is_walked_a_few_times_and_anew_when_it_is_opened_again(tmp_path, monkeypatch):
+    write_clips(tmp_path / "a" / "b", NAMES[:2])
+    listed = Counter()
+    list_directory = LocalFileSystem.ls
+
+    def count(filesystem, path, *args, **options):
+        listed[path] += 1
+        return list_directory(filesystem, path, *args, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", count)
+    assert len(opened(tmp_path)) == 2
+    assert 0 < listed[str(tmp_path / "a" / "b")] <= 3
+    write_clips(tmp_path / "a" / "b")
+    assert len(opened(tmp_path)) == len(NAMES)
 
 
 # ---- parquet, tars and manifests -------------------------------------------------------------------------------------
