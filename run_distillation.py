@@ -3212,15 +3212,10 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def greedy_config(
-    model: WhisperForConditionalGeneration,
-    models: Models,
-    max_length: int,
-) -> GenerationConfig:
+def greedy_config(model: WhisperForConditionalGeneration, models: Models, max_length: int) -> GenerationConfig:
     """How a model decodes, here and where it is published: greedily, in the language and task of the labels."""
-    values = {"forced_decoder_ids": None, "return_timestamps": False, "num_beams": 1, "do_sample": False}
-    values |= models.prompt | {"max_length": max_length}
-    return GenerationConfig.from_dict(model.generation_config.to_dict() | values)
+    own = model.generation_config.to_dict()  # of `load_generation_config`, which takes no beams and no sampling over
+    return GenerationConfig.from_dict(own | models.prompt | {"max_length": max_length})
 
 
 # ---- encoder cache ---------------------------------------------------------------------------------------------------

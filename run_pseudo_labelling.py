@@ -3455,10 +3455,11 @@ def measure_rate(teacher: Teacher, waveforms: list[np.ndarray]) -> float:
 
 
 def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, list[SpeechRow]]:
-    """Read the input for PLAN_SECONDS at most, and say how large it is.
+    """Read the input for PLAN_SECONDS at most, and say how large it is, or else about how large.
 
     Returns:
-        "more than " where there is more of it, else ""; the clips that were read; the rows of the first batches.
+        "more than " where nobody knows how much more of it there is, else ""; its clips, or those that were read; the
+        rows of the first batches.
     """
     sample: list[SpeechRow] = []
     sample_size = teacher.decoder.batch_size * (1 if teacher.model.device.type == "cpu" else PLAN_BATCHES)
@@ -3467,9 +3468,9 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
     unusable = 0
     seconds = 0.0
     size = 0  # bytes
-    more_than = ""
-    deadline = time.monotonic() + PLAN_SECONDS
+    is_whole = True
     dataset, place = open_speech(args, streaming=True)
+    deadline = time.monotonic() + PLAN_SECONDS
     for table in dataset.iter(teacher.decoder.batch_size):
         batch = [load_speech_row(args.audio_column_name, place, values) for values in table.to_pylist()]
         if len(sample) < sample_size:
@@ -3483,13 +3484,23 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
             else:
                 unusable += 1
         if time.monotonic() > deadline:
-            more_than = "more than "
+            is_whole = False
             break
-    print(f"input: {args.dataset_name}, {more_than}{clips:,} clips, {seconds / 3600:,.2f} h, {size / 1e6:,.1f} MB")
+    more_than = "" if is_whole else "more than "
+    first = ""
+    if not is_whole and isinstance(dataset, datasets.Dataset):  # whose rows are counted
+        more_than = ""
+        first = f" of the first {clips:,}"
+        seconds *= len(dataset) / clips
+        size *= len(dataset) / clips
+        clips = len(dataset)
+    about = "about " if first else ""
+    length = f"{about}{seconds / 3600:,.2f} h, {about}{size / 1e6:,.1f} MB"
+    print(f"input: {args.dataset_name}, {more_than}{clips:,} clips, {length}")
     if too_long:
-        print(f"too long: {more_than}{too_long:,} clips are over 30 s: {CUT_CLIPS}")
+        print(f"too long: {more_than}{too_long:,}{first} clips are over 30 s: {CUT_CLIPS}")
     if unusable:
-        print(f"unusable: {more_than}{unusable:,} clips, which are left out")
+        print(f"unusable: {more_than}{unusable:,}{first} clips, which are left out")
     return more_than, clips, sample
 
 

@@ -978,7 +978,7 @@ def test_the_final_generation_config_is_the_students_but_for_language_and_task(r
     assert said <= {"language", "task", "transformers_version", *greedy}
     assert set(config) - set(final) <= set(greedy)
     read = GenerationConfig.from_pretrained(output)
-    assert {name: getattr(read, name) or greedy[name] for name in greedy} == greedy
+    assert {name: getattr(read, name, None) or greedy[name] for name in greedy} == greedy
     assert (final["language"], final["task"], final["max_length"]) == ("ja", "translate", 448)
     assert final["alignment_heads"] == [[0, 1], [1, 0]]
 

@@ -289,6 +289,10 @@ def test_audio_and_texts_are_read_from_the_columns_that_are_named(tiny_teacher, 
     kept = read_rows(misplaced.with_name("misplaced.wer_10.0"))
     assert [row["audio"]["bytes"] for row in kept] == [clip["audio"] for clip in clips[:3]]
     assert [row["text"] for row in kept] == [clip["transcription"] for clip in clips[:3]]
+    alone = shutil.copytree(misplaced, tmp_path / "alone")
+    filter_clips(tiny_teacher, alone, "--audio_column_name", "sound", "--text_column_name", "sentence")
+    features = read_rows(misplaced.with_name("misplaced.wer_10.0.vectorized"))
+    assert features == read_rows(tmp_path / "alone.wer_10.0.vectorized")
 
     found = tmp_path / "found"
     evaluate(tiny_teacher, misplaced, found, "--audio_column_name", "sound", "--text_column_name", "sentence")

@@ -637,6 +637,23 @@ def test_a_dry_run_without_the_time_to_read_all_of_the_input_says_so(
     assert "done: 3 of more than 4 shards\nleft: more than 3 clips\n" in capsys.readouterr().out
 
 
+def test_a_dry_run_counts_the_rows_of_a_table_and_guesses_at_what_it_had_no_time_to_read(
+    tiny_teacher, tmp_path, monkeypatch, capsys
+):
+    for name, seconds in (("a", 31), ("b", 2), ("c", 5)):
+        (tmp_path / f"{name}.flac").write_bytes(encoded(np.ones(seconds * 16_000), format="FLAC"))
+    table = tmp_path / "list.csv"
+    table.write_text("audio,transcription\na.flac,x\nb.flac,x\ngone.flac,x\nc.flac,x\n" + "c.flac,x\n" * 2)
+    monkeypatch.setattr(script, "PLAN_SECONDS", 0)
+    script.main(arguments(tiny_teacher, table, tmp_path / "out", *TWELVE[2:], "--dry_run"))
+    told = capsys.readouterr().out
+    first = sum((tmp_path / f"{name}.flac").stat().st_size for name in "ab")
+    assert f"input: {table}, 6 clips, about {33 * 2 / 3600:.2f} h, about {2 * first / 1e6:.1f} MB\n" in told
+    assert "too long: 1 of the first 3 clips are over 30 s: " in told
+    assert "unusable: 1 of the first 3 clips, which are left out\n" in told
+    assert "left: 6 clips\n" in told and "time: about " in told
+
+
 def test_an_input_with_missing_shards_is_refused(whole, tiny_teacher, tmp_path):
     source = shutil.copytree(whole, tmp_path / "in")
     (source / "tiny" / "train-00002-of-00004.parquet").unlink()
