@@ -643,7 +643,8 @@ def test_a_dry_run_counts_the_rows_of_a_table_and_guesses_at_what_it_had_no_time
     for name, seconds in (("a", 31), ("b", 2), ("c", 5)):
         (tmp_path / f"{name}.flac").write_bytes(encoded(np.ones(seconds * 16_000), format="FLAC"))
     table = tmp_path / "list.csv"
-    table.write_text("audio,transcription\na.flac,x\nb.flac,x\ngone.flac,x\nc.flac,x\n" + "c.flac,x\n" * 2)
+    rows = ["audio,name,transcription", *(f"{name}.flac,{name},x" for name in ("a", "b", "gone", "c", "c", "c"))]
+    table.write_text("\n".join(rows))
     monkeypatch.setattr(script, "PLAN_SECONDS", 0)
     script.main(arguments(tiny_teacher, table, tmp_path / "out", *TWELVE[2:], "--dry_run"))
     told = capsys.readouterr().out
