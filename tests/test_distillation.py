@@ -1200,6 +1200,15 @@ def test_a_finished_run_is_not_trained_again_and_more_epochs_go_on_from_it(run, 
     assert_equal_weights(run("out", "--num_train_epochs", 3), run("straight", "--num_train_epochs", 3))
 
 
+def test_a_finished_run_of_which_fewer_epochs_are_asked_for_stays_as_it_is(run, uninterrupted, tmp_path, caplog):
+    output = shutil.copytree(uninterrupted, tmp_path / "out")
+    record = (output / "distillation.json").read_bytes()
+    run("out", "--num_train_epochs", 1)
+    assert "nothing is trained" in caplog.text
+    assert (output / "distillation.json").read_bytes() == record
+    assert_equal_weights(output, uninterrupted)
+
+
 def test_more_epochs_of_a_run_without_its_checkpoints_start_afresh_only_with_leave(
     run, command, uninterrupted, tmp_path
 ):
@@ -1540,7 +1549,8 @@ def test_held_out_rows_are_scored_as_an_independent_computation_does(
         )
         assert figures["eval_wer"] == pytest.approx(100 * jiwer.wer(references, hypotheses))
         assert figures["eval_cer"] == pytest.approx(100 * jiwer.cer(references, hypotheses))
-    assert "CER" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert f"Held out, on {vectorized.name} (test), greedy, normalised:\n\n| step |" in card
     teacher, trained = (WhisperForConditionalGeneration.from_pretrained(path).eval() for path in (tiny_teacher, output))
     with torch.no_grad():
         expected = plain_rows(examples, range(4), teacher, trained, processor, (0.3, 0.7, 3.0))

@@ -313,6 +313,26 @@ def test_more_bytes_than_the_file_has_by_now_are_thrown_away(download, mirror, d
     assert same(data_dir / "tiny" / "tiny.000.tar", tar)
 
 
+def test_the_progress_bar_ends_at_the_bytes_of_all_files_whatever_was_thrown_away(download, mirror, world, monkeypatch):
+    bars = []
+
+    class KeptBar(downloader.ProgressBar):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            if options.get("unit") == "B":
+                bars.append(self)
+
+    monkeypatch.setattr(downloader, "ProgressBar", KeptBar)
+    sizes = [(world / name).stat().st_size for name in ("tsv/tiny.tsv", "data/000.tar")]
+    mirror.fault("000.tar", corrupt_at=sizes[1] - 1)
+    mirror.fault("000.tar", cut_after=300_000)
+    mirror.fault("000.tar", ignore_range=True)
+    assert download() == 0
+    assert [request.status for request in mirror.requests("000.tar")] == [200, 200, 200]
+    (bar,) = bars
+    assert bar.n == bar.total == sum(sizes)
+
+
 def test_the_wait_that_a_server_asks_for_is_kept(download, mirror):
     mirror.fault("000.tar", status=503, headers={"Retry-After": "2"})
     started = time.monotonic()
@@ -453,6 +473,11 @@ def test_a_dry_run_says_what_is_to_come_and_fetches_nothing(download, mirror, da
     [sample] = mirror.requests(method="GET")
     assert sample.range == f"bytes=0-{downloader.SAMPLE - 1}"
     assert not data_dir.exists()
+
+
+def test_the_rate_of_a_dry_run_is_that_of_a_tar_and_not_of_the_small_list(download, mirror):
+    assert download("-t", "small", "-s", "2", "-e", "5", "--dry_run") == 0
+    assert [request.path for request in mirror.requests(method="GET")] == ["/data/004.tar"]
 
 
 @pytest.mark.parametrize("flags", [["--dry_run", "False"], ["--dry_run"], ["--dry_run", "True"]])

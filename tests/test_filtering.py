@@ -449,6 +449,19 @@ def test_audio_that_a_row_only_names_is_read_and_stored(clips, teacher, run, tmp
     assert [row["audio"]["bytes"] for row in read(tmp_path / "named.wer_10.0", ["audio"])] == [clips[0]["audio"]]
 
 
+def test_clips_that_a_dataset_stores_under_full_paths_keep_their_names_and_no_places(clips, teacher, run, tmp_path):
+    row = {"transcription": clips[0]["transcription"], "whisper_transcript": teacher.label(clips[0]["transcription"])}
+    dataset = labelled(tmp_path / "named", [row | {"audio": clips[0]["audio"]}] * 2, files=1)
+    (path,) = (dataset / "tiny").iterdir()
+    table = pq.read_table(path)
+    audio = [{"bytes": clips[0]["audio"], "path": name} for name in ("/home/someone/a.flac", "day/b.flac")]
+    column = pa.array(audio, table["audio"].type)
+    pq.write_table(table.set_column(table.column_names.index("audio"), "audio", column), path)
+    assert run(dataset) == 0
+    stored = read(tmp_path / "named.wer_10.0", ["audio"])
+    assert [row["audio"]["path"] for row in stored] == ["a.flac", "day/b.flac"]
+
+
 # ---- what can't be used, and what is not wanted ----------------------------------------------------------------------
 
 

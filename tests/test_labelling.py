@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -544,6 +545,25 @@ def test_a_manifest_names_audio_files_whose_bytes_are_stored_and_of_which_some_m
     ]
 
 
+def test_clips_in_a_zip_are_stored_under_their_own_names(tiny_teacher, clips, tmp_path):
+    lines = ["name\taudio\ttranscription"]
+    with zipfile.ZipFile(tmp_path / "speech.zip", "w") as archive:
+        for number, clip in enumerate(clips[:2]):
+            archive.writestr(f"day/{number}.flac", clip["audio"])
+            lines.append(f"{number}\tzip://day/{number}.flac::{tmp_path}/speech.zip\t{clip['transcription']}")
+    (tmp_path / "speech.tsv").write_text("\n".join(lines))
+    assert script.main(arguments(tiny_teacher, tmp_path / "speech.tsv", tmp_path / "out", "--max_label_length", 8)) == 0
+    stored = [row["audio"] for row in read(tmp_path / "out")]
+    assert stored == [{"bytes": clip["audio"], "path": f"{number}.flac"} for number, clip in enumerate(clips[:2])]
+
+
+@pytest.mark.parametrize("length", [6, 448])
+def test_labels_may_have_one_token_of_text_or_all_that_the_decoder_has(tiny_teacher, loaded, tmp_path, length):
+    flags = ("--max_samples", 1, "--max_label_length", length)
+    assert script.main(arguments(tiny_teacher, loaded, tmp_path / "out", *flags)) == 0
+    assert 6 <= len(labels(tmp_path / "out")[0]) <= length
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
@@ -556,7 +576,7 @@ def test_a_manifest_names_audio_files_whose_bytes_are_stored_and_of_which_some_m
         ("--dataset_name", "no_such_loader.py", "does not exist"),
         ("--dataset_name", "acme/no-such-dataset", "acme/no-such-dataset"),
         ("--model_name_or_path", "acme/no-such-model", "acme/no-such-model"),
-        ("--max_label_length", "4", "--max_label_length 4 must be within 6 and 448"),
+        ("--max_label_length", "5", "--max_label_length 5 must be within 6 and 448"),
         ("--max_label_length", "449", "448"),
         ("--hub_model_id", "a b", "neither a directory"),
     ],

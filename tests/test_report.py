@@ -118,6 +118,16 @@ def test_predictions_may_bring_their_references_and_a_directory_of_ours_is_such_
     assert metrics["scores"]["readings"]["deletions"] == 6
 
 
+def test_a_prediction_that_differs_in_punctuation_alone_is_not_listed_as_incorrect(tmp_path):
+    rows = [
+        {"reference": "はい、そうです。", "hypothesis": "はいそうです"},
+        {"reference": "はい", "hypothesis": "いいえ"},
+    ]
+    score(write_rows(tmp_path / "engine.csv", rows), tmp_path / "out")
+    with open(tmp_path / "out" / "incorrect_predictions.train.csv", encoding="utf-8", newline="") as file:
+        assert [row["hypothesis"] for row in csv.DictReader(file)] == ["いいえ"]
+
+
 def test_predictions_that_bring_their_references_may_say_why_a_clip_could_not_be_used(tmp_path):
     rows = [
         {"reference": "はい", "hypothesis": "はい", "problem": "", "seconds": 1.5},
