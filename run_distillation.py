@@ -1326,6 +1326,9 @@ def capital_splits(directory: str) -> dict[str, list[str]]:
     return patterns
 
 
+HAS_CONFIGS = re.compile(r"---\s*\n(.*\n)*?configs:")  # a dataset card
+
+
 def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
     """The builder that `datasets` chooses for a local directory or a Hub id; AudioFolder for a directory of audio."""
     directory = local_directory(reference)
@@ -1335,7 +1338,8 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
     if glob.has_magic(location):  # which would read the files of other directories, too
         fail(f"`datasets` takes the characters *, ? and [ of a path for a pattern: rename the directory {location}")
     name_linked_directories(location)
-    has_card = (directory / "README.md").exists()  # which may say what to read
+    card = directory / "README.md"  # which may say what to read
+    has_card = card.exists() and HAS_CONFIGS.match(card.read_text("utf-8-sig", errors="replace"))
     try:
         builder = datasets.load_dataset_builder(location, config)
     except (ValueError, datasets.exceptions.DataFilesNotFoundError):
@@ -1449,7 +1453,11 @@ PATH_COLUMNS = ("audio_filepath", "file_name", "path", "audio_file")  # of audio
 AUDIO_DIRECTORIES = ("clips", "audios", "audio", "wavs", "wav")  # beside a table; the first two are Common Voice's
 SAMPLED_BYTES = 4096  # of a clip, for a digest
 FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp.sh"
+SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+SAVE_SHEET = "Save a spreadsheet as CSV (UTF-8)"
 NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8 (Unicode text of Excel: -f UTF-16)"
+LOOKED_AT = 1000  # rows of a table, to tell which of its columns names clips
+SEVERAL = ""  # in place of a clip, where several have the name
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 TEXT_COLUMNS = ("transcription", "text")  # of a table in an audio folder, where no flag names another
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
@@ -1459,12 +1467,14 @@ LISTED_TEXT = re.compile(r"([^\t|]+)[\t|](?:\d+\|)?([^\t|]*)(?:\|[^\t|]*\|[\d.]+
 SPACED_TEXT = re.compile(r"([^\s:]+) ([^\t|]*)")
 COLON_TEXT = re.compile(r"([^\s:]+):([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
+PINYIN = re.compile(r"(\S+ [a-z]+\d *){2,}")  # of each character of a text, as in AISHELL-3
 TIMIT_SAMPLES = re.compile(r"^0 \d{4,} (?=\D)")  # the first and last sample, before a text
 FESTIVAL_TEXTS = "txt.done.data"  # as CMU ARCTIC has it
 FESTIVAL_TEXT = re.compile(r'\(\s*(\S+)\s+"(.*)"\s*\)')
 PHONEMES = re.compile(r"^\s*[\d.]+\s+[\d.]+\s", re.MULTILINE)  # in a .lab file of phonemes: their times
 TEXT_FILES = (".txt", ".lab", ".list", ".json", ".csv", ".tsv")  # in audio folders
 WITH_TIMES = (".srt", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
+UNPACK = "unpack the archive, if they have the clips' texts"
 CUT_THERE = "cut the audio there, and write the text of each piece into a .txt file of its name"
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
 METADATA = ["metadata.jsonl", "metadata.csv", "metadata.parquet"]  # of audio folders
@@ -1716,6 +1726,7 @@ def is_list(file: str) -> bool:
 def load_folder(
     files: DataFilesList,
     place: Place,
+    split: str,
     text_column: str | None = None,
     num_proc: int | None = None,
     streaming: bool = False,
@@ -1744,8 +1755,10 @@ def load_folder(
     if not is_local:
         return dataset
     column = next(name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio))
+    dataset = leave_out_texts(dataset, column)
     paths = []
-    for path in pc.struct_field(dataset.data.column(column), "path").to_pylist():
+    rows = dataset.with_format("arrow")[:]
+    for path in pc.struct_field(rows[column], "path").to_pylist():
         if path and "::" not in path and not is_audio(path):
             path = resolve_file(path, place.base)  # the metadata name it without its suffix
         paths.append(unicodedata.normalize("NFC", path or ""))
@@ -1755,7 +1768,17 @@ def load_folder(
     wanted = {text_column} if text_column else set(TEXT_COLUMNS)
     if text_column == "none" or wanted.intersection(dataset.column_names):
         return dataset
-    return read_listed(paths, tables, place, wanted.union(TEXT_COLUMNS)) or dataset
+    return read_listed(paths, tables, place, split, wanted.union(TEXT_COLUMNS)) or dataset
+
+
+def leave_out_texts(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows of an audio folder without the texts in its archives, which `datasets` takes for audio beside audio."""
+    paths = pc.struct_field(dataset.data.column(column), "path").to_pylist()
+    texts = {path for path in paths if path and "::" in path and not is_audio(path.partition("::")[0])}
+    if not texts:
+        return dataset
+    logger.warning("left out: %d files in archives, such as %s: %s", len(texts), min(texts), UNPACK)
+    return dataset.select([row for row, path in enumerate(paths) if path not in texts])
 
 
 def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], is_shared: bool) -> datasets.Dataset:
@@ -1770,8 +1793,11 @@ def match_files(dataset: datasets.Dataset, paths: list[str], files: list[str], i
     return dataset.select(rows)
 
 
-def parallel_directories(base: str) -> dict[Path, list[Path]]:
-    """For each directory in `base`, its path without one directory that holds no audio, in every way: a for txt/a."""
+def parallel_directories(base: str) -> dict[Path, set[Path]]:
+    """For each directory in `base`, its path without one directory that holds no audio, in every way: a for txt/a.
+
+    Without all of them as well, which gives the nearest directory that holds audio.
+    """
     tree = [(Path(directory), names) for directory, _, names in os.walk(base)]
     with_audio = set()
     for directory, names in tree:
@@ -1780,7 +1806,8 @@ def parallel_directories(base: str) -> dict[Path, list[Path]]:
     parallel = {}
     for directory, _ in tree:
         silent = {directory, *directory.parents} - with_audio
-        parallel[directory] = [part.parent / directory.relative_to(part) for part in silent]
+        nearest = {part.parent for part in silent} & with_audio
+        parallel[directory] = nearest.union(part.parent / directory.relative_to(part) for part in silent)
     return parallel
 
 
@@ -1788,7 +1815,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
     """Two tables of the clips by name: `near`, as lists beside or above them name them; `far`, as a parallel tree does.
 
     Clip wav/a/x.flac is x, wav/x and wav/a/x for a list; in a parallel tree, one directory of its path may be missing,
-    so that it is a/x as well. A name that two clips have stands for none, but x.m4a and x.flac are one clip.
+    so that it is a/x as well. A name that two clips have stands for SEVERAL, but x.m4a and x.flac are one clip.
     """
     near = {}
     far = {}
@@ -1802,20 +1829,23 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
             # VCTK's texts do not name the microphone.
             in_tree = "/".join([*above, *directories[number + 1 :], stem.removesuffix("_mic1")])
             for named, name in ((near, listed), (far, listed), (far, in_tree)):
-                named[name] = clip if named.get(name, clip) == clip else None
+                named[name] = clip if named.get(name, clip) == clip else SEVERAL
     near.update((clip, clip) for clip in clips)  # by its full path
     return near, far
 
 
 def headless_rows(lines: list[str]) -> list[tuple]:
-    """The rows of a table that has two columns, name and text, and no header; none where it has one, or others."""
+    """Names and texts of a table without a header: `NAME,text`, or `ID, NAME, text` whose text may have commas."""
     delimiter = next((mark for mark in "\t,;|" if lines and mark in lines[0]), ",")
     try:
         rows = [tuple(row) for row in csv.reader(lines, delimiter=delimiter) if row]
     except csv.Error:
         return []
-    is_headless = rows and is_audio(rows[0][0]) and all(len(row) == 2 for row in rows)
-    return rows if is_headless else []
+    if all(len(row) == 2 for row in rows):
+        return rows
+    if delimiter == "," and all(len(row) > 2 for row in rows):
+        return [(name, ",".join(text)) for _, name, *text in rows]
+    return []
 
 
 def listed_texts(file: Path) -> list[tuple]:
@@ -1843,23 +1873,30 @@ def listed_texts(file: Path) -> list[tuple]:
     texts = [(name, TIMIT_SAMPLES.sub("", content)) for name in names]
     for line in lines:
         if listed := LISTED_TEXT.fullmatch(line) or SPACED_TEXT.fullmatch(line) or COLON_TEXT.fullmatch(line):
-            texts.append(listed.groups())
+            name, text = listed.groups()
+            texts.append((name, "".join(text.split()[::2]) if PINYIN.fullmatch(text) else text))
     return texts
 
 
 def find_clip(clips: dict, directory: Path, name: str) -> str | None:
-    """The clip that a file in a directory calls by this name, if there is one."""
+    """The clip that a file in a directory calls by this name, if there is one; SEVERAL if it may be any of them."""
     # Lists for training tools have paths of another machine, or placeholders such as DUMMY/a.wav.
     parts = PureWindowsPath(name.strip()).parts
     ends = ["/".join(parts[start:]) for start in range(1, len(parts))]
     for known in (name.strip(), *ends):
         path = unicodedata.normalize("NFC", os.path.normpath(directory / known))
         stem = os.path.splitext(path)[0] if is_audio(path) else path
-        if clip := clips.get(stem):
-            return clip
+        if stem in clips:
+            return clips[stem]
         if ends and os.path.exists(path):  # it is of another split
             return None
     return None
+
+
+def name_unread(texts: list, what: str, advice: str) -> None:
+    """Warn of texts in an audio folder that are not read."""
+    if texts:
+        logger.warning("left out: %d texts %s, such as %s: %s", len(texts), what, texts[0], advice)
 
 
 def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set]]:
@@ -1876,6 +1913,7 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
     links = []
     unread = []
     timed = []
+    shared = []
     for file in Path(place.base).rglob("*"):
         if file.suffix.lower() in WITH_TIMES:
             timed.append(file)
@@ -1888,18 +1926,24 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
         texts = listed_texts(file)
         if any("\ufffd" in text for _, text in texts):
             unread.append(file)
+        if any(TIMES.match(text) for _, text in texts):
+            timed.append(file)
         for name, text in texts:
-            if clip := find_clip(near_clips, file.parent, name):
-                near_texts[clip].add(text.strip())
-            for directory in parallel[file.parent]:
-                if clip := find_clip(far_clips, directory, name):
-                    far_texts[clip].add(text.strip())
-    if links:
-        logger.warning("left out: %d texts that are links to files elsewhere, such as %s", len(links), links[0])
-    if unread:
-        logger.warning("left out: %d texts that are not UTF-8, such as %s: %s", len(unread), unread[0], NOT_UTF8)
-    if timed:
-        logger.warning("left out: %d texts with times, such as %s: %s", len(timed), timed[0], CUT_THERE)
+            near = find_clip(near_clips, file.parent, name)
+            far = [find_clip(far_clips, directory, name) for directory in parallel[file.parent]]
+            if near:
+                near_texts[near].add(text.strip())
+            for clip in filter(None, far):
+                far_texts[clip].add(text.strip())
+            if SEVERAL in (near, *far):
+                shared.append(name)
+            elif not (near or any(far)) and file.suffix.lower() in MANIFESTS:
+                break  # its first line is a header
+    name_unread(links, "that are links to files elsewhere", "copy the files")
+    name_unread(unread, "that are not UTF-8", NOT_UTF8)
+    name_unread(timed, "with times", CUT_THERE)
+    if not all(near_texts[clip] or far_texts[clip] for clip in near_clips.values() if clip):
+        name_unread(shared, "of names that several clips have", "name the directory of those to read")
     return near_texts, far_texts
 
 
@@ -1907,10 +1951,16 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
     """The rows of an audio folder with the texts in its files, where a clip has one text: near it, or else far."""
     near_texts, far_texts = collect_texts(paths, place)
     column = []
+    different = {}
     for path in paths:
         clip = os.path.splitext(path)[0]
         found = near_texts[clip] or far_texts[clip]
         column.append(next(iter(found)) if len(found) == 1 else None)
+        if len(found) > 1:
+            different[path] = sorted(found)
+    if different:
+        path, texts = next(iter(different.items()))
+        logger.warning("no text for %d clips that have several, such as %s: %s", len(different), path, texts)
     present = [text for text in column if text is not None]
     if not any(present):
         return dataset
@@ -1923,52 +1973,74 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
 
 
 def find_tables(files: list[str], place: Place) -> list[Path]:
-    """The tables among the files of a split of an audio folder, or else those at its top."""
+    """The tables among the files of a split of an audio folder, or else all in it; none that links elsewhere."""
     with_clips = {os.path.splitext(file)[0] for file in files if is_audio(file)}
-    among = [Path(file) for file in files]
-    for candidates in (among, sorted(Path(place.base).iterdir())):
-        tables = [file for file in candidates if file.suffix.lower() in MANIFESTS]
+    below = (os.path.join(directory, name) for directory, _, names in os.walk(place.base) for name in names)
+    for candidates in (files, below):
+        tables = [Path(file) for file in candidates if file.lower().endswith(MANIFESTS)]
         # A clip may have a .json of its own.
         tables = [file for file in tables if str(file.with_suffix("")) not in with_clips]
+        tables = [file for file in tables if file.resolve().is_relative_to(place.base)]
         if tables:
-            return tables
+            return sorted(tables)
     return []
 
 
-def naming_column(table: pa.Table, clips: dict, directory: Path) -> str | None:
-    """The first column of a table in a directory whose cells name clips."""
+def find_clips(names: list[str | None], clips: dict, file: Path, base: str) -> list[str | None]:
+    """The clips that the cells of a column name, by paths from the place of its table, or from that of the dataset."""
+    directories = (file.parent, Path(base))
+    return [next(filter(None, (find_clip(clips, place, name or "") for place in directories)), None) for name in names]
+
+
+def naming_column(table: pa.Table, clips: dict, file: Path, base: str) -> str | None:
+    """The first column whose cells name clips, as its first ones tell."""
     for column, values in zip(table.column_names, table.columns, strict=True):
-        names = values.to_pylist() if pa.types.is_string(values.type) else []
-        if any(find_clip(clips, directory, name) for name in names if name):
+        if pa.types.is_string(values.type) and any(find_clips(values[:LOOKED_AT].to_pylist(), clips, file, base)):
             return column
     return None
 
 
-def choose_table(tables: list[Path], clips: dict, wanted: set[str]) -> tuple[Path, pa.Table, str] | None:
-    """The only table that names clips and has a wanted column, and the column that names them; None if none is."""
+def is_named_after(file: Path, split: str) -> bool:
+    """Whether the name of a file says that it is of a split, in one of the ways that `datasets` knows."""
+    words = SPLIT_KEYWORDS.get(split, [split])
+    return bool(re.search(f"(^|[-._ 0-9])({'|'.join(map(re.escape, words))})[-._ 0-9]", file.name.lower()))
+
+
+def choose_table(
+    tables: list[Path], clips: dict, place: Place, split: str, wanted: set[str]
+) -> tuple[Path, pa.Table, str] | None:
+    """A table that names clips and has a wanted column, and its column that names them.
+
+    It has to be the only one, or the only one that is named after the split.
+    """
     found = []
     for file in tables:
         with contextlib.suppress(ValueError):  # of something that is no table of clips
             table = read_table(str(file), file.suffix.lower())
-            if wanted.intersection(table.column_names) and (column := naming_column(table, clips, file.parent)):
-                found.append((file, table, column))
+            if wanted.intersection(table.column_names):
+                found.append((file, table, naming_column(table, clips, file, place.base)))
+    found = [(file, table, column) for file, table, column in found if column]
+    if len(found) > 1:
+        found = [entry for entry in found if is_named_after(entry[0], split)]
     return found[0] if len(found) == 1 else None
 
 
-def read_listed(paths: list[str], tables: list[Path], place: Place, wanted: set[str]) -> datasets.Dataset | None:
-    """The clips of an audio folder as the only fitting one of its tables lists them; None if there is none, or several.
+def read_listed(
+    paths: list[str], tables: list[Path], place: Place, split: str, wanted: set[str]
+) -> datasets.Dataset | None:
+    """The clips of a split of an audio folder as one of its tables lists them; None where none fits, or several.
 
     The column `audio` has the clip's path, one of `paths`, in place of what the table calls it.
     """
     clips, _ = name_clips(paths, place.base)
-    chosen = choose_table(tables, clips, wanted)
+    chosen = choose_table(tables, clips, place, split, wanted)
     if not chosen:
         return None
     file, table, column = chosen
+    names = table.column(column).to_pylist()
     path_of = {os.path.splitext(path)[0]: path for path in paths} | {path: path for path in paths}
     audio = []
-    for name in table.column(column).to_pylist():
-        clip = find_clip(clips, file.parent, name or "")
+    for name, clip in zip(names, find_clips(names, clips, file, place.base), strict=True):
         same_kind = f"{clip}{os.path.splitext(name or '')[1]}"  # of a.wav and a.m4a, the one that is named
         audio.append(path_of.get(same_kind) or path_of.get(clip))
     missing = pc.is_null(pa.array(audio, pa.string()))
@@ -1995,7 +2067,8 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
         if any(map(is_audio, saved.column_names)):
             raise ValueError("its first line has to name the columns, such as path and text")
     else:
-        fail(f"{path} is no dataset: name its directory, or a table of clips ({', '.join(MANIFESTS)})")
+        kinds = ", ".join(MANIFESTS)
+        fail(f"{path} is no dataset: name its directory, or a table of clips ({kinds}). {SAVE_SHEET}")
     if isinstance(saved, datasets.DatasetDict):
         return select_split(saved, split), place
     names = set(split_names(split))
@@ -2017,7 +2090,7 @@ def read_repository(
         if streaming and split == name and builder.name != "webdataset":  # whose columns change their order
             options = {"streaming": True}
         if builder.name == "audiofolder":
-            options["text_column"] = text_column
+            options |= {"split": str(name), "text_column": text_column}
         parts[name] = load_part(builder.name, paths, place, **options)
     if builder.name == "audiofolder" and not directory:
         place = Place("", is_confined=False)  # the loader has found and downloaded the files itself
@@ -2149,20 +2222,32 @@ def require_columns(reference: str, dataset: datasets.Dataset, columns: dict[str
 
 def missing_column_hint(path: Path, names: list[str], column: str, flag: str) -> str:
     """Where a missing column may be, judged by the files of a local directory; empty where nothing tells."""
-    files = sorted(path.rglob("*")) if path.is_dir() else []
-    manifests = [file for file in files if file.suffix.lower() in MANIFESTS]
-    tables = [file for file in manifests if column.encode() in file.read_bytes()]
-    if tables:
-        return f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}"
+    if not path.is_dir():
+        return ""
+    files = sorted(path.rglob("*"))
+    place = Place(os.path.realpath(path), is_confined=True)
+    tables = find_tables(list(map(str, files)), place)
+    columns = {}
+    not_utf8 = []
+    for table in tables:
+        try:
+            columns[str(table)] = read_table(str(table), table.suffix.lower()).column_names
+        except ValueError as error:
+            if NOT_UTF8 in str(error):
+                not_utf8.append(error)
+    if fitting := [table for table, found in columns.items() if column in found]:
+        return f". Name a table instead of the directory: {', '.join(fitting[:10])}"
     if not files or not set(names) <= {"audio", "label", "__key__"}:
         return ""
-    archives = [file for file in files if file.suffix in (".zip", ".tar", ".gz", ".tgz")]
-    if archives:
+    if archives := [file for file in files if file.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))]:
         return f". Unpack {archives[0]}, if the texts lie in it"
+    if not_utf8:
+        return f". {not_utf8[0]}"
+    if sheets := [file for file in files if file.suffix.lower() in SHEETS and not file.name.startswith("~$")]:
+        return f". {SAVE_SHEET}, if {sheets[0]} has the texts"
     hint = f". Texts may lie in {path / 'metadata.csv'}, with the columns file_name and {column}"
-    others = [file for file in manifests if file.suffix.lower() != ".json"]  # each clip may have a .json of its own
-    if others:
-        listed = ", ".join(map(str, others[:10]))
+    if others := [table for table in columns if not table.endswith(".json")]:
+        listed = ", ".join(others[:10])
         hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {listed}"
     return hint
 
@@ -2288,11 +2373,12 @@ def find_below(file: str, base: str) -> str | None:
 
 @functools.cache
 def files_by_name(base: str) -> dict[str, str | None]:
-    """The audio files below a directory by their names; None where two have the name."""
+    """The audio files below a directory by their names, with and without suffix; None where two have the name."""
     found = {}
     for directory, _, names in os.walk(base):
         for name in filter(is_audio, names):
-            found[name] = None if name in found else os.path.join(directory, name)
+            for key in (name, os.path.splitext(name)[0]):
+                found[key] = None if key in found else os.path.join(directory, name)
     return found
 
 

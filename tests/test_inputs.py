@@ -617,6 +617,137 @@ def test_a_folder_is_walked_a_few_times_and_anew_when_it_is_opened_again(tmp_pat
     assert len(opened(tmp_path)) == len(NAMES)
 
 
+@pytest.mark.parametrize(("split", "stem"), [("train", "train"), ("validation", "my-dev"), ("test", "TEST.2024")])
+def test_of_several_tables_that_fit_the_one_is_read_that_is_named_after_the_split(split, stem, tmp_path):
+    write_clips(tmp_path / split / "clips")
+    for number, name in enumerate(("extra", "trainers", stem)):
+        rows = [(name, f"{number}{text}") for name, text in zip(NAMES, TEXTS, strict=True)]
+        write_csv(tmp_path / "tables" / f"{name}.csv", [("file", "transcription"), *rows])
+    assert opened(tmp_path, split) == [(f"2{text}", *rest) for text, *rest in WHOLE]
+
+
+def test_the_table_of_an_audio_folder_may_lie_in_any_directory_and_count_its_paths_from_the_top(tmp_path):
+    write_clips(tmp_path / "第2話" / "納品" / "A")
+    table = tmp_path / "第2話" / "台本.csv"
+    write_csv(table, [("ファイル名", "transcription"), *STEMS])
+    assert opened(tmp_path) == WHOLE
+    table.rename(tmp_path / "第2話" / "old.csv.bak")
+    rows = [(f"第2話/納品/A/{name}", text) for name, text in zip(NAMES, TEXTS, strict=True)]
+    write_csv(tmp_path / "lists" / "all.csv", [("file", "transcription"), *rows])
+    assert opened(tmp_path) == WHOLE
+
+
+def test_a_table_that_is_named_finds_clips_below_it_without_their_suffix(tmp_path):
+    write_clips(tmp_path / "納品" / "A")
+    table = write_csv(tmp_path / "台本.csv", [("path", "transcription"), *STEMS, ("twice", "x")])
+    for name in ("twice.flac", "twice.wav"):
+        write(tmp_path / "納品" / name, clip(0))
+    *found, last = opened(table)
+    assert found == WHOLE
+    assert last[2].startswith("file not found: twice")
+
+
+def test_a_table_that_links_elsewhere_is_not_read(tmp_path):
+    write_clips(tmp_path / "data")
+    table = write_csv(tmp_path / "private.csv", [("file", "transcription"), *STEMS])
+    (tmp_path / "data" / "list.csv").symlink_to(table)
+    assert [text for text, *_ in opened(tmp_path / "data")] == [None] * len(NAMES)
+
+
+@pytest.mark.parametrize("name", ["line_index.tsv", "wavs/line_index.tsv"])
+def test_a_list_without_a_header_may_name_clips_without_their_suffix(name, tmp_path):
+    write_clips(tmp_path / "wavs")
+    write_csv(tmp_path / name, STEMS, delimiter="\t")
+    assert opened(tmp_path) == WHOLE
+
+
+def test_a_list_without_a_header_may_have_ids_and_commas_in_its_texts(tmp_path):
+    write_clips(tmp_path)
+    texts = ["Leeds, York or Hull?", *TEXTS[1:]]
+    lines = [f"EN{number}, clip{number}, {text}\n" for number, text in enumerate(texts)]
+    write(tmp_path / "line_index.csv", "".join(lines))
+    assert [text for text, *_ in opened(tmp_path)] == texts
+
+
+def test_the_pinyin_of_aishell_3_is_left_out(tmp_path):
+    write_clips(tmp_path, ["a.wav", "b.wav", "c.wav"])
+    lines = ["a.wav\t广 guang3 州 zhou1 女 nv3", "b.wav\tgo take5 me be2 you", "c.wav\t玩 wan2 儿 er5 "]
+    write(tmp_path / "content.txt", "\n".join(lines))
+    assert [text for text, *_ in opened(tmp_path)] == ["广州女", "go take5 me be2 you", "玩儿"]
+
+
+def test_texts_in_zips_beside_audio_are_not_taken_for_audio(tmp_path, caplog):
+    write_clips(tmp_path / "day1", NAMES[:2])
+    with zipfile.ZipFile(tmp_path / "day2.zip", "w") as file:
+        for number in (2, 3):
+            file.writestr(f"day2/{NAMES[number]}", clip(number))
+            file.writestr(f"day2/clip{number}.txt", TEXTS[number])
+    assert [row[1:] for row in opened(tmp_path)] == [row[1:] for row in WHOLE[:4]]
+    assert "left out: 2 files in archives, such as zip://day2/clip2.txt::" in caplog.text
+    assert "unpack the archive, if they have the clips' texts" in caplog.text
+
+
+@pytest.mark.parametrize("readme", [None, "# Speech Commands\n", "---\nlicense: mit\n---\n# Speech Commands\n"])
+def test_lists_of_splits_make_no_splits_of_an_audio_folder_whatever_its_readme_says(readme, tmp_path):
+    write_clips(tmp_path / "yes", NAMES[:2])
+    write_clips(tmp_path / "no", NAMES[2:])
+    for name in ("testing_list.txt", "validation_list.txt"):
+        write(tmp_path / name, f"yes/{NAMES[0]}\n")
+    if readme:
+        write(tmp_path / "README.md", readme)
+    assert Counter(text for text, *_ in opened(tmp_path, text="label")) == {"yes": 2, "no": 4}
+
+
+def test_texts_of_names_that_several_clips_have_are_counted(tmp_path, caplog):
+    for take in ("take1", "take2"):
+        write_clips(tmp_path / "wav" / take)
+    write(tmp_path / "台本" / "本編" / "list.txt", "".join(f"{stem}:{text}\n" for stem, text in STEMS))
+    assert [text for text, *_ in opened(tmp_path)] == [None] * 2 * len(NAMES)
+    said = "left out: 6 texts of names that several clips have, such as clip0: name the directory of those to read"
+    assert said in caplog.text
+    shutil.rmtree(tmp_path / "wav" / "take2")
+    caplog.clear()
+    assert opened(tmp_path) == WHOLE
+    assert "left out" not in caplog.text
+
+
+def test_clips_with_several_texts_are_counted(tmp_path, caplog):
+    write_clips(tmp_path)
+    write(tmp_path / "a.txt", "".join(f"{stem}:{text}\n" for stem, text in STEMS))
+    write(tmp_path / "b.txt", f"clip3:違う\n{STEMS[0][0]}:{STEMS[0][1]}\n")
+    assert [text for text, *_ in opened(tmp_path)] == [*TEXTS[:3], None, *TEXTS[4:]]
+    texts = sorted([TEXTS[3], "違う"])
+    assert f"no text for 1 clips that have several, such as {tmp_path / NAMES[3]}: {texts}" in caplog.text
+
+
+def test_a_label_track_of_audacity_is_named(tmp_path, caplog):
+    write_clips(tmp_path)
+    track = write(tmp_path / "ラベル 1.txt", "0.000000\t1.500000\tはい\n1.500000\t2.500000\tいいえ\n")
+    opened(tmp_path, text=None)
+    assert f"left out: 1 texts with times, such as {track}: cut the audio there" in caplog.text
+
+
+def test_where_a_column_is_missing_only_files_are_named_that_can_have_it(tmp_path):
+    rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
+    columns = {"text_column_name": "text"}
+
+    def hint() -> str:
+        return refusal(require_columns, str(tmp_path), rows, columns).partition("it has audio. ")[2]
+
+    write(tmp_path / "cuts.jsonl.gz", "x")
+    write(tmp_path / "odd.csv", "text\n1,2\n")
+    write(tmp_path / "job.json", json.dumps({"results": {"text": "はい"}}))
+    assert hint() == f"Texts may lie in {tmp_path / 'metadata.csv'}, with the columns file_name and text"
+    write(tmp_path / "~$sheet.xlsx", "x")
+    sheet = write(tmp_path / "sheet.xlsx", "x")
+    assert hint() == f"Save a spreadsheet as CSV (UTF-8), if {sheet} has the texts"
+    table = write(tmp_path / "sheet.csv", "ファイル,text\nx,東京\n".encode("cp932"))
+    assert hint().startswith(f"{table} is not UTF-8 (") and "iconv" in hint()
+    archive = write(tmp_path / "a.tar.gz", "x")
+    assert hint() == f"Unpack {archive}, if the texts lie in it"
+    assert "Save a spreadsheet as CSV (UTF-8)" in refusal(opened, sheet)
+
+
 # ---- parquet, tars and manifests -------------------------------------------------------------------------------------
 
 
