@@ -1395,10 +1395,18 @@ def find_files(
     for name in split_names(split):
         if name not in files_by_split:
             available = ", ".join(map(str, files_by_split))
-            fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {available}")
+            hint = name_table(local_directory(reference), name) if builder.name == "audiofolder" else ""
+            fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {available}{hint}")
         found[name] = files_by_split[name]
         refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found
+
+
+def name_table(directory: Path | None, split: str) -> str:
+    """What to do where an audio folder has no such split, but a table that is named after it; else empty."""
+    place = Place(os.path.realpath(directory or ""), is_confined=True)
+    tables = [table for table in find_tables([], place) if is_named_after(table, split)] if directory else []
+    return f". Name a table instead of the directory: {', '.join(map(str, tables[:10]))}" if tables else ""
 
 
 def refuse_unfinished(reference: str, config: str, split: str, files: list[str]) -> None:

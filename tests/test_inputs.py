@@ -626,6 +626,17 @@ def test_of_several_tables_that_fit_the_one_is_read_that_is_named_after_the_spli
     assert opened(tmp_path, split) == [(f"2{text}", *rest) for text, *rest in WHOLE]
 
 
+def test_where_an_audio_folder_has_no_such_split_its_table_is_named(tmp_path):
+    write_clips(tmp_path / "clips")
+    for name in ("train.csv", "dev.csv"):
+        write_csv(tmp_path / name, [("file", "transcription"), *STEMS])
+    line = refusal(opened, tmp_path, "validation")
+    assert line.endswith(
+        f"has no split 'validation'; it has train. Name a table instead of the directory: {tmp_path}/dev.csv"
+    )
+    assert refusal(opened, tmp_path, "test").endswith("has no split 'test'; it has train")
+
+
 def test_the_table_of_an_audio_folder_may_lie_in_any_directory_and_count_its_paths_from_the_top(tmp_path):
     write_clips(tmp_path / "第2話" / "納品" / "A")
     table = tmp_path / "第2話" / "台本.csv"
