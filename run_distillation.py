@@ -1326,7 +1326,7 @@ def capital_splits(directory: str) -> dict[str, list[str]]:
     return patterns
 
 
-HAS_CONFIGS = re.compile(r"---\s*\n(.*\n)*?configs:")  # a dataset card
+HAS_CONFIGS = re.compile(r"---\s*\n((?!---).*\n)*?configs:")  # in the first lines of a dataset card
 
 
 def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilder:
@@ -1339,7 +1339,7 @@ def choose_builder(reference: str, config: str | None) -> datasets.DatasetBuilde
         fail(f"`datasets` takes the characters *, ? and [ of a path for a pattern: rename the directory {location}")
     name_linked_directories(location)
     card = directory / "README.md"  # which may say what to read
-    has_card = card.exists() and HAS_CONFIGS.match(card.read_text("utf-8-sig", errors="replace"))
+    has_card = card.is_file() and HAS_CONFIGS.match(card.read_text("utf-8-sig", errors="replace"))
     try:
         builder = datasets.load_dataset_builder(location, config)
     except (ValueError, datasets.exceptions.DataFilesNotFoundError):
@@ -1395,14 +1395,14 @@ def find_files(
     for name in split_names(split):
         if name not in files_by_split:
             available = ", ".join(map(str, files_by_split))
-            hint = name_table(local_directory(reference), name) if builder.name == "audiofolder" else ""
+            hint = split_hint(local_directory(reference), name) if builder.name == "audiofolder" else ""
             fail(f"{reference} ({builder.config.name}) has no split {name!r}; it has {available}{hint}")
         found[name] = files_by_split[name]
         refuse_unfinished(reference, builder.config.name, name, found[name])
     return builder, found
 
 
-def name_table(directory: Path | None, split: str) -> str:
+def split_hint(directory: Path | None, split: str) -> str:
     """What to do where an audio folder has no such split, but a table that is named after it; else empty."""
     place = Place(os.path.realpath(directory or ""), is_confined=True)
     tables = [table for table in find_tables([], place) if is_named_after(table, split)] if directory else []

@@ -698,7 +698,7 @@ def test_texts_in_zips_beside_audio_are_not_taken_for_audio(tmp_path, caplog):
     assert "unpack the archive, if they have the clips' texts" in caplog.text
 
 
-@pytest.mark.parametrize("readme", [None, "# Speech Commands\n", "---\nlicense: mit\n---\n# Speech Commands\n"])
+@pytest.mark.parametrize("readme", [None, "# Speech Commands\n", "---\nlicense: mit\n---\nconfigs:\n"])
 def test_lists_of_splits_make_no_splits_of_an_audio_folder_whatever_its_readme_says(readme, tmp_path):
     write_clips(tmp_path / "yes", NAMES[:2])
     write_clips(tmp_path / "no", NAMES[2:])
