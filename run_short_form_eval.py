@@ -1470,12 +1470,9 @@ def spread_fields(part: datasets.Dataset) -> datasets.Dataset:
     return part
 
 
-def is_list(file: str) -> bool:
-    """Whether a metadata.csv has no header, but lines such as NAME|text, as LJSpeech's has."""
-    if os.path.basename(file) != "metadata.csv":
-        return False
-    header = read_text(file).partition("\n")[0]
-    return "|" in header and "file_name" not in header
+def is_plain_table(file: str) -> bool:
+    """Whether a metadata.csv has no file_name, as `datasets` wants it: LJSpeech's is a list, with lines NAME|text."""
+    return os.path.basename(file) == "metadata.csv" and "file_name" not in read_text(file).partition("\n")[0]
 
 
 def load_folder(
@@ -1488,17 +1485,17 @@ def load_folder(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of an audio folder, with the metadata above it where there is none in it, or else with its texts."""
     is_local = not place.base.startswith("hf://")
-    lists = set(filter(is_list, files)) if is_local else set()
+    plain = set(filter(is_plain_table, files)) if is_local else set()
     tables = find_tables(files, place) if is_local else []
     # `datasets` takes clip.wav.txt for audio as well. Of such files, only compressed ones may be some.
     others = (*METADATA, ".zip", ".gz")
-    kept = [file for file in files if (is_audio(file) or file.lower().endswith(others)) and file not in lists]
+    kept = [file for file in files if (is_audio(file) or file.lower().endswith(others)) and file not in plain]
     files = DataFilesList(kept, files.origin_metadata)
     has_metadata = any(os.path.basename(file) in METADATA for file in files)
     above = []
     if not has_metadata:
         candidates = [f"{place.base}/{name}" for name in METADATA]
-        above = [file for file in candidates if os.path.exists(file) and not is_list(file)]
+        above = [file for file in candidates if os.path.exists(file) and not is_plain_table(file)]
     patterns = list(map(glob.escape, above))
     data_files = DataFilesDict(train=files + DataFilesList.from_patterns(patterns))
     # With other names than the default, so that nothing comes from a cache that `datasets` filled in its own way.
@@ -1607,7 +1604,7 @@ def listed_texts(file: Path) -> list[tuple]:
     """Pairs of name and text: of a file for one clip, its own name and its text; of a list, those of its lines."""
     content = file.read_text("utf-8-sig", errors="replace")
     lines = content.splitlines()
-    if file.name == "metadata.csv":
+    if file.name == "metadata.csv" and "|" in content:
         return [tuple(line.split("|")[:2]) for line in lines if "|" in line]
     if file.suffix.lower() in (".csv", ".tsv"):
         return headless_rows(lines)

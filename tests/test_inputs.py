@@ -144,12 +144,19 @@ def test_texts_and_ids_of_a_csv_stay_what_the_file_has(tiny_teacher, tmp_path):
     assert [row["text"] for row in read_rows(tmp_path / "labels.wer_1000000000.0")] == [row[2] for row in rows]
 
 
-def test_metadata_without_a_header_is_named_with_its_columns_and_those_needed(tiny_teacher, tmp_path):
+def test_metadata_without_a_header_is_a_list_of_texts(tmp_path):
     data = write_clips(tmp_path / "bare" / "train")
-    rows = [(name[:-5], text) for name, text in zip(NAMES, TEXTS, strict=True)]
-    write_csv(data / "metadata.csv", rows)
-    line = refusal(label, tiny_teacher, data.parent, tmp_path / "labels")
-    assert str(data / "metadata.csv") in line and "file_name" in line and "'clip0', '西日本では雨です。'" in line
+    write_csv(data / "metadata.csv", STEMS)
+    assert opened(data.parent) == WHOLE
+
+
+def test_metadata_that_names_nothing_is_told_of_where_texts_are_needed(tiny_teacher, tmp_path, caplog):
+    data = write_clips(tmp_path / "other" / "train")
+    write_csv(data / "metadata.csv", [("id", "text"), ("x", "はい")])
+    label(tiny_teacher, data.parent, tmp_path / "labels", *SHORT)
+    assert f"1 tables in {data.parent} are not read, such as {data / 'metadata.csv'}" in caplog.text
+    line = refusal(label, tiny_teacher, data.parent, tmp_path / "more", *SHORT, "--text_column_name", "text")
+    assert line.endswith(f"Name a table instead of the directory: {data / 'metadata.csv'}")
 
 
 def test_metadata_that_names_no_file_that_is_there_is_an_error(tiny_teacher, tmp_path):
@@ -615,6 +622,16 @@ def test_a_folder_is_walked_a_few_times_and_anew_when_it_is_opened_again(tmp_pat
     assert 0 < listed[str(tmp_path / "a" / "b")] <= 3
     write_clips(tmp_path / "a" / "b")
     assert len(opened(tmp_path)) == len(NAMES)
+
+
+@pytest.mark.parametrize("header", ["path,transcription", "filename,transcription", "transcription,audio"])
+def test_a_metadata_csv_may_call_the_files_as_it_likes(header, tmp_path):
+    rows = [(text, name) if header.startswith("t") else (name, text) for name, text in zip(NAMES, TEXTS, strict=True)]
+    for place in (tmp_path / "beside", tmp_path / "above" / "wavs"):
+        write_clips(place)
+    for place in (tmp_path / "beside", tmp_path / "above"):
+        write_csv(place / "metadata.csv", [header.split(","), *rows])
+        assert opened(place) == WHOLE
 
 
 @pytest.mark.parametrize(("split", "stem"), [("train", "train"), ("validation", "my-dev"), ("test", "TEST.2024")])
