@@ -3126,10 +3126,10 @@ def deal_out(job: Job, kind: str, shards: list[int], state: PartialState) -> lis
 def start_worker(jobs: multiprocessing.Queue) -> None:
     """Take the job from a queue: passed as an argument, a large job would delay the start of the next worker."""
     global WORKER_JOB
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()  # first: a killed parent leaves half a job
     WORKER_JOB = jobs.get()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:

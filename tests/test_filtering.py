@@ -1,5 +1,6 @@
 """run_data_filtering.py: what it keeps, the labels and features it stores, and that nothing is lost on the way."""
 
+import contextlib
 import errno
 import io
 import itertools
@@ -636,6 +637,31 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_bytes_of_one_that_was_no
             assert loaded.features["audio"] == Audio(
                 sampling_rate=16_000
             )  # which is decoded for everybody who loads it
+
+
+WAITING_FOR_A_JOB = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+import run_data_filtering as script
+
+context = multiprocessing.get_context("forkserver")
+pool = ProcessPoolExecutor(1, context, script.start_worker, (context.Queue(),))
+pool.submit(script.work, "filtered", 0)
+print("waiting", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_worker_that_has_not_got_its_job_yet_ends_with_a_run_that_is_killed():
+    command = [sys.executable, "-c", WAITING_FOR_A_JOB]
+    process = subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stdout.readline() == b"waiting\n"
+        process.kill()
+        process.communicate(timeout=60)  # the pipe ends when the worker has let go of it too
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_killed_worker_ends_the_run_in_a_line_and_the_same_command_goes_on(source, filtered, arguments, tmp_path):
