@@ -1274,7 +1274,10 @@ SAMPLED_BYTES = 4096  # of a clip, for a digest
 FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp.sh"
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 SAVE_SHEET = "Save a spreadsheet as CSV (UTF-8)"
-NOT_UTF8 = "convert it, for example with iconv -f CP932 -t UTF-8 (Unicode text of Excel: -f UTF-16)"
+NOT_UTF8 = (
+    "convert it, for example with iconv -f CP932 -t UTF-8 (Korean: -f CP949, Chinese: -f GB18030, Unicode text of "
+    "Excel: -f UTF-16)"
+)
 LOOKED_AT = 1000  # rows of a table, to tell which of its columns names clips
 SEVERAL = ""  # in place of a clip, where several have the name
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
@@ -1282,17 +1285,22 @@ TEXT_COLUMNS = ("transcription", "text")  # of a table in an audio folder, where
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
 # a normalised text and the seconds, the ITA corpus and ROHAN a comma and the reading in katakana, VITS the number of a
 # speaker before the text.
-LISTED_TEXT = re.compile(r"([^\t|]+)[\t|](?:\d+\|)?([^\t|]*)(?:\|[^\t|]*\|[\d.]+)?")
+LISTED_TEXT = re.compile(r"([^\t|]+)[\t|](?:\d+\|)?([^\t|]*)(?:(?:\|[^\t|]*){1,2}\|[\d.]+(?:\|[^\t|]*)?)?")
 SPACED_TEXT = re.compile(r"([^\s:]+) ([^\t|]*)")
 COLON_TEXT = re.compile(r"([^\s:]+):([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
 PINYIN = re.compile(r"(\S+ [a-z]+\d *){2,}")  # of each character of a text, as in AISHELL-3
 TIMIT_SAMPLES = re.compile(r"^0 \d{4,} (?=\D)")  # the first and last sample, before a text
 FESTIVAL_TEXTS = "txt.done.data"  # as CMU ARCTIC has it
+TEXT_NAMES = (FESTIVAL_TEXTS, "prompts-original")  # the second is VoxForge's
 FESTIVAL_TEXT = re.compile(r'\(\s*(\S+)\s+"(.*)"\s*\)')
 PHONEMES = re.compile(r"^\s*[\d.]+\s+[\d.]+\s", re.MULTILINE)  # in a .lab file of phonemes: their times
 TEXT_FILES = (".txt", ".lab", ".list", ".json", ".csv", ".tsv")  # in audio folders
-WITH_TIMES = (".srt", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
+WITH_TIMES = (".ctm", ".lrc", ".sbv", ".srt", ".stm", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
+NO_FILES = (
+    "If its README.md names files that are not there, name the directory of those that are. Raw samples (.pcm) need a "
+    "header first, for example by ffmpeg -f s16le -ar 16000 -ac 1 -i FILE FILE.wav"
+)
 UNPACK = "unpack the archive, if they have the clips' texts"
 CUT_THERE = "cut the audio there, and write the text of each piece into a .txt file of its name"
 KALDI_FILES = {"audio": "wav.scp", "transcription": "text", "speaker": "utt2spk"}  # by the column that they fill
@@ -1410,14 +1418,14 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
 
 
 def read_cells(path: str, text: str, suffix: str) -> pa.Table:
-    """The table of a .csv or .tsv file, whose header tells the delimiter. Only a .tsv may do without quoting."""
+    """The table of a .csv or .tsv file, whose header tells the delimiter. Tabs and bars may do without quoting."""
     header = text.lstrip().partition("\n")[0]
     marks = "\t,;|" if suffix == ".tsv" else ",;\t|"
     delimiter = next((mark for mark in marks if mark in header), ",")
     try:
         return parse_cells(path, text, delimiter, csv.QUOTE_MINIMAL)
     except ValueError:
-        if delimiter != "\t":
+        if delimiter not in "\t|":
             raise
     return parse_cells(path, text, delimiter, csv.QUOTE_NONE)
 
@@ -1650,28 +1658,35 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
     return near, far
 
 
-def headless_rows(lines: list[str]) -> list[tuple]:
-    """Names and texts of a table without a header: `NAME,text`, or `ID, NAME, text` whose text may have commas."""
+def headless_rows(lines: list[str], is_clip: Callable[[str], bool]) -> list[tuple]:
+    """Names and texts of a table without a header, such as OpenSLR's; none where its first line names no clip.
+
+    Its columns are NAME and text, or NAME, speaker and text, or an id, NAME and a text that may have commas.
+    """
     delimiter = next((mark for mark in "\t,;|" if lines and mark in lines[0]), ",")
     try:
-        rows = [tuple(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
     except csv.Error:
         return []
-    if all(len(row) == 2 for row in rows):
-        return rows
-    if delimiter == "," and all(len(row) > 2 for row in rows):
-        return [(name, ",".join(text)) for _, name, *text in rows]
+    if not rows:
+        return []
+    is_first = is_clip(rows[0][0])
+    if is_first and (all(len(row) == 2 for row in rows) or all(len(row) == 3 for row in rows)):
+        return [(row[0], row[-1]) for row in rows]
+    is_second = not is_first and all(len(row) > 2 for row in rows) and is_clip(rows[0][1])
+    if is_second and (delimiter == "," or all(len(row) == 3 for row in rows)):
+        return [(name, delimiter.join(text)) for _, name, *text in rows]
     return []
 
 
-def listed_texts(file: Path) -> list[tuple]:
+def listed_texts(file: Path, is_clip: Callable[[str], bool]) -> list[tuple]:
     """Pairs of name and text: of a file for one clip, its own name and its text; of a list, those of its lines."""
     content = file.read_text("utf-8-sig", errors="replace")
     lines = content.splitlines()
     if file.name == "metadata.csv" and "|" in content:
         return [tuple(line.split("|")[:2]) for line in lines if "|" in line]
     if file.suffix.lower() in (".csv", ".tsv"):
-        return headless_rows(lines)
+        return headless_rows(lines, is_clip)
     if file.suffix == ".list":  # of GPT-SoVITS and Style-Bert-VITS2: path|speaker|language|text
         fields = [line.split("|") for line in lines]
         return [(line[0], line[3]) for line in fields if len(line) > 3]
@@ -1726,6 +1741,12 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
     near_texts = defaultdict(set)
     far_texts = defaultdict(set)
     parallel = parallel_directories(place.base)
+
+    def find(directory: Path, name: str) -> tuple[str | None, list[str]]:
+        """The clip that has this name near the directory, and those that have it in parallel ones."""
+        far = [find_clip(far_clips, other, name) for other in parallel[directory]]
+        return find_clip(near_clips, directory, name), [clip for clip in far if clip is not None]
+
     links = []
     unread = []
     timed = []
@@ -1733,28 +1754,25 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
     for file in Path(place.base).rglob("*"):
         if file.suffix.lower() in WITH_TIMES:
             timed.append(file)
-        is_text = file.suffix.lower() in TEXT_FILES or file.name == FESTIVAL_TEXTS
+        is_text = file.suffix.lower() in TEXT_FILES or file.name in TEXT_NAMES
         if not (is_text and file.is_file()):
             continue
         if not file.resolve().is_relative_to(place.base):
             links.append(file)
             continue
-        texts = listed_texts(file)
+        texts = listed_texts(file, is_clip=lambda name, place=file.parent: find(place, name) != (None, []))
         if any("\ufffd" in text for _, text in texts):
             unread.append(file)
         if any(TIMES.match(text) for _, text in texts):
             timed.append(file)
         for name, text in texts:
-            near = find_clip(near_clips, file.parent, name)
-            far = [find_clip(far_clips, directory, name) for directory in parallel[file.parent]]
+            near, far = find(file.parent, name)
             if near:
                 near_texts[near].add(text.strip())
             for clip in filter(None, far):
                 far_texts[clip].add(text.strip())
             if SEVERAL in (near, *far):
                 shared.append(name)
-            elif not (near or any(far)) and file.suffix.lower() in MANIFESTS:
-                break  # its first line is a header
     name_unread(links, "that are links to files elsewhere", "copy the files")
     name_unread(unread, "that are not UTF-8", NOT_UTF8)
     name_unread(timed, "with times", CUT_THERE)
@@ -1790,12 +1808,12 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
 
 def find_tables(files: list[str], place: Place) -> list[Path]:
     """The tables among the files of a split of an audio folder, or else all in it; none that links elsewhere."""
-    with_clips = {os.path.splitext(file)[0] for file in files if is_audio(file)}
+    clips = {os.path.splitext(os.path.basename(file))[0] for file in files if is_audio(file)}
+    own = {f"{clip}{end}" for clip in clips for end in (".json", ".info.json")}  # a clip may have these
     below = (os.path.join(directory, name) for directory, _, names in os.walk(place.base) for name in names)
     for candidates in (files, below):
         tables = [Path(file) for file in candidates if file.lower().endswith(MANIFESTS)]
-        # A clip may have a .json of its own.
-        tables = [file for file in tables if str(file.with_suffix("")) not in with_clips]
+        tables = [file for file in tables if file.name not in own]
         tables = [file for file in tables if file.resolve().is_relative_to(place.base)]
         if tables:
             return sorted(tables)
@@ -1827,18 +1845,25 @@ def choose_table(
 ) -> tuple[Path, pa.Table, str] | None:
     """A table that names clips and has a wanted column, and its column that names them.
 
-    It has to be the only one, or the only one that is named after the split.
+    It has to be the only one, or the only one that is named after the split. One that is named after another is none.
     """
+    others = set(map(str, SPLIT_KEYWORDS)) - {split}
     found = []
     for file in tables:
-        with contextlib.suppress(ValueError):  # of something that is no table of clips
+        is_own = is_named_after(file, split)
+        if not is_own and any(is_named_after(file, other) for other in others):
+            continue
+        try:
             table = read_table(str(file), file.suffix.lower())
-            if wanted.intersection(table.column_names):
-                found.append((file, table, naming_column(table, clips, file, place.base)))
-    found = [(file, table, column) for file, table, column in found if column]
+        except ValueError as error:
+            if file.suffix.lower() != ".json":  # which may be anything
+                logger.warning("not read: %s", error)
+            continue
+        if wanted.intersection(table.column_names) and (column := naming_column(table, clips, file, place.base)):
+            found.append((is_own, file, table, column))
     if len(found) > 1:
-        found = [entry for entry in found if is_named_after(entry[0], split)]
-    return found[0] if len(found) == 1 else None
+        found = [entry for entry in found if entry[0]]
+    return found[0][1:] if len(found) == 1 else None
 
 
 def read_listed(
@@ -2008,6 +2033,10 @@ def open_dataset(
         dataset = find_audio(dataset, audio_column)
     except (Unreadable, *LOADING_ERRORS) as error:
         hint = "" if path.exists() else ". Check the name; a private one needs `hf auth login`"
+        if choice := re.search(r"available configs: (\[.*?\])", str(error)):
+            hint = f". Name one of its configurations: {choice[1]}"
+        elif isinstance(error, datasets.exceptions.DataFilesNotFoundError) and path.is_dir():
+            hint = f". {NO_FILES}"
         cause = first_line(error.__cause__ or error)
         fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
     return convert_texts(reference, dataset, text_column), place

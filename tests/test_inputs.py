@@ -689,6 +689,82 @@ def test_a_list_without_a_header_may_name_clips_without_their_suffix(name, tmp_p
     assert opened(tmp_path) == WHOLE
 
 
+def test_a_list_without_a_header_may_have_speakers(tmp_path):
+    write_clips(tmp_path / "data" / "cf")
+    rows = [(stem, "話者", text) for stem, text in STEMS]
+    write_csv(tmp_path / "utt_spk_text.tsv", rows, delimiter="\t")
+    assert opened(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize(
+    "rows", [[("id", "file", "speaker"), ("1", "clip0", "佐藤")], [("clip0", "佐藤", "女", "東京")], []]
+)
+def test_a_table_without_names_in_its_first_line_or_with_more_columns_is_no_list_of_texts(rows, tmp_path):
+    write_clips(tmp_path)
+    write_csv(tmp_path / "list.csv", rows)
+    write_csv(tmp_path / "list.tsv", rows, delimiter="\t")
+    assert [text for text, *_ in opened(tmp_path)] == [None] * len(NAMES)
+
+
+def test_a_table_of_another_split_is_never_read_for_another_and_a_broken_one_is_named(tmp_path, caplog):
+    write_clips(tmp_path / "wavs")
+    for name in ("eval", "train"):
+        write_csv(tmp_path / f"meta_{name}.csv", [("file", "transcription"), *STEMS])
+    table = tmp_path / "meta_train.csv"
+    table.write_text(table.read_text() + "clip0,はい,そう\n")
+    assert [text for text, *_ in opened(tmp_path)] == [None] * len(NAMES)
+    assert f"not read: {table}, line 8: it has 3 cells, the header 2" in caplog.text
+    table.unlink()
+    assert [text for text, *_ in opened(tmp_path)] == [None] * len(NAMES)
+
+
+def test_tables_with_bars_may_do_without_quoting(tmp_path):
+    write_clips(tmp_path / "wavs")
+    lines = ["audio_file|text|speaker", 'wavs/clip0.flac|"はい", と言った|a', "wavs/clip1.flac|いいえ|a"]
+    table = write(tmp_path / "list.csv", "\n".join(lines))
+    assert [text for text, *_ in opened(table, text="text")] == ['"はい", と言った', "いいえ"]
+
+
+def test_files_that_clips_have_of_their_own_are_no_tables(tmp_path):
+    write_clips(tmp_path / "wav")
+    for stem, _ in STEMS:
+        for name in (f"wav/{stem}.info.json", f"labels/{stem}.json"):
+            write(tmp_path / name, "{}")
+    table = write(tmp_path / "other.json", "{}")
+    place = run_short_form_eval.Place(str(tmp_path), is_confined=True)
+    assert run_short_form_eval.find_tables([str(file) for file in tmp_path.rglob("*")], place) == [table]
+
+
+def test_the_texts_of_kss_and_voxforge_are_read(tmp_path):
+    write_clips(tmp_path / "kss" / "1")
+    lines = [f"1/{name}|{text}|{text}|x|3.5|Yes.\n" for name, text in zip(NAMES, TEXTS, strict=True)]
+    write(tmp_path / "kss" / "transcript.v.1.4.txt", "".join(lines))
+    assert opened(tmp_path / "kss") == WHOLE
+    for speaker in ("ralf", "timo"):
+        write_clips(tmp_path / "voxforge" / speaker / "wav")
+        lines = [f"{stem} {speaker}{text}\n" for stem, text in STEMS]
+        write(tmp_path / "voxforge" / speaker / "etc" / "prompts-original", "".join(lines))
+    expected = [f"{speaker}{text}" for speaker in ("ralf", "timo") for text in TEXTS]
+    assert [text for text, *_ in opened(tmp_path / "voxforge")] == expected
+
+
+def test_configurations_are_named_where_one_has_to_be_chosen(tmp_path):
+    for language in ("de", "en"):
+        write_parquet(tmp_path / language / "train-00000-of-00001.parquet", audio=embedded(2), text=TEXTS[:2])
+    configs = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in ("de", "en")]
+    write(tmp_path / "README.md", f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert refusal(opened, tmp_path).endswith("Config name is missing. Name one of its configurations: ['de', 'en']")
+    shutil.rmtree(tmp_path / "de")
+    line = refusal(open_dataset, str(tmp_path), "en", "train", "audio")
+    assert "If its README.md names files that are not there, name the directory of those that are" in line
+    assert len(opened(tmp_path / "en", text="text")) == 2
+
+
+def test_raw_samples_are_told_to_need_a_header(tmp_path):
+    write(tmp_path / "a.pcm", bytes(1000))
+    assert "Raw samples (.pcm) need a header first, for example by ffmpeg -f s16le" in refusal(opened, tmp_path)
+
+
 def test_a_list_without_a_header_may_have_ids_and_commas_in_its_texts(tmp_path):
     write_clips(tmp_path)
     texts = ["Leeds, York or Hull?", *TEXTS[1:]]
@@ -765,7 +841,7 @@ def test_where_a_column_is_missing_only_files_are_named_that_can_have_it(tmp_pat
     write(tmp_path / "cuts.jsonl.gz", "x")
     write(tmp_path / "odd.csv", "text\n1,2\n")
     write(tmp_path / "job.json", json.dumps({"results": {"text": "はい"}}))
-    assert hint() == f"Texts may lie in {tmp_path / 'metadata.csv'}, with the columns file_name and text"
+    assert hint() == f"Write it into {tmp_path / 'metadata.csv'}, with the columns file_name and text"
     write(tmp_path / "~$sheet.xlsx", "x")
     sheet = write(tmp_path / "sheet.xlsx", "x")
     assert hint() == f"Save a spreadsheet as CSV (UTF-8), if {sheet} has the texts"
@@ -1130,7 +1206,7 @@ def test_a_directory_whose_table_is_not_metadata_tells_to_name_the_table(tiny_te
 def test_only_tables_with_the_column_are_named_and_metadata_where_there_are_none(tmp_path):
     rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
     columns = {"text_column_name": "sentence"}
-    assert f"Texts may lie in {tmp_path / 'metadata.csv'}" in refusal(require_columns, str(tmp_path), rows, columns)
+    assert f"Write it into {tmp_path / 'metadata.csv'}" in refusal(require_columns, str(tmp_path), rows, columns)
     other = write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]\n")
     write(tmp_path / "clips" / "clip0.json", "{}")
     line = refusal(require_columns, str(tmp_path), rows, columns)
