@@ -3139,7 +3139,10 @@ def settle_scores(args: argparse.Namespace, columns: list[str]) -> None:
         args.text_column_name = None
         has_texts = False
     else:
-        has_texts = args.text_column_name or "transcription" in columns or "text" in columns
+        found = [column for column in TEXT_COLUMNS if column in columns]
+        has_texts = bool(args.text_column_name or found)
+        if found and not args.text_column_name:
+            logger.info("the reference texts are in the column %s (--text_column_name none: there are none)", found[0])
         if not has_texts and set(columns) <= {"audio", "label"}:
             name_tables(args.dataset_name)
     if args.scores is None:

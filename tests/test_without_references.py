@@ -63,12 +63,14 @@ def test_labelling_stores_scores_where_there_are_no_references_and_says_so(speec
     assert label_columns(tiny_teacher, speech, tmp_path / "no", "--scores", False) == {"whisper_transcript"}
 
 
-def test_labelling_stores_no_scores_beside_references_unless_asked(clips, tiny_teacher, tmp_path):
+def test_labelling_stores_no_scores_beside_references_unless_asked(clips, tiny_teacher, tmp_path, caplog):
     speech = stages.write_dataset(tmp_path / "speech", clips[:2])
     assert label_columns(tiny_teacher, speech, tmp_path / "out") == {"whisper_transcript"}
     other = [{"name": clip["name"], "audio": clip["audio"], "text": clip["transcription"]} for clip in clips[:2]]
     other_name = stages.write_dataset(tmp_path / "other-name", other)
+    caplog.set_level(logging.INFO)
     assert label_columns(tiny_teacher, other_name, tmp_path / "other") == {"whisper_transcript", "text"}
+    assert "the reference texts are in the column text (--text_column_name none: there are none)" in caplog.text
     unused = label_columns(tiny_teacher, speech, tmp_path / "unused", "--text_column_name", "none")
     assert unused == {"whisper_transcript", *GOOD}
     again = label_columns(tiny_teacher, tmp_path / "unused", tmp_path / "again")
