@@ -57,7 +57,7 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -1464,8 +1464,8 @@ FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 SAVE_SHEET = "Save a spreadsheet as CSV (UTF-8)"
 NOT_UTF8 = (
-    "convert it, for example with iconv -f CP932 -t UTF-8 (Korean: -f CP949, Chinese: -f GB18030, Unicode text of "
-    "Excel: -f UTF-16)"
+    "convert it, for example with iconv -f CP932 -t UTF-8 (Korean: -f CP949, Chinese: -f GB18030, German or French: "
+    "-f CP1252, Unicode text of Excel: -f UTF-16)"
 )
 LOOKED_AT = 1000  # rows of a table, to tell which of its columns names clips
 SEVERAL = ""  # in place of a clip, where several have the name
@@ -2077,6 +2077,8 @@ def read_listed(
     if number := pc.sum(missing).as_py():
         first = table.column(column).filter(missing)[0]
         logger.warning("left out: %d rows of %s that name no clip here, such as %s", number, file, first)
+    if again := [path for path, number in Counter(filter(None, audio)).items() if number > 1]:
+        logger.warning("%d clips have several rows in %s, such as %s: all are read", len(again), file, again[0])
     name_left_out(set(paths).difference(audio), f"that {file} does not name")
     logger.info("the clips and their texts are those of %s", file)
     others = table.select([name for name in table.column_names if name not in (column, "audio")])

@@ -44,7 +44,7 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1386,8 +1386,8 @@ FORMAT_SCP = "make files of them first, for example with ESPnet's format_wav_scp
 SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 SAVE_SHEET = "Save a spreadsheet as CSV (UTF-8)"
 NOT_UTF8 = (
-    "convert it, for example with iconv -f CP932 -t UTF-8 (Korean: -f CP949, Chinese: -f GB18030, Unicode text of "
-    "Excel: -f UTF-16)"
+    "convert it, for example with iconv -f CP932 -t UTF-8 (Korean: -f CP949, Chinese: -f GB18030, German or French: "
+    "-f CP1252, Unicode text of Excel: -f UTF-16)"
 )
 LOOKED_AT = 1000  # rows of a table, to tell which of its columns names clips
 SEVERAL = ""  # in place of a clip, where several have the name
@@ -1999,6 +1999,8 @@ def read_listed(
     if number := pc.sum(missing).as_py():
         first = table.column(column).filter(missing)[0]
         logger.warning("left out: %d rows of %s that name no clip here, such as %s", number, file, first)
+    if again := [path for path, number in Counter(filter(None, audio)).items() if number > 1]:
+        logger.warning("%d clips have several rows in %s, such as %s: all are read", len(again), file, again[0])
     name_left_out(set(paths).difference(audio), f"that {file} does not name")
     logger.info("the clips and their texts are those of %s", file)
     others = table.select([name for name in table.column_names if name not in (column, "audio")])
@@ -3144,21 +3146,22 @@ def settle_scores(args: argparse.Namespace, columns: list[str]) -> None:
         if found and not args.text_column_name:
             logger.info("the reference texts are in the column %s (--text_column_name none: there are none)", found[0])
         if not has_texts and set(columns) <= {"audio", "label"}:
-            name_tables(args.dataset_name)
+            refuse_tables(args.dataset_name)
     if args.scores is None:
         args.scores = not has_texts
         if args.scores:
             logger.info("%s has no reference texts: the labels' scores are stored, to filter by", args.dataset_name)
 
 
-def name_tables(reference: str) -> None:
-    """Warn of tables in an audio folder, which may have the clips' texts."""
+def refuse_tables(reference: str) -> None:
+    """Fail where tables lie in an audio folder and none is read: one may have the clips' texts."""
     path = Path(reference).expanduser()
     files = list(map(str, path.rglob("*")))
     tables = find_tables(files, Place(os.path.realpath(path), is_confined=True))
     if tables:
-        advice = "if one has the clips' texts, name it instead of the directory"
-        logger.warning("%d tables in %s are not read, such as %s: %s", len(tables), reference, tables[0], advice)
+        named = f"{len(tables)} tables in {reference} are not read, such as {tables[0]}"
+        advice = "name its column by --text_column_name, or the table instead of the directory"
+        fail(f"{named}. If one has the clips' texts, {advice}; if none has, give --text_column_name none")
 
 
 def open_speech(

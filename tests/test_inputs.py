@@ -150,11 +150,11 @@ def test_metadata_without_a_header_is_a_list_of_texts(tmp_path):
     assert opened(data.parent) == WHOLE
 
 
-def test_metadata_that_names_nothing_is_told_of_where_texts_are_needed(tiny_teacher, tmp_path, caplog):
+def test_metadata_that_names_nothing_is_refused_where_texts_may_be_wanted(tiny_teacher, tmp_path):
     data = write_clips(tmp_path / "other" / "train")
     write_csv(data / "metadata.csv", [("id", "text"), ("x", "はい")])
-    label(tiny_teacher, data.parent, tmp_path / "labels", *SHORT)
-    assert f"1 tables in {data.parent} are not read, such as {data / 'metadata.csv'}" in caplog.text
+    line = refusal(label, tiny_teacher, data.parent, tmp_path / "labels", *SHORT)
+    assert f"1 tables in {data.parent} are not read, such as {data / 'metadata.csv'}" in line
     line = refusal(label, tiny_teacher, data.parent, tmp_path / "more", *SHORT, "--text_column_name", "text")
     assert line.endswith(f"Name a table instead of the directory: {data / 'metadata.csv'}")
 
@@ -361,16 +361,16 @@ def test_a_clip_that_is_not_where_its_row_says_is_no_other_of_its_name(tmp_path)
     assert all("file not found" in problem for problem in problems[:3])
 
 
-@pytest.mark.parametrize("flag", [None, "none"])
-def test_tables_in_an_audio_folder_without_texts_are_named_by_labelling(flag, tiny_teacher, tmp_path, caplog):
+def test_tables_in_an_audio_folder_that_are_not_read_are_refused_unless_no_texts_are_wanted(tiny_teacher, tmp_path):
     write_clips(tmp_path / "in", NAMES[:2])
     write(tmp_path / "in" / "clip0.json", "{}")
     for number in range(2):
         write(tmp_path / "in" / f"texts {number}.csv", "番号,書き起こし\n1,はい\n")
-    flags = ("--max_label_length", 8) if flag is None else ("--max_label_length", 8, "--text_column_name", flag)
-    label(tiny_teacher, tmp_path / "in", tmp_path / "out", *flags)
-    told = f"2 tables in {tmp_path / 'in'} are not read, such as {tmp_path / 'in' / 'texts 0.csv'}: if one has"
-    assert (told in caplog.text) == (flag is None)
+    for more in ((), ("--dry_run",)):
+        line = refusal(label, tiny_teacher, tmp_path / "in", tmp_path / "out", *SHORT, *more)
+        assert f"2 tables in {tmp_path / 'in'} are not read, such as {tmp_path / 'in' / 'texts 0.csv'}. If one" in line
+    label(tiny_teacher, tmp_path / "in", tmp_path / "out", *SHORT, "--text_column_name", "none")
+    assert len(read_rows(tmp_path / "out")) == 2
 
 
 def test_a_list_s_paths_of_another_machine_are_of_no_clip_where_two_have_the_name(tmp_path):
@@ -576,11 +576,12 @@ def test_rows_of_a_folders_table_without_a_clip_and_clips_without_a_row_are_coun
     assert f"left out: 5 audio files that {table} does not name: {tmp_path}/data/clip0.flac, " in caplog.text
 
 
-def test_a_folders_table_tells_files_of_one_stem_apart(tmp_path):
+def test_a_folders_table_tells_files_of_one_stem_apart_and_clips_with_several_rows_are_counted(tmp_path, caplog):
     write(tmp_path / "a.flac", clip(1))
     write(tmp_path / "a.wav", encoded(np.zeros(16_000, np.float32), 16_000, "WAV"))
     write_csv(tmp_path / "list.csv", [("file", "transcription"), ("a.flac", "x"), ("a.wav", "y"), ("a", "z")])
     assert [row[:2] for row in opened(tmp_path)][:2] == [("x", 0.6), ("y", 1.0)]
+    assert f"1 clips have several rows in {tmp_path / 'list.csv'}, such as {tmp_path}/a." in caplog.text
 
 
 @pytest.mark.parametrize("name", ["list.csv", "LIST.TSV"])
