@@ -3655,7 +3655,10 @@ def start_from_newest(record: dict, settings: dict, total_steps: int, args: argp
         if manifest is None:
             damaged.append(directory.name)
         elif not changed_setting(manifest["settings"], settings):
-            return Start(TrainingState(**manifest["state"]), directory)
+            state = TrainingState(**manifest["state"])
+            if state.step <= total_steps:
+                return Start(state, directory)
+            return Start(to_remove=results_to_remove(args))  # it has gone on for longer than is asked for now
     if damaged and not args.overwrite_output_dir:
         remedy = "put a copy in their place, or pass --overwrite_output_dir to train from the start"
         fail(f"no checkpoint in {output_dir} is whole ({', '.join(damaged)} are damaged): {remedy}")

@@ -1209,6 +1209,20 @@ def test_a_finished_run_of_which_fewer_epochs_are_asked_for_stays_as_it_is(run, 
     assert_equal_weights(output, uninterrupted)
 
 
+def test_an_unfinished_run_that_has_gone_on_for_longer_than_is_asked_for_starts_afresh_only_with_leave(
+    run, command, uninterrupted, tmp_path
+):
+    output = shutil.copytree(uninterrupted, tmp_path / "out")
+    (output / "model.safetensors").unlink()
+    less = ("--num_train_epochs", 1)
+    for more in ((), ("--dry_run",)):
+        with pytest.raises(SystemExit, match=r"holds later results \(.*checkpoint.*pass --overwrite_output_dir"):
+            script.main(command("out", *less, *more))
+    run("out", *less, "--overwrite_output_dir")
+    assert metrics(output, "step") == [1, 2, 3]
+    assert_equal_weights(output, run("fresh", *less))
+
+
 def test_more_epochs_of_a_run_without_its_checkpoints_start_afresh_only_with_leave(
     run, command, uninterrupted, tmp_path
 ):
