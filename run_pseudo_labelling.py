@@ -1951,15 +1951,16 @@ def is_named_after(file: Path, split: str) -> bool:
     return bool(re.search(f"(^|[-._ 0-9])({'|'.join(map(re.escape, words))})[-._ 0-9]", file.name.lower()))
 
 
-def choose_table(
+def choose_tables(
     tables: list[Path], clips: dict, place: Place, split: str, wanted: set[str]
-) -> tuple[Path, pa.Table, str] | None:
-    """A table that names clips and has a wanted column, and its column that names them.
+) -> list[tuple[Path, pa.Table, str]]:
+    """The tables that name clips and have a wanted column, and their columns that name them.
 
-    It has to be the only one, or the only one that is named after the split. One that is named after another is none.
+    Where some are named after the split, they are only these. One that is named after another split is none.
     """
     others = set(map(str, SPLIT_KEYWORDS)) - {split}
     found = []
+    own = []
     for file in tables:
         is_own = is_named_after(file, split)
         if not is_own and any(is_named_after(file, other) for other in others):
@@ -1971,28 +1972,16 @@ def choose_table(
                 logger.warning("not read: %s", error)
             continue
         if wanted.intersection(table.column_names) and (column := naming_column(table, clips, file, place.base)):
-            found.append((is_own, file, table, column))
-    if len(found) > 1:
-        found = [entry for entry in found if entry[0]]
-    return found[0][1:] if len(found) == 1 else None
+            (own if is_own else found).append((file, table, column))
+    return own or found
 
 
-def read_listed(
-    paths: list[str], tables: list[Path], place: Place, split: str, wanted: set[str]
-) -> datasets.Dataset | None:
-    """The clips of a split of an audio folder as one of its tables lists them; None where none fits, or several.
-
-    The column `audio` has the clip's path, one of `paths`, in place of what the table calls it.
-    """
-    clips, _ = name_clips(paths, place.base)
-    chosen = choose_table(tables, clips, place, split, wanted)
-    if not chosen:
-        return None
-    file, table, column = chosen
+def name_files(file: Path, table: pa.Table, column: str, paths: list[str], clips: dict, base: str) -> pa.Table:
+    """The rows of a table that name clips, with the clip's path, one of `paths`, as `audio` in place of the column."""
     names = table.column(column).to_pylist()
     path_of = {os.path.splitext(path)[0]: path for path in paths} | {path: path for path in paths}
     audio = []
-    for name, clip in zip(names, find_clips(names, clips, file, place.base), strict=True):
+    for name, clip in zip(names, find_clips(names, clips, file, base), strict=True):
         same_kind = f"{clip}{os.path.splitext(name or '')[1]}"  # of a.wav and a.m4a, the one that is named
         audio.append(path_of.get(same_kind) or path_of.get(clip))
     missing = pc.is_null(pa.array(audio, pa.string()))
@@ -2001,11 +1990,24 @@ def read_listed(
         logger.warning("left out: %d rows of %s that name no clip here, such as %s", number, file, first)
     if again := [path for path, number in Counter(filter(None, audio)).items() if number > 1]:
         logger.warning("%d clips have several rows in %s, such as %s: all are read", len(again), file, again[0])
-    name_left_out(set(paths).difference(audio), f"that {file} does not name")
-    logger.info("the clips and their texts are those of %s", file)
     others = table.select([name for name in table.column_names if name not in (column, "audio")])
-    listed = others.append_column("audio", pa.array(audio, pa.string()))
-    return datasets.Dataset(listed.filter(pc.invert(missing)))
+    return others.append_column("audio", pa.array(audio, pa.string())).filter(pc.invert(missing))
+
+
+def read_listed(
+    paths: list[str], tables: list[Path], place: Place, split: str, wanted: set[str]
+) -> datasets.Dataset | None:
+    """The clips of a split of an audio folder as its tables list them; None where none does, or two have the same."""
+    clips, _ = name_clips(paths, place.base)
+    chosen = choose_tables(tables, clips, place, split, wanted)
+    listed = [name_files(*choice, paths, clips, place.base) for choice in chosen]
+    named = [path for table in listed for path in table["audio"].unique().to_pylist()]
+    if not named or len(set(named)) < len(named):
+        return None
+    files = ", ".join(str(file) for file, _, _ in chosen[:10])
+    name_left_out(set(paths).difference(named), f"that {files} do not name")
+    logger.info("the clips and their texts are those of %s", files)
+    return datasets.Dataset(pa.concat_tables(listed, promote_options="permissive"))
 
 
 def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:

@@ -573,7 +573,7 @@ def test_rows_of_a_folders_table_without_a_clip_and_clips_without_a_row_are_coun
     table = write_csv(tmp_path / "data" / "list.csv", [("file", "transcription"), *rows])
     assert opened(tmp_path / "data") == [("はい", 0.8, None)]
     assert f"left out: 3 rows of {table} that name no clip here, such as gone.flac" in caplog.text
-    assert f"left out: 5 audio files that {table} does not name: {tmp_path}/data/clip0.flac, " in caplog.text
+    assert f"left out: 5 audio files that {table} do not name: {tmp_path}/data/clip0.flac, " in caplog.text
 
 
 def test_a_folders_table_tells_files_of_one_stem_apart_and_clips_with_several_rows_are_counted(tmp_path, caplog):
@@ -653,6 +653,21 @@ def test_where_an_audio_folder_has_no_such_split_its_table_is_named(tmp_path):
         f"has no split 'validation'; it has train. Name a table instead of the directory: {tmp_path}/dev.csv"
     )
     assert refusal(opened, tmp_path, "test").endswith("has no split 'test'; it has train")
+
+
+def test_tables_of_several_directories_are_read_together_where_none_names_the_clips_of_another(tmp_path, caplog):
+    for number in range(2):
+        episode = tmp_path / f"EP{number}"
+        write_clips(episode / "clips")
+        rows = [(name, f"{number}{text}") for name, text in zip(NAMES, TEXTS, strict=True)]
+        write_csv(
+            episode / "transcript.csv", [("clip", "transcription", f"more{number}"), *((*row, "x") for row in rows)]
+        )
+    both = [(f"{number}{text}", *rest) for number in range(2) for text, *rest in WHOLE]
+    assert opened(tmp_path) == both
+    assert "left out" not in caplog.text
+    write_csv(tmp_path / "EP0" / "final.csv", [("clip", "transcription"), (NAMES[0], "違う")])
+    assert [text for text, *_ in opened(tmp_path)] == [None] * len(both)
 
 
 def test_the_table_of_an_audio_folder_may_lie_in_any_directory_and_count_its_paths_from_the_top(tmp_path):
