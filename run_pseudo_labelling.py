@@ -1200,7 +1200,8 @@ WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's
 }
 
 SPLIT_WORDS = "|".join(itertools.chain(*SPLIT_KEYWORDS.values()))
-SPLIT_IN_NAME = re.compile(f"(^|[-._ 0-9])({SPLIT_WORDS})[-._ 0-9]")  # as `datasets` finds splits in names of files
+SPLIT_FORM = "(^|[-._ 0-9])({})[-._ 0-9]"  # as `datasets` finds splits in names of files
+SPLIT_IN_NAME = re.compile(SPLIT_FORM.format(SPLIT_WORDS))
 
 
 def split_names(split: str) -> list[str]:
@@ -1669,7 +1670,7 @@ def load_folder(
     """The rows of an audio folder, with the metadata above it where there is none in it, or else with its texts."""
     is_local = not place.base.startswith("hf://")
     plain = set(filter(is_plain_table, files)) if is_local else set()
-    tables = find_tables(files, place) if is_local else []
+    given = files
     # `datasets` takes clip.wav.txt for audio as well. Of such files, only compressed ones may be some.
     others = (*METADATA, ".zip", ".gz")
     kept = [file for file in files if (is_audio(file) or file.lower().endswith(others)) and file not in plain]
@@ -1692,7 +1693,7 @@ def load_folder(
     column = next(name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio))
     dataset = leave_out_texts(dataset, column)
     paths = []
-    rows = dataset.with_format("arrow")[:]
+    rows = dataset.select_columns(column).with_format("arrow")[:]
     for path in pc.struct_field(rows[column], "path").to_pylist():
         if path and "::" not in path and not is_audio(path):
             path = resolve_file(path, place.base)  # the metadata name it without its suffix
@@ -1703,6 +1704,7 @@ def load_folder(
     wanted = {text_column} if text_column else set(TEXT_COLUMNS)
     if text_column == "none" or wanted.intersection(dataset.column_names):
         return dataset
+    tables = find_tables(given, place)
     return read_listed(paths, tables, place, split, wanted.union(TEXT_COLUMNS)) or dataset
 
 
@@ -1947,8 +1949,8 @@ def naming_column(table: pa.Table, clips: dict, file: Path, base: str) -> str | 
 
 def is_named_after(file: Path, split: str) -> bool:
     """Whether the name of a file says that it is of a split, in one of the ways that `datasets` knows."""
-    words = SPLIT_KEYWORDS.get(split, [split])
-    return bool(re.search(f"(^|[-._ 0-9])({'|'.join(map(re.escape, words))})[-._ 0-9]", file.name.lower()))
+    words = "|".join(map(re.escape, SPLIT_KEYWORDS.get(split, [split])))
+    return bool(re.search(SPLIT_FORM.format(words), file.name.lower()))
 
 
 def choose_tables(
@@ -1958,12 +1960,11 @@ def choose_tables(
 
     Where some are named after the split, they are only these. One that is named after another split is none.
     """
-    others = set(map(str, SPLIT_KEYWORDS)) - {split}
     found = []
     own = []
     for file in tables:
         is_own = is_named_after(file, split)
-        if not is_own and any(is_named_after(file, other) for other in others):
+        if not is_own and SPLIT_IN_NAME.search(file.name.lower()):
             continue
         try:
             table = read_table(str(file), file.suffix.lower())
