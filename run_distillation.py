@@ -28,6 +28,7 @@ On some GPUs two uninterrupted runs differ in their last bits; a resumed run dif
 
 import argparse
 import atexit
+import codecs
 import contextlib
 import csv
 import errno
@@ -1466,7 +1467,7 @@ SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 SAVE_SHEET = "Save a spreadsheet as CSV (UTF-8)"
 NOT_UTF8 = (
     "convert it, for example with iconv -f CP932 -t UTF-8 (Korean: -f CP949, Chinese: -f GB18030, German or French: "
-    "-f CP1252, Unicode text of Excel: -f UTF-16)"
+    "-f CP1252)"
 )
 LOOKED_AT = 1000  # rows of a table, to tell which of its columns names clips
 SEVERAL = ""  # in place of a clip, where several have the name
@@ -1485,7 +1486,7 @@ FESTIVAL_TEXTS = "txt.done.data"  # as CMU ARCTIC has it
 TEXT_NAMES = (FESTIVAL_TEXTS, "prompts-original")  # the second is VoxForge's
 FESTIVAL_TEXT = re.compile(r'\(\s*(\S+)\s+"(.*)"\s*\)')
 PHONEMES = re.compile(r"^\s*[\d.]+\s+[\d.]+\s", re.MULTILINE)  # in a .lab file of phonemes: their times
-TEXT_FILES = (".txt", ".lab", ".list", ".json", ".csv", ".tsv")  # in audio folders
+TEXT_FILES = (".txt", ".lab", ".trn", ".list", ".json", ".csv", ".tsv")  # in audio folders
 WITH_TIMES = (".ctm", ".lrc", ".sbv", ".srt", ".stm", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
 NO_FILES = (
     "If its README.md names files that are not there, name the directory of those that are. Raw samples (.pcm) need a "
@@ -1608,9 +1609,9 @@ def parse_cells(path: str, text: str, delimiter: str, quoting: int) -> pa.Table:
 
 
 def read_cells(path: str, text: str, suffix: str) -> pa.Table:
-    """The table of a .csv or .tsv file, whose header tells the delimiter. Tabs and bars may do without quoting."""
+    """The table of a .csv, .tsv or .txt file by the delimiter of its header. Tabs and bars may do without quoting."""
     header = text.lstrip().partition("\n")[0]
-    marks = "\t,;|" if suffix == ".tsv" else ",;\t|"
+    marks = ",;\t|" if suffix == ".csv" else "\t,;|"
     delimiter = next((mark for mark in marks if mark in header), ",")
     try:
         return parse_cells(path, text, delimiter, csv.QUOTE_MINIMAL)
@@ -1620,10 +1621,16 @@ def read_cells(path: str, text: str, suffix: str) -> pa.Table:
     return parse_cells(path, text, delimiter, csv.QUOTE_NONE)
 
 
+def text_encoding(path: str | Path) -> str:
+    """UTF-16 where the first bytes of a file say so, as those of Excel's Unicode text, and else UTF-8."""
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
 def read_text(path: str) -> str:
     """The text of a file. Raises ValueError where it is not UTF-8."""
     try:
-        with fsspec.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+        with fsspec.open(path, "rt", encoding=text_encoding(path), newline="", compression="infer") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): {NOT_UTF8}") from None
@@ -1660,20 +1667,51 @@ def read_kaldi(place: Place) -> pa.Table:
     return pa.table({"id": list(paths), **rows})
 
 
-def read_table(path: str, suffix: str) -> pa.Table:
-    """The rows of a .csv, .tsv, .jsonl or .json file. Cells stay the text that they are."""
-    text = read_text(path)
-    if suffix in (".csv", ".tsv"):
-        return read_cells(path, text, suffix)
+def is_table(file: Path) -> bool:
+    """Whether a file may be a table of clips, as its suffix says, or the tabs in the first line of a .txt file."""
+    if file.suffix.lower() != ".txt":
+        return file.suffix.lower() in MANIFESTS
+    with open(file, encoding=text_encoding(file), errors="replace") as lines:
+        header = lines.readline()
+    return "\t" in header and not TIMES.match(header)
+
+
+def rows_of_json(value: dict | list) -> list:
+    """The rows in a value of JSON: of an object, its only list of objects, or its objects by name, or else itself."""
+    if isinstance(value, list):
+        return value
+    lists = [rows for rows in value.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    if len(lists) == 1:
+        return lists[0]
+    if len(value) > 1 and all(isinstance(row, dict) for row in value.values()):
+        return [{"name": name, **row} for name, row in value.items()]
+    return [value]
+
+
+def read_json(path: str, text: str, suffix: str) -> list:
+    """The rows of a .jsonl file, or of a .json file, which may have a row in each line as well."""
+    if suffix == ".json" and text.strip():
+        try:
+            return rows_of_json(json.loads(text))
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":  # behind the row in the first line
+                raise ValueError(f"{path}: {error}") from None
     rows = []
-    is_array = suffix == ".json" and text.lstrip().startswith("[")
-    lines = [text] if is_array else text.split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             value = json.loads(line) if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         rows += value if isinstance(value, list) else [value]
+    return rows
+
+
+def read_table(path: str, suffix: str) -> pa.Table:
+    """The rows of a .csv, .tsv, .txt, .jsonl or .json file. Cells stay the text that they are."""
+    text = read_text(path)
+    if suffix in (".csv", ".tsv", ".txt"):
+        return read_cells(path, text, suffix)
+    rows = read_json(path, text, suffix)
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} needs an object for each row, such as {{'audio': 'clip.flac', 'text': '…'}}")
     if any(row.get("offset") for row in rows):
@@ -1732,9 +1770,22 @@ def spread_fields(part: datasets.Dataset) -> datasets.Dataset:
     return part
 
 
-def is_plain_table(file: str) -> bool:
-    """Whether a metadata.csv has no file_name, as `datasets` wants it: LJSpeech's is a list, with lines NAME|text."""
-    return os.path.basename(file) == "metadata.csv" and "file_name" not in read_text(file).partition("\n")[0]
+def is_plain_table(file: str, names: set[str]) -> bool:
+    """Whether a metadata file is no such file as `datasets` wants: a list, or a table of clips in other directories.
+
+    LJSpeech's metadata.csv is a list, with lines NAME|text. `names` are those of all clips, without their directories.
+    """
+    name, suffix = os.path.splitext(os.path.basename(file))
+    if name != "metadata" or suffix not in (".csv", ".jsonl"):
+        return False
+    if suffix == ".csv" and "file_name" not in read_text(file).partition("\n")[0]:
+        return True
+    table = read_table(file, suffix)
+    if "file_name" not in table.column_names:
+        return False
+    first = list(map(str, table["file_name"][:LOOKED_AT].to_pylist()))
+    has_any = any(os.path.exists(os.path.join(os.path.dirname(file), path)) for path in first)
+    return not has_any and not names.isdisjoint(first)
 
 
 def load_folder(
@@ -1747,8 +1798,9 @@ def load_folder(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The rows of an audio folder, with the metadata above it where there is none in it, or else with its texts."""
     is_local = not place.base.startswith("hf://")
-    plain = set(filter(is_plain_table, files)) if is_local else set()
     given = files
+    names = set(map(os.path.basename, filter(is_audio, files)))
+    plain = {file for file in files if is_plain_table(file, names)} if is_local else set()
     # `datasets` takes clip.wav.txt for audio as well. Of such files, only compressed ones may be some.
     others = (*METADATA, ".zip", ".gz")
     kept = [file for file in files if (is_audio(file) or file.lower().endswith(others)) and file not in plain]
@@ -1757,7 +1809,7 @@ def load_folder(
     above = []
     if not has_metadata:
         candidates = [f"{place.base}/{name}" for name in METADATA]
-        above = [file for file in candidates if os.path.exists(file) and not is_plain_table(file)]
+        above = [file for file in candidates if os.path.exists(file) and not is_plain_table(file, names)]
     patterns = list(map(glob.escape, above))
     data_files = DataFilesDict(train=files + DataFilesList.from_patterns(patterns))
     # With other names than the default, so that nothing comes from a cache that `datasets` filled in its own way.
@@ -1872,7 +1924,7 @@ def headless_rows(lines: list[str], is_clip: Callable[[str], bool]) -> list[tupl
 
 def listed_texts(file: Path, is_clip: Callable[[str], bool]) -> list[tuple]:
     """Pairs of name and text: of a file for one clip, its own name and its text; of a list, those of its lines."""
-    content = file.read_text("utf-8-sig", errors="replace")
+    content = file.read_text(text_encoding(file), errors="replace")
     lines = content.splitlines()
     if file.name == "metadata.csv" and "|" in content:
         return [tuple(line.split("|")[:2]) for line in lines if "|" in line]
@@ -1885,11 +1937,15 @@ def listed_texts(file: Path, is_clip: Callable[[str], bool]) -> list[tuple]:
         return FESTIVAL_TEXT.findall(content)
     if file.suffix == ".lab":  # a text, or phonemes and their times
         return [] if PHONEMES.search(content) else [(file.stem, content)]
-    if file.suffix == ".json":  # a clip of Emilia, or what a recogniser wrote
+    if file.suffix == ".trn":  # of THCHS-30: NAME.wav.trn has the text, its pinyin and its phonemes
+        return [(file.stem, lines[0])] if is_audio(file.stem) and len(lines) == 3 else []
+    if file.suffix == ".json":  # a clip of Emilia, what a recogniser wrote, or texts by the names of their clips
         with contextlib.suppress(ValueError):
             values = json.loads(content)
             if isinstance(values, dict) and isinstance(values.get("text"), str):
                 return [(file.stem, values["text"])]
+            if isinstance(values, dict) and all(isinstance(text, str) for text in values.values()):
+                return list(values.items())
         return []
     names = {file.stem, file.stem.removesuffix(".normalized")}  # LibriTTS also has the original text
     texts = [(name, TIMIT_SAMPLES.sub("", content)) for name in names]
@@ -2000,12 +2056,12 @@ def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -
 def find_tables(files: list[str], place: Place) -> list[Path]:
     """The tables among the files of a split of an audio folder, or else all in it; none that links elsewhere."""
     clips = {os.path.splitext(os.path.basename(file))[0] for file in files if is_audio(file)}
-    own = {f"{clip}{end}" for clip in clips for end in (".json", ".info.json")}  # a clip may have these
+    own = {f"{clip}{end}" for clip in clips for end in (".txt", ".json", ".info.json")}  # a clip may have these
     below = (os.path.join(directory, name) for directory, _, names in os.walk(place.base) for name in names)
     for candidates in (files, below):
-        tables = [Path(file) for file in candidates if file.lower().endswith(MANIFESTS)]
+        tables = [Path(file) for file in candidates if file.lower().endswith((".txt", *MANIFESTS))]
         tables = [file for file in tables if file.name not in own]
-        tables = [file for file in tables if file.resolve().is_relative_to(place.base)]
+        tables = [file for file in tables if file.resolve().is_relative_to(place.base) and is_table(file)]
         if tables:
             return sorted(tables)
     return []
@@ -2097,7 +2153,7 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
         saved = datasets.Dataset(read_kaldi(place))
     elif is_directory:
         saved = datasets.load_from_disk(str(path))
-    elif path.suffix.lower() in MANIFESTS:
+    elif path.is_file() and is_table(path):
         saved = datasets.Dataset(read_table(str(path), path.suffix.lower()))
         if any(map(is_audio, saved.column_names)):
             raise ValueError("its first line has to name the columns, such as path and text")

@@ -847,6 +847,66 @@ def test_a_label_track_of_audacity_is_named(tmp_path, caplog):
     assert f"left out: 1 texts with times, such as {track}: cut the audio there" in caplog.text
 
 
+@pytest.mark.parametrize("where", ["metadata.csv", "train/metadata.csv"])
+def test_metadata_may_name_clips_of_other_directories_by_their_names_alone(where, tmp_path):
+    write_clips(tmp_path / "train" / "佐藤", NAMES[:3])
+    write_clips(tmp_path / "train" / "鈴木", NAMES)
+    for name in NAMES[:3]:
+        (tmp_path / "train" / "鈴木" / name).unlink()
+    write_csv(tmp_path / where, [("file_name", "transcription"), *zip(NAMES, TEXTS, strict=True)])
+    assert opened(tmp_path) == WHOLE
+
+
+def test_metadata_of_clips_that_are_not_there_still_count_them(tmp_path):
+    write_clips(tmp_path / "wavs")
+    write_csv(tmp_path / "metadata.csv", [("file_name", "transcription"), ("lost.flac", "はい")])
+    assert [(text, problem) for text, _, problem in opened(tmp_path)] == [
+        ("はい", f"file not found: {tmp_path / 'lost.flac'}")
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_the_table_of_an_audio_folder_may_be_a_txt_file_with_tabs_also_of_excel(encoding, tmp_path):
+    write_clips(tmp_path / "38_5716")
+    rows = [("UtteranceID", "SpeakerID", "Transcription"), *((f"{stem}.flac", "38_5716", text) for stem, text in STEMS)]
+    table = write(tmp_path / "TRANS.txt", "".join("\t".join(row) + "\r\n" for row in rows).encode(encoding))
+    assert opened(tmp_path, text="Transcription") == WHOLE
+    assert opened(table, text="Transcription") == WHOLE
+    write(tmp_path / "labels.txt", "0.0\t1.5\tはい\n")
+    place = run_short_form_eval.Place(str(tmp_path), is_confined=True)
+    assert run_short_form_eval.find_tables([str(file) for file in tmp_path.rglob("*")], place) == [table]
+
+
+def test_the_texts_of_thchs_30_are_read_without_their_pinyin(tmp_path):
+    write_clips(tmp_path / "data")
+    for name, text in zip(NAMES, TEXTS, strict=True):
+        write(tmp_path / "data" / f"{name}.trn", f"{text}\nlv4 shi4\nl v4 sh ix4\n")
+    assert opened(tmp_path) == WHOLE
+    for name in NAMES:  # those of the split directories name the others
+        write(tmp_path / "data" / f"{name}.trn", f"../data/{name}.trn\n")
+    assert [text for text, *_ in opened(tmp_path)] == [None] * len(NAMES)
+
+
+@pytest.mark.parametrize("names", [NAMES, [stem for stem, _ in STEMS]])
+def test_a_json_file_may_map_names_of_clips_to_their_texts_or_to_objects(names, tmp_path):
+    write_clips(tmp_path / "wavs")
+    table = tmp_path / "texts.json"
+    write(table, json.dumps(dict(zip(names, TEXTS, strict=True)), indent=1))
+    assert opened(tmp_path) == WHOLE
+    write(table, json.dumps({name: {"text": text} for name, text in zip(names, TEXTS, strict=True)}, indent=1))
+    assert opened(tmp_path, text="text") == WHOLE
+
+
+def test_the_rows_of_a_json_file_may_be_the_only_list_in_its_object(tmp_path):
+    write_clips(tmp_path / "wavs")
+    rows = [{"audio": f"wavs/{name}", "sentence": text} for name, text in zip(NAMES, TEXTS, strict=True)]
+    table = write(tmp_path / "dataset.json", json.dumps({"version": 1, "tags": [], "data": rows}, indent=1))
+    assert opened(tmp_path, text="sentence") == WHOLE
+    assert opened(table, text="sentence") == WHOLE
+    write(table, json.dumps(rows[0]))
+    assert opened(table, text="sentence") == WHOLE[:1]
+
+
 def test_where_a_column_is_missing_only_files_are_named_that_can_have_it(tmp_path):
     rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
     columns = {"text_column_name": "text"}
