@@ -1669,7 +1669,7 @@ def read_kaldi(place: Place) -> pa.Table:
 
 def is_table(file: Path) -> bool:
     """Whether a file may be a table of clips, as its suffix says, or the tabs in the first line of a .txt file."""
-    if file.suffix.lower() != ".txt":
+    if file.suffix.lower() != ".txt" or not file.is_file():
         return file.suffix.lower() in MANIFESTS
     with open(file, encoding=text_encoding(file), errors="replace") as lines:
         header = lines.readline()
@@ -2153,7 +2153,7 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
         saved = datasets.Dataset(read_kaldi(place))
     elif is_directory:
         saved = datasets.load_from_disk(str(path))
-    elif path.is_file() and is_table(path):
+    elif is_table(path):
         saved = datasets.Dataset(read_table(str(path), path.suffix.lower()))
         if any(map(is_audio, saved.column_names)):
             raise ValueError("its first line has to name the columns, such as path and text")

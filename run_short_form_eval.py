@@ -1416,7 +1416,7 @@ def read_kaldi(place: Place) -> pa.Table:
 
 def is_table(file: Path) -> bool:
     """Whether a file may be a table of clips, as its suffix says, or the tabs in the first line of a .txt file."""
-    if file.suffix.lower() != ".txt":
+    if file.suffix.lower() != ".txt" or not file.is_file():
         return file.suffix.lower() in MANIFESTS
     with open(file, encoding=text_encoding(file), errors="replace") as lines:
         header = lines.readline()
@@ -1900,7 +1900,7 @@ def read_local(path: Path, split: str) -> tuple[datasets.Dataset, Place]:
         saved = datasets.Dataset(read_kaldi(place))
     elif is_directory:
         saved = datasets.load_from_disk(str(path))
-    elif path.is_file() and is_table(path):
+    elif is_table(path):
         saved = datasets.Dataset(read_table(str(path), path.suffix.lower()))
         if any(map(is_audio, saved.column_names)):
             raise ValueError("its first line has to name the columns, such as path and text")
@@ -3562,6 +3562,11 @@ class Evaluation:
         return self.metrics["dataset"], self.metrics["name"]
 
     @property
+    def language(self) -> str | None:
+        """The language in which the texts are written."""
+        return text_language(self.metrics["language"], self.metrics.get("task", "transcribe"))
+
+    @property
     def headline(self) -> dict:
         """Rate, interval and unit of --scorer."""
         return self.metrics["scores"][self.metrics["scorer"]]
@@ -3981,8 +3986,8 @@ PAGE = """<!DOCTYPE html>
 </tr>
 {% for confusion in metrics.confusions %}
 <tr>
-  <td class="text" lang="{{ metrics.language }}"><del>{{ confusion.reference }}</del></td>
-  <td class="text" lang="{{ metrics.language }}"><ins>{{ confusion.hypothesis }}</ins></td>
+  <td class="text" lang="{{ data.language }}"><del>{{ confusion.reference }}</del></td>
+  <td class="text" lang="{{ data.language }}"><ins>{{ confusion.hypothesis }}</ins></td>
   <td class="text minor">{{ confusion.kind }}</td>
   <td class="number">{{ "{:,}".format(confusion.count) }}</td>
   <td class="text">
@@ -4163,7 +4168,7 @@ def page_data(evaluations: list[Evaluation]) -> dict:
         columns.append({"label": "confidence", "digits": 2})
     return {
         "models": models,
-        "language": metrics["language"],
+        "language": evaluations[0].language,
         "unit": evaluations[0].headline["unit"],
         "columns": columns,
         "clips": clips,
@@ -4194,11 +4199,12 @@ def page_facts(evaluation: Evaluation) -> dict[str, str]:
     return facts
 
 
-def page_rates(metrics: dict) -> dict[str, dict]:
+def page_rates(evaluation: Evaluation) -> dict[str, dict]:
     """All rates of an evaluation by title: those of the scorers, then the others by the headline scorer's rule."""
+    metrics = evaluation.metrics
     rates = {title: metrics["scores"][name] for name, title in scorer_titles(metrics).items()}
     # A normalised text without spaces is one word, which is right or wrong as a whole.
-    word = "Sentence error rate" if metrics["language"] in UNSPACED else "WER"
+    word = "Sentence error rate" if evaluation.language in UNSPACED else "WER"
     rates.setdefault(f"CER ({metrics['scorer']})", metrics["details"]["cer"])
     rates["CER of the raw texts"] = metrics["details"]["cer_raw"]
     rates.setdefault(f"{word} ({metrics['scorer']})", metrics["details"]["wer"])
@@ -4212,7 +4218,7 @@ def render_page(title: str, evaluations: list[Evaluation]) -> str:
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     environment.filters |= {"percent": format_rate, "digest": digest_source}
     first = evaluations[0]
-    rates = page_rates(first.metrics)
+    rates = page_rates(first)
     headlines = [evaluation.headline for evaluation in evaluations]
     return environment.from_string(PAGE).render(
         title=title,
@@ -4392,6 +4398,7 @@ def score_other_engine(args: argparse.Namespace) -> None:
         "dataset_config_name": args.dataset_config_name,
         "dataset_split_name": args.dataset_split_name,
         "language": args.language,
+        "task": args.task,
         "audio_seconds": round(sum(prediction["seconds"] for prediction in predictions), 1),
     }
     if text_language(args.language, args.task) == "en":

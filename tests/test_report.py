@@ -430,6 +430,18 @@ def test_english_of_another_engine_is_scored_with_a_warning_that_spellings_count
     assert metrics["wer"] == 50
 
 
+@pytest.mark.parametrize(
+    ("task", "language", "word"), [("transcribe", "ja", "Sentence error rate"), ("translate", "en", "WER")]
+)
+def test_the_page_of_translations_is_of_texts_in_english(tmp_path, task, language, word):
+    rows = [{"id": "clip", "reference": "The cat sat.", "text": "The cat ran."}]
+    metrics = score(write_rows(tmp_path / "engine.csv", rows), tmp_path, "--language", "ja", "--task", task)
+    page = (tmp_path / "report.train.html").read_text(encoding="utf-8")
+    assert (metrics["language"], metrics["task"]) == ("ja", task)
+    assert f'<td class="text" lang="{language}"><del>' in page and f'"language":"{language}"' in page
+    assert f"{word} (" in page
+
+
 @pytest.fixture(scope="module")
 def compared(evaluated, tiny_teacher_v2, loaded, tmp_path_factory) -> list[Path]:
     """Results of two models on the same clips, of another engine, and of the second model on fewer clips."""
