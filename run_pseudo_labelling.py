@@ -1392,7 +1392,6 @@ NOT_UTF8 = (
     "-f CP1252)"
 )
 LOOKED_AT = 1000  # rows of a table, to tell which of its columns names clips
-SEVERAL = ""  # in place of a clip, where several have the name
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
 TEXT_COLUMNS = ("transcription", "text")  # of a table in an audio folder, where no flag names another
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
@@ -1804,7 +1803,7 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
     """Two tables of the clips by name: `near`, as lists beside or above them name them; `far`, as a parallel tree does.
 
     Clip wav/a/x.flac is x, wav/x and wav/a/x for a list; in a parallel tree, one directory of its path may be missing,
-    so that it is a/x as well. A name that two clips have stands for SEVERAL, but x.m4a and x.flac are one clip.
+    so that it is a/x as well. A name that several clips have stands for their set, but x.m4a and x.flac are one clip.
     """
     near = {}
     far = {}
@@ -1818,7 +1817,11 @@ def name_clips(paths: list[str], base: str) -> tuple[dict, dict]:
             # VCTK's texts do not name the microphone.
             in_tree = "/".join([*above, *directories[number + 1 :], stem.removesuffix("_mic1")])
             for named, name in ((near, listed), (far, listed), (far, in_tree)):
-                named[name] = clip if named.get(name, clip) == clip else SEVERAL
+                known = named.setdefault(name, clip)
+                if isinstance(known, set):
+                    known.add(clip)
+                elif known != clip:
+                    named[name] = {known, clip}
     near.update((clip, clip) for clip in clips)  # by its full path
     return near, far
 
@@ -1828,7 +1831,10 @@ def headless_rows(lines: list[str], is_clip: Callable[[str], bool]) -> list[tupl
 
     Its columns are NAME and text, or NAME, speaker and text, or an id, NAME and a text that may have commas.
     """
-    delimiter = next((mark for mark in "\t,;|" if lines and mark in lines[0]), ",")
+    # The texts may have commas, and the names of files bars, but hardly both.
+    delimiter = next((mark for mark in "\t|;," if lines and is_clip(lines[0].partition(mark)[0])), None)
+    if delimiter is None:
+        delimiter = next((mark for mark in "\t,;|" if lines and mark in lines[0]), ",")
     try:
         rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
     except csv.Error:
@@ -1878,8 +1884,8 @@ def listed_texts(file: Path, is_clip: Callable[[str], bool]) -> list[tuple]:
     return texts
 
 
-def find_clip(clips: dict, directory: Path, name: str) -> str | None:
-    """The clip that a file in a directory calls by this name, if there is one; SEVERAL if it may be any of them."""
+def find_clip(clips: dict, directory: Path, name: str) -> str | set[str] | None:
+    """The clip that a file in a directory calls by this name, if there is one; a set if it may be any of them."""
     # Lists for training tools have paths of another machine, or placeholders such as DUMMY/a.wav.
     parts = PureWindowsPath(name.strip()).parts
     ends = ["/".join(parts[start:]) for start in range(1, len(parts))]
@@ -1899,19 +1905,20 @@ def name_unread(texts: list, what: str, advice: str) -> None:
         logger.warning("left out: %d texts %s, such as %s: %s", len(texts), what, texts[0], advice)
 
 
-def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set]]:
-    """The texts in a directory, by the clips that they fit: those near the clip, and those in a parallel tree.
+def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[str, set], dict[str, set]]:
+    """The texts in a directory, by the clips that they fit: near the clip, in a parallel tree, of all clips of a name.
 
     NAME.txt is the text of NAME.wav, and so are NAME.lab and the `text` of NAME.json. Other .txt files, .list files and
     tables without a header are lists of clips beside or below them, with lines such as `NAME text`. In a parallel tree,
-    txt/a/NAME.txt is the text of wav/a/NAME.wav.
+    txt/a/NAME.txt is the text of wav/a/NAME.wav. A list above several directories may be what all speakers have read.
     """
     near_clips, far_clips = name_clips(paths, place.base)
     near_texts = defaultdict(set)
     far_texts = defaultdict(set)
+    shared_texts = defaultdict(set)
     parallel = parallel_directories(place.base)
 
-    def find(directory: Path, name: str) -> tuple[str | None, list[str]]:
+    def find(directory: Path, name: str) -> tuple[str | set[str] | None, list]:
         """The clip that has this name near the directory, and those that have it in parallel ones."""
         far = [find_clip(far_clips, other, name) for other in parallel[directory]]
         return find_clip(near_clips, directory, name), [clip for clip in far if clip is not None]
@@ -1936,31 +1943,45 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
             timed.append(file)
         for name, text in texts:
             near, far = find(file.parent, name)
-            if near:
-                near_texts[near].add(text.strip())
-            for clip in filter(None, far):
-                far_texts[clip].add(text.strip())
-            if SEVERAL in (near, *far):
+            text = " ".join(text.split("\n")).strip()
+            exact = [clip for clip in far if isinstance(clip, str)]
+            for clip in exact:
+                far_texts[clip].add(text)
+            if isinstance(near, str):
+                near_texts[near].add(text)
+            elif near and not exact and len(PureWindowsPath(name).parts) == 1:  # a path means one of them
+                for clip in near:
+                    shared_texts[clip].add(text)
+            elif (near or far) and not exact:
                 shared.append(name)
     name_unread(links, "that are links to files elsewhere", "copy the files")
     name_unread(unread, "that are not UTF-8", NOT_UTF8)
-    name_unread(timed, "with times", CUT_THERE)
-    if not all(near_texts[clip] or far_texts[clip] for clip in near_clips.values() if clip):
+    clips = [os.path.splitext(path)[0] for path in paths]
+    if not all(near_texts[clip] or far_texts[clip] or shared_texts[clip] for clip in clips):
+        name_unread(timed, "with times", CUT_THERE)
         name_unread(shared, "of names that several clips have", "name the directory of those to read")
-    return near_texts, far_texts
+    return near_texts, far_texts, shared_texts
 
 
 def add_transcripts(dataset: datasets.Dataset, paths: list[str], place: Place) -> datasets.Dataset:
     """The rows of an audio folder with the texts in its files, where a clip has one text: near it, or else far."""
-    near_texts, far_texts = collect_texts(paths, place)
+    near_texts, far_texts, shared_texts = collect_texts(paths, place)
     column = []
     different = {}
+    shared = []
     for path in paths:
         clip = os.path.splitext(path)[0]
         found = near_texts[clip] or far_texts[clip]
-        column.append(next(iter(found)) if len(found) == 1 else None)
-        if len(found) > 1:
+        if not found and (found := shared_texts[clip]):
+            shared.append(path)
+        # Whisper's own .txt and .json files differ in their spaces, which Japanese does without.
+        is_one = len({"".join(text.split()) for text in found}) == 1
+        column.append(min(found, key=len) if is_one else None)
+        if found and not is_one:
             different[path] = sorted(found)
+    if shared:
+        first = f"{len(shared)} clips, such as {shared[0]}"
+        logger.warning("%s, have the text of a list above them, which other clips of their name have as well", first)
     if different:
         path, texts = next(iter(different.items()))
         logger.warning("no text for %d clips that have several, such as %s: %s", len(different), path, texts)
@@ -1982,7 +2003,8 @@ def find_tables(files: list[str], place: Place) -> list[Path]:
     below = (os.path.join(directory, name) for directory, _, names in os.walk(place.base) for name in names)
     for candidates in (files, below):
         tables = [Path(file) for file in candidates if file.lower().endswith((".txt", *MANIFESTS))]
-        tables = [file for file in tables if file.name not in own]
+        # The copies of Jupyter and the files of macOS are no tables.
+        tables = [file for file in tables if file.name not in own and not file.name.startswith(".")]
         tables = [file for file in tables if file.resolve().is_relative_to(place.base) and is_table(file)]
         if tables:
             return sorted(tables)
@@ -1990,17 +2012,41 @@ def find_tables(files: list[str], place: Place) -> list[Path]:
 
 
 def find_clips(names: list[str | None], clips: dict, file: Path, base: str) -> list[str | None]:
-    """The clips that the cells of a column name, by paths from the place of its table, or from that of the dataset."""
-    directories = (file.parent, Path(base))
-    return [next(filter(None, (find_clip(clips, place, name or "") for place in directories)), None) for name in names]
+    """The clips that names in a table mean, by paths from the place of the table, or from that of the dataset."""
+    found = []
+    for name in names:
+        fitting = [find_clip(clips, directory, name or "") for directory in (file.parent, Path(base))]
+        found.append(next((clip for clip in fitting if isinstance(clip, str)), None))
+    return found
 
 
-def naming_column(table: pa.Table, clips: dict, file: Path, base: str) -> str | None:
-    """The first column whose cells name clips, as its first ones tell."""
-    for column, values in zip(table.column_names, table.columns, strict=True):
-        if pa.types.is_string(values.type) and any(find_clips(values[:LOOKED_AT].to_pylist(), clips, file, base)):
-            return column
-    return None
+def join_paths(table: pa.Table, columns: Sequence[str]) -> list[str | None]:
+    """The paths of which columns have the parts. A column may also hold objects with a path."""
+    parts = []
+    for values in table.select(columns).columns:
+        if pa.types.is_struct(values.type):
+            values = pc.struct_field(values, "path")
+        parts.append(values.to_pylist())
+    return ["/".join(map(str, path)) if None not in path else None for path in zip(*parts, strict=True)]
+
+
+def naming_columns(table: pa.Table, clips: dict, file: Path, base: str) -> Sequence[str]:
+    """The column that names the most clips, as its first cells tell, or such a pair: directory and name. Or none."""
+    first = table[:LOOKED_AT]
+    usable = []
+    for column in table.schema:
+        has_path = pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0
+        if has_path or pa.types.is_string(column.type):
+            usable.append(column.name)
+    best = ()
+    most = 0
+    for columns in itertools.chain(itertools.permutations(usable, 1), itertools.permutations(usable, 2)):
+        number = len({*find_clips(join_paths(first, columns), clips, file, base)} - {None})
+        if number > most:
+            best, most = columns, number
+        if most == len(first):
+            break
+    return best
 
 
 def is_named_after(file: Path, split: str) -> bool:
@@ -2011,7 +2057,7 @@ def is_named_after(file: Path, split: str) -> bool:
 
 def choose_tables(
     tables: list[Path], clips: dict, place: Place, split: str, wanted: set[str]
-) -> list[tuple[Path, pa.Table, str]]:
+) -> list[tuple[Path, pa.Table, Sequence[str]]]:
     """The tables that name clips and have a wanted column, and their columns that name them.
 
     Where some are named after the split, they are only these. One that is named after another split is none.
@@ -2028,14 +2074,16 @@ def choose_tables(
             if file.suffix.lower() != ".json":  # which may be anything
                 logger.warning("not read: %s", error)
             continue
-        if wanted.intersection(table.column_names) and (column := naming_column(table, clips, file, place.base)):
-            (own if is_own else found).append((file, table, column))
+        if wanted.intersection(table.column_names) and (columns := naming_columns(table, clips, file, place.base)):
+            (own if is_own else found).append((file, table, columns))
     return own or found
 
 
-def name_files(file: Path, table: pa.Table, column: str, paths: list[str], clips: dict, base: str) -> pa.Table:
+def name_files(
+    file: Path, table: pa.Table, columns: Sequence[str], paths: list[str], clips: dict, base: str
+) -> pa.Table:
     """The rows of a table that name clips, with the clip's path, one of `paths`, as `audio` in place of the column."""
-    names = table.column(column).to_pylist()
+    names = join_paths(table, columns)
     path_of = {os.path.splitext(path)[0]: path for path in paths} | {path: path for path in paths}
     audio = []
     for name, clip in zip(names, find_clips(names, clips, file, base), strict=True):
@@ -2043,11 +2091,11 @@ def name_files(file: Path, table: pa.Table, column: str, paths: list[str], clips
         audio.append(path_of.get(same_kind) or path_of.get(clip))
     missing = pc.is_null(pa.array(audio, pa.string()))
     if number := pc.sum(missing).as_py():
-        first = table.column(column).filter(missing)[0]
+        first = names[audio.index(None)]
         logger.warning("left out: %d rows of %s that name no clip here, such as %s", number, file, first)
     if again := [path for path, number in Counter(filter(None, audio)).items() if number > 1]:
         logger.warning("%d clips have several rows in %s, such as %s: all are read", len(again), file, again[0])
-    others = table.select([name for name in table.column_names if name not in (column, "audio")])
+    others = table.select([name for name in table.column_names if name not in (columns[-1], "audio")])
     return others.append_column("audio", pa.array(audio, pa.string())).filter(pc.invert(missing))
 
 
@@ -2241,19 +2289,28 @@ def missing_column_hint(path: Path, names: list[str], column: str, flag: str) ->
     """Where a missing column may be, judged by the files of a local directory; empty where nothing tells."""
     if not path.is_dir():
         return ""
-    files = sorted(path.rglob("*"))
+    files = sorted(Path(os.path.realpath(path)).rglob("*"))
     place = Place(os.path.realpath(path), is_confined=True)
     tables = find_tables(list(map(str, files)), place)
+    audio = [unicodedata.normalize("NFC", str(file)) for file in files if is_audio(file.name)]
+    clips, _ = name_clips(audio, place.base)
     columns = {}
+    naming = set()
     not_utf8 = []
-    for table in tables:
+    for file in tables:
         try:
-            columns[str(table)] = read_table(str(table), table.suffix.lower()).column_names
+            table = read_table(str(file), file.suffix.lower())
         except ValueError as error:
             if NOT_UTF8 in str(error):
                 not_utf8.append(error)
+            continue
+        columns[str(file)] = table.column_names
+        if naming_columns(table, clips, file, place.base):
+            naming.add(str(file))
     if fitting := [table for table, found in columns.items() if column in found]:
-        return f". Name a table instead of the directory: {', '.join(fitting[:10])}"
+        if named := [table for table in fitting if table in naming]:
+            return f". Name a table instead of the directory: {', '.join(named[:10])}"
+        return f". {fitting[0]} has it, but no paths of audio files: add them in a column file_name"
     if not files or not set(names) <= {"audio", "label", "__key__"}:
         return ""
     if archives := [file for file in files if file.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))]:
@@ -2263,7 +2320,7 @@ def missing_column_hint(path: Path, names: list[str], column: str, flag: str) ->
     if sheets := [file for file in files if file.suffix.lower() in SHEETS and not file.name.startswith("~$")]:
         return f". {SAVE_SHEET}, if {sheets[0]} has the texts"
     hint = f". Write it into {path / 'metadata.csv'}, with the columns file_name and {column}"
-    if others := [table for table in columns if not table.endswith(".json")]:
+    if others := [table for table in columns if table in naming]:
         listed = ", ".join(others[:10])
         hint += f", or in a table: name it instead of the directory, and its column by --{flag}: {listed}"
     return hint

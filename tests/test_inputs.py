@@ -156,7 +156,9 @@ def test_metadata_that_names_nothing_is_refused_where_texts_may_be_wanted(tiny_t
     line = refusal(label, tiny_teacher, data.parent, tmp_path / "labels", *SHORT)
     assert f"1 tables in {data.parent} are not read, such as {data / 'metadata.csv'}" in line
     line = refusal(label, tiny_teacher, data.parent, tmp_path / "more", *SHORT, "--text_column_name", "text")
-    assert line.endswith(f"Name a table instead of the directory: {data / 'metadata.csv'}")
+    assert line.endswith(
+        f". {data / 'metadata.csv'} has it, but no paths of audio files: add them in a column file_name"
+    )
 
 
 def test_metadata_that_names_no_file_that_is_there_is_an_error(tiny_teacher, tmp_path):
@@ -387,15 +389,19 @@ def test_a_reading_in_katakana_is_cut_from_a_text_behind_a_colon_and_from_no_oth
     assert [text for text, *_ in opened(tmp_path)] == ["読むのは", "読むのは,ラテン"]
 
 
-def test_a_text_of_which_nobody_can_say_whose_it_is_is_given_to_no_clip(tmp_path, caplog):
+def test_a_list_above_the_speakers_is_what_all_have_read_who_have_no_text_of_their_own(tmp_path, caplog):
     for speaker in ("jvs001", "jvs002"):
         write_clips(tmp_path / speaker / "wav", NAMES[:3])
         write(tmp_path / speaker / "list.txt", f"clip0:{speaker}\nclip2 {speaker}\n")
-    write(tmp_path / "all.txt", "clip1 one text\n")
+    write(tmp_path / "all.txt", "clip0 not theirs\nclip1 one text\n")
     write(tmp_path / "jvs001" / "others.txt", "clip2 another text\n")
     texts = [text for text, *_ in opened(tmp_path)]
-    assert texts == ["jvs001", None, None, "jvs002", None, "jvs002"]
-    assert f"3 of 6 rows of {tmp_path} have no transcription" in caplog.text
+    assert texts == ["jvs001", "one text", None, "jvs002", "one text", "jvs002"]
+    first = tmp_path / "jvs001" / "wav" / "clip1.flac"
+    assert f"2 clips, such as {first}, have the text of a list above them, which other clips" in caplog.text
+    assert f"1 of 6 rows of {tmp_path} have no transcription" in caplog.text
+    write(tmp_path / "more.txt", "clip1 other text\n")
+    assert [text for text, *_ in opened(tmp_path)][1::3] == [None, None]
 
 
 def test_a_text_that_is_missing_in_one_split_does_not_hide_the_audio_of_the_others(tmp_path):
@@ -907,6 +913,61 @@ def test_the_rows_of_a_json_file_may_be_the_only_list_in_its_object(tmp_path):
     assert opened(table, text="sentence") == WHOLE[:1]
 
 
+def test_the_directory_and_the_name_of_a_file_may_stand_in_two_columns_of_a_table(tmp_path):
+    rows = [("番号", "フォルダ", "ファイル", "transcription")]
+    for speaker in ("佐藤", "鈴木"):
+        write_clips(tmp_path / speaker)
+        rows += [(number, speaker, name, f"{speaker}{number}") for number, name in enumerate(NAMES)]
+    (tmp_path / "鈴木" / NAMES[5]).unlink()  # so that the name alone tells one clip
+    rows.pop()
+    write_csv(tmp_path / "録音.csv", rows)
+    assert [text for text, *_ in opened(tmp_path)] == [text for *_, text in rows[1:]]
+
+
+def test_the_column_of_a_table_that_names_the_most_clips_names_them(tmp_path):
+    write_clips(tmp_path)
+    write_csv(tmp_path / "list.csv", [("first", "file", "transcription"), *(("clip0", *row) for row in STEMS)])
+    assert opened(tmp_path) == WHOLE
+
+
+def test_the_audio_of_a_json_file_in_an_audio_folder_may_be_an_object_with_a_path(tmp_path):
+    write_clips(tmp_path / "audio" / "train")
+    paths = [{"path": f"dataset/audio/train/{name}"} for name in NAMES]
+    rows = [{"audio": path, "sentence": text} for path, text in zip(paths, TEXTS, strict=True)]
+    write(tmp_path / "train.json", "".join(json.dumps(row) + "\n" for row in rows))
+    assert opened(tmp_path, text="sentence") == WHOLE
+
+
+def test_all_files_that_whisper_writes_of_a_clip_have_one_text(tmp_path, caplog):
+    write_clips(tmp_path)
+    for stem, text in STEMS:
+        lines = [text, "はい。"]
+        write(tmp_path / f"{stem}.txt", "\n".join(lines) + "\n")
+        write(tmp_path / f"{stem}.json", json.dumps({"text": "".join(lines), "segments": [{"text": text}]}))
+        write(tmp_path / f"{stem}.srt", f"1\n00:00:00,000 --> 00:00:01,000\n{text}\n")
+        write(tmp_path / f"{stem}.tsv", f"start\tend\ttext\n0\t1000\t{text}\n")
+    assert [text for text, *_ in opened(tmp_path)] == [f"{text}はい。" for text in TEXTS]
+    assert "left out" not in caplog.text and "several" not in caplog.text
+    for stem, _ in STEMS:
+        (tmp_path / f"{stem}.json").unlink()
+    assert [text for text, *_ in opened(tmp_path)] == [f"{text} はい。" for text in TEXTS]
+
+
+def test_a_list_with_bars_may_have_commas_in_its_texts_whatever_its_suffix(tmp_path):
+    write_clips(tmp_path)
+    texts = ["Mist, wieder nichts.", *TEXTS[1:]]
+    lines = [f"{stem}|{text}\n" for (stem, _), text in zip(STEMS, texts, strict=True)]
+    write(tmp_path / "thorsten-metadata.csv", "".join(lines))
+    assert [text for text, *_ in opened(tmp_path)] == texts
+
+
+def test_hidden_files_are_no_tables(tmp_path):
+    table = write(tmp_path / "list.csv", "path,text\n")
+    write(tmp_path / "._list.csv", b"\0\5\x16\7")
+    place = run_short_form_eval.Place(str(tmp_path), is_confined=True)
+    assert run_short_form_eval.find_tables([], place) == [table]
+
+
 def test_where_a_column_is_missing_only_files_are_named_that_can_have_it(tmp_path):
     rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
     columns = {"text_column_name": "text"}
@@ -1274,20 +1335,26 @@ def test_a_table_may_name_clips_by_their_urls(tmp_path):
 
 def test_a_directory_whose_table_is_not_metadata_tells_to_name_the_table(tiny_teacher, tmp_path):
     write_clips(tmp_path / "data" / "wavs")
-    write(tmp_path / "data" / "list.csv", "audio,transcription\n")
+    write_csv(tmp_path / "data" / "test.csv", [("audio", "transcription"), (f"wavs/{NAMES[0]}", "はい")])
     line = refusal(label, tiny_teacher, tmp_path / "data", tmp_path / "out", "--text_column_name", "transcription")
-    assert f"Name a table instead of the directory: {tmp_path / 'data' / 'list.csv'}" in line
+    assert f"Name a table instead of the directory: {tmp_path / 'data' / 'test.csv'}" in line
 
 
 def test_only_tables_with_the_column_are_named_and_metadata_where_there_are_none(tmp_path):
     rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
     columns = {"text_column_name": "sentence"}
     assert f"Write it into {tmp_path / 'metadata.csv'}" in refusal(require_columns, str(tmp_path), rows, columns)
-    other = write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]\n")
+    other = write(tmp_path / "clip_durations.tsv", "clip\tduration[ms]\nclip0.flac\t500\n")
     write(tmp_path / "clips" / "clip0.json", "{}")
     line = refusal(require_columns, str(tmp_path), rows, columns)
     assert line.endswith(f"name it instead of the directory, and its column by --text_column_name: {other}")
-    tables = [write(tmp_path / name, "path\tsentence\n") for name in ("DEV.TSV", "train.tsv")]
+    write(tmp_path / "words.csv", "number,sentence\n1,はい\n")
+    line = refusal(require_columns, str(tmp_path), rows, columns)
+    assert line.endswith(
+        f"{tmp_path / 'words.csv'} has it, but no paths of audio files: add them in a column file_name"
+    )
+    content = "path\tsentence\nclips/clip0.flac\tはい\n"
+    tables = [write(tmp_path / name, content) for name in ("DEV.TSV", "train.tsv")]
     line = refusal(require_columns, str(tmp_path), rows, columns)
     assert line.endswith(f"Name a table instead of the directory: {tables[0]}, {tables[1]}")
 
