@@ -1340,6 +1340,11 @@ def test_a_run_goes_on_with_its_batches_cut_into_other_micro_batches(run, uninte
     assert_close_weights(output, uninterrupted, 2e-4)
 
 
+def test_without_held_out_data_no_step_is_the_best_and_saved_for_that(run):
+    output = run("out", "--eval_steps", 1, "--save_steps", 100, "--max_steps", 3)
+    assert checkpoint_names(output) == ["checkpoint-3-epoch-0"]
+
+
 def test_only_the_newest_checkpoints_are_kept_whatever_was_there(run, tmp_path):
     output = run("out", "--save_total_limit", 1, "--max_steps", 3)
     assert checkpoint_names(output) == ["checkpoint-3-epoch-0"]

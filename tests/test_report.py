@@ -72,6 +72,9 @@ def test_predictions_of_another_engine_are_scored_by_id_as_those_of_a_model(
     assert metrics["model"] == "engine"
     assert metrics["rtfx"] is None
     assert read_predictions(tmp_path / "out") == read_predictions(evaluated)
+    heard = {clip["id"]: clip["audio"] for clip in read_page(tmp_path / "out" / "report.train.html")["clips"]}
+    assert any(heard.values())
+    assert heard == {clip["id"]: clip["audio"] for clip in read_page(evaluated / "report.train.html")["clips"]}
 
 
 def test_a_table_with_excels_byte_order_mark_is_scored_by_its_ids(evaluated, dataset_flags, tmp_path):
