@@ -1909,10 +1909,10 @@ def headless_rows(lines: list[str], is_clip: Callable[[str], bool]) -> list[tupl
 
     Its columns are NAME and text, or NAME, speaker and text, or an id, NAME and a text that may have commas.
     """
-    # The texts may have commas, and the names of files bars, but hardly both.
-    delimiter = next((mark for mark in "\t|;," if lines and is_clip(lines[0].partition(mark)[0])), None)
-    if delimiter is None:
-        delimiter = next((mark for mark in "\t,;|" if lines and mark in lines[0]), ",")
+    first = lines[0] if lines else ""
+    behind_name = [mark for mark in "\t|;," if mark in first and is_clip(first.partition(mark)[0])]
+    present = [mark for mark in "\t,;|" if mark in first]  # where an id stands before the name
+    delimiter = next(iter(behind_name + present), ",")
     try:
         rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
     except csv.Error:
