@@ -1025,6 +1025,9 @@ WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's
     "filtering": "run_data_filtering.py",
 }
 
+LFS_POINTER = b"version https://git-lfs"  # in place of a file
+GET_LFS_FILES = "a pointer of Git LFS: get the file itself by `git lfs pull`, or the dataset by `hf download`"
+
 SPLIT_WORDS = "|".join(itertools.chain(*SPLIT_KEYWORDS.values()))
 SPLIT_FORM = "(^|[-._ 0-9])({})[-._ 0-9]"  # as `datasets` finds splits in names of files
 SPLIT_IN_NAME = re.compile(SPLIT_FORM.format(SPLIT_WORDS))
@@ -1176,6 +1179,9 @@ def refuse_unfinished(reference: str, config: str, split: str, files: list[str])
                     fail(f"{reference} is not finished, says {path.name}: run {writer} again")
         for file in files:
             if file.endswith(".parquet") and read_footer(Path(file)) is None:
+                with open(file, "rb") as start:
+                    if start.read(len(LFS_POINTER)) == LFS_POINTER:
+                        fail(f"{file} is {GET_LFS_FILES}")
                 fail(f"{file} is damaged: run {writer} again")
     refuse_missing_shards(reference, split, files, writer)
 
@@ -1217,17 +1223,18 @@ NOT_UTF8 = (
     "-f CP1252)"
 )
 LOOKED_AT = 1000  # rows of a table, to tell which of its columns names clips
-MANIFESTS = (".csv", ".tsv", ".jsonl", ".json")
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".json", ".manifest")  # the last is SageMaker's
 TEXT_COLUMNS = ("transcription", "text")  # of a table in an audio folder, where no flag names another
 # The name and the text in a line of a list: `NAME<tab>text` or `NAME|text`, else `NAME text` or `NAME:text`. CSS10 adds
 # a normalised text and the seconds, the ITA corpus and ROHAN a comma and the reading in katakana, VITS the number of a
 # speaker before the text.
 LISTED_TEXT = re.compile(r"([^\t|]+)[\t|](?:\d+\|)?([^\t|]*)(?:(?:\|[^\t|]*){1,2}\|[\d.]+(?:\|[^\t|]*)?)?")
-SPACED_TEXT = re.compile(r"([^\s:]+) ([^\t|]*)")
-COLON_TEXT = re.compile(r"([^\s:]+):([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
+SPACED_TEXT = re.compile(r"([^\s:：、]+?)[.．]?[ \u3000]([^\t|]*)")
+COLON_TEXT = re.compile(r"([^\s:：、]+)[:：、]([^\t|]*?)(?:,[ァ-ー、。？！…]+)?")
 TIMES = re.compile(r"[\d.]+\t[\d.]+\t")  # at the start of a label of Audacity
 PINYIN = re.compile(r"(\S+ [a-z]+\d *){2,}")  # of each character of a text, as in AISHELL-3
 TIMIT_SAMPLES = re.compile(r"^0 \d{4,} (?=\D)")  # the first and last sample, before a text
+FLEURS_TEXT = re.compile(r"^\d+\t([^\t]+\.wav)\t([^\t]*)(?:\t[^\t]*){3}\t(?:MALE|FEMALE|OTHER)$", re.MULTILINE)
 FESTIVAL_TEXTS = "txt.done.data"  # as CMU ARCTIC has it
 TEXT_NAMES = (FESTIVAL_TEXTS, "prompts-original")  # the second is VoxForge's
 FESTIVAL_TEXT = re.compile(r'\(\s*(\S+)\s+"(.*)"\s*\)')
@@ -1682,7 +1689,7 @@ def listed_texts(file: Path, is_clip: Callable[[str], bool]) -> list[tuple]:
     if file.name == "metadata.csv" and "|" in content:
         return [tuple(line.split("|")[:2]) for line in lines if "|" in line]
     if file.suffix.lower() in (".csv", ".tsv"):
-        return headless_rows(lines, is_clip)
+        return FLEURS_TEXT.findall(content) or headless_rows(lines, is_clip)
     if file.suffix == ".list":  # of GPT-SoVITS and Style-Bert-VITS2: path|speaker|language|text
         fields = [line.split("|") for line in lines]
         return [(line[0], line[3]) for line in fields if len(line) > 3]
@@ -2138,8 +2145,9 @@ def missing_column_hint(path: Path, names: list[str], column: str, flag: str) ->
         return f". {fitting[0]} has it, but no paths of audio files: add them in a column file_name"
     if not files or not set(names) <= {"audio", "label", "__key__"}:
         return ""
-    if archives := [file for file in files if file.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))]:
-        return f". Unpack {archives[0]}, if the texts lie in it"
+    packed = [file for file in files if file.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
+    if packed := [file for file in packed if not file.with_name(file.name.partition(".")[0]).is_dir()]:
+        return f". Unpack {packed[0]}, if the texts lie in it"
     if not_utf8:
         return f". {not_utf8[0]}"
     if sheets := [file for file in files if file.suffix.lower() in SHEETS and not file.name.startswith("~$")]:
@@ -2250,6 +2258,8 @@ def decode_clip(content: bytes | None, whole: bool = False, block_size: int = 2*
     """
     if not content:
         return Clip(problem="no audio")
+    if content.startswith(LFS_POINTER):
+        return Clip(problem=f"no audio, but {GET_LFS_FILES}")
     kept = []
     frames = 0
     problem = "zero length"

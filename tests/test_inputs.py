@@ -968,6 +968,67 @@ def test_hidden_files_are_no_tables(tmp_path):
     assert run_short_form_eval.find_tables([], place) == [table]
 
 
+@pytest.mark.parametrize("separator", ["：", "\u3000", "、", ". ", "．　", "\t", " ", ":", ": "])
+def test_names_and_texts_of_a_list_are_parted_as_people_type_them(separator, tmp_path):
+    for number in (1, 2, 3):
+        write(tmp_path / "五月七日" / f"{number:03d}.flac", clip(number))
+    texts = ["本日の会議は、午後三時：からです。", "Yes. No", "はい"]
+    lines = [f"{number:03d}{separator}{text}\r\n" for number, text in enumerate(texts, 1)]
+    write(tmp_path / "五月七日" / "原稿.txt", "".join(lines).encode("utf-8-sig"))
+    assert [text for text, *_ in opened(tmp_path)] == texts
+
+
+def test_the_raw_texts_of_fleurs_are_read(tmp_path):
+    for split in ("train", "dev"):
+        write_clips(tmp_path / "audio" / split)
+        write(tmp_path / "audio" / f"{split}.tar.gz", "packed")
+        lines = []
+        for number, name in enumerate(NAMES):
+            wav = f"{split}{number}.wav"
+            (tmp_path / "audio" / split / name).rename(tmp_path / "audio" / split / wav)
+            lines.append(f'{number}\t{wav}\t"{split}" {number}\tplain\tp l a i n |\t8000\tFEMALE\n')
+        write(tmp_path / f"{split}.tsv", "".join(lines))
+    assert [text for text, *_ in opened(tmp_path)] == [f'"train" {number}' for number in range(len(NAMES))]
+
+
+@pytest.mark.parametrize("name", ["台本.xlsx", "clips/a.xml", "script.txt"])
+def test_texts_that_are_not_read_stop_labelling_without_a_text_column(name, tiny_teacher, tmp_path):
+    data = write_clips(tmp_path / "data" / "clips").parent
+    write(data / "README.txt", "about")
+    file = write(data / name, "そのほか")
+    line = refusal(label, tiny_teacher, data, tmp_path / "labels", *SHORT)
+    assert (
+        f"1 files beside the audio in {data} are not read, such as {file}. If one has the clips' texts, write them into"
+        in line
+    )
+    label(tiny_teacher, data, tmp_path / "labels", *SHORT, "--text_column_name", "none")
+
+
+def test_an_archive_that_is_unpacked_is_not_to_be_unpacked(tmp_path):
+    rows, _ = open_dataset(str(write_clips(tmp_path / "data" / "train").parent), None, "train", "audio")
+    write(tmp_path / "data" / "train.tar.gz", "packed")
+    said = refusal(require_columns, str(tmp_path / "data"), rows, {"text_column_name": "text"})
+    assert "Unpack" not in said and "metadata.csv" in said
+
+
+@pytest.mark.parametrize("name", ["clip.wav", "train.parquet"])
+def test_a_pointer_of_git_lfs_is_called_one(name, tiny_teacher, tmp_path):
+    write(tmp_path / "data" / name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    said = refusal(label, tiny_teacher, tmp_path / "data", tmp_path / "labels", *SHORT)
+    if name == "clip.wav":
+        assert "none of the 1 clips could be labelled" in said
+        assert opened(tmp_path / "data") == [(None, 0.0, f"no audio, but {run_short_form_eval.GET_LFS_FILES}")]
+    else:
+        assert said.endswith(f"{name} is {run_short_form_eval.GET_LFS_FILES}")
+
+
+def test_a_manifest_of_sagemaker_is_read(tmp_path):
+    write_clips(tmp_path / "audio")
+    rows = [{"source-ref": f"s3://b/{name}", "said": text} for name, text in zip(NAMES, TEXTS, strict=True)]
+    write(tmp_path / "output.manifest", "".join(json.dumps(row) + "\n" for row in rows))
+    assert opened(tmp_path, text="said") == WHOLE
+
+
 def test_where_a_column_is_missing_only_files_are_named_that_can_have_it(tmp_path):
     rows, _ = open_dataset(str(write_clips(tmp_path / "clips").parent), None, "train", "audio")
     columns = {"text_column_name": "text"}
