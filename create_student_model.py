@@ -547,6 +547,8 @@ def set_section(card: RepoCard, name: str, section: str) -> None:
 ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, behind <|notimestamps|>; tokens behind these were added later and are text
 ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
+LFS_POINTER = b"version https://git-lfs"  # the start of what `git clone` writes without Git LFS
+GET_LFS_FILES = "a pointer of Git LFS: get the file itself by `git lfs pull`, or all files by `hf download`"
 
 
 def local_directory(reference: str) -> Path | None:
@@ -559,6 +561,12 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is only a pointer of Git LFS."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 def load_pretrained(kind: type, reference: str, **options) -> Any:
     """`kind.from_pretrained` of a local directory or a Hub id. Fails in one line that says why."""
     # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
@@ -569,6 +577,9 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
         remedy = "It may be damaged" if directory else "A private one needs `hf auth login`"
+        files = sorted(directory.iterdir()) if directory else []
+        if pointer := next((file for file in files if file.is_file() and is_pointer(file)), None):
+            remedy = f"{pointer.name} is {GET_LFS_FILES}"
         fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
 
 

@@ -764,6 +764,8 @@ def push_dataset(
 ENGLISH_ONLY_END = 50256  # <|endoftext|> in GPT-2's vocabulary, which only English-only Whispers (`*.en`) have
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, behind <|notimestamps|>; tokens behind these were added later and are text
 ENCODER_POSITIONS = 1500  # of the 30 s that every Whisper hears at a time
+LFS_POINTER = b"version https://git-lfs"  # the start of what `git clone` writes without Git LFS
+GET_LFS_FILES = "a pointer of Git LFS: get the file itself by `git lfs pull`, or all files by `hf download`"
 
 
 def local_directory(reference: str) -> Path | None:
@@ -776,6 +778,12 @@ def local_directory(reference: str) -> Path | None:
     return None
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is only a pointer of Git LFS."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 def load_pretrained(kind: type, reference: str, **options) -> Any:
     """`kind.from_pretrained` of a local directory or a Hub id. Fails in one line that says why."""
     # Otherwise `transformers` asks a Space to open a pull request at a repository that has no safetensors.
@@ -786,6 +794,9 @@ def load_pretrained(kind: type, reference: str, **options) -> Any:
     except (*HUB_ERRORS, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         # The last three are weights that were cut off, that are damaged, and that would run code.
         remedy = "It may be damaged" if directory else "A private one needs `hf auth login`"
+        files = sorted(directory.iterdir()) if directory else []
+        if pointer := next((file for file in files if file.is_file() and is_pointer(file)), None):
+            remedy = f"{pointer.name} is {GET_LFS_FILES}"
         fail(f"cannot load the model {reference}: {first_line(error)}. {remedy}")
 
 
@@ -1200,9 +1211,6 @@ WRITERS = {  # of records <name>.<config>.<split>.json, which lie in a dataset's
     "filtering": "run_data_filtering.py",
 }
 
-LFS_POINTER = b"version https://git-lfs"  # in place of a file
-GET_LFS_FILES = "a pointer of Git LFS: get the file itself by `git lfs pull`, or the dataset by `hf download`"
-
 SPLIT_WORDS = "|".join(itertools.chain(*SPLIT_KEYWORDS.values()))
 SPLIT_FORM = "(^|[-._ 0-9])({})[-._ 0-9]"  # as `datasets` finds splits in names of files
 SPLIT_IN_NAME = re.compile(SPLIT_FORM.format(SPLIT_WORDS))
@@ -1354,9 +1362,8 @@ def refuse_unfinished(reference: str, config: str, split: str, files: list[str])
                     fail(f"{reference} is not finished, says {path.name}: run {writer} again")
         for file in files:
             if file.endswith(".parquet") and read_footer(Path(file)) is None:
-                with open(file, "rb") as start:
-                    if start.read(len(LFS_POINTER)) == LFS_POINTER:
-                        fail(f"{file} is {GET_LFS_FILES}")
+                if is_pointer(Path(file)):
+                    fail(f"{file} is {GET_LFS_FILES}")
                 fail(f"{file} is damaged: run {writer} again")
     refuse_missing_shards(reference, split, files, writer)
 
@@ -2227,6 +2234,14 @@ def convert_texts(reference: str, dataset: datasets.Dataset, column: str | None)
     return dataset.remove_columns(column).add_column(column, values).select_columns(order)
 
 
+def name_splits(reference: str, dataset: datasets.Dataset | datasets.IterableDataset) -> None:
+    """Warn of a column that says that some rows are of other splits, which are read with the others."""
+    if isinstance(dataset, datasets.Dataset) and (dataset.features or {}).get("split") == datasets.Value("string"):
+        splits = dataset.unique("split")
+        if len(splits) > 1:
+            logger.warning("the rows of %s have several splits in a column, and all are read: %s", reference, splits)
+
+
 def open_dataset(
     reference: str,
     config: str | None,
@@ -2266,6 +2281,7 @@ def open_dataset(
             hint = f". {NO_FILES}"
         cause = first_line(error.__cause__ or error)
         fail(f"cannot load {config or 'the default configuration'}, {split} of {reference}: {cause}{hint}")
+    name_splits(reference, dataset)
     return convert_texts(reference, dataset, text_column), place
 
 

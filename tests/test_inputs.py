@@ -1022,6 +1022,18 @@ def test_a_pointer_of_git_lfs_is_called_one(name, tiny_teacher, tmp_path):
         assert said.endswith(f"{name} is {run_short_form_eval.GET_LFS_FILES}")
 
 
+def test_a_column_of_splits_is_named(tmp_path, caplog):
+    write_clips(tmp_path / "audios")
+    rows = [(f"audios/{name}", text, "train") for name, text in zip(NAMES, TEXTS, strict=True)]
+    table = write_csv(tmp_path / "corpus.csv", [("audio_file", "transcription", "split"), *rows])
+    assert opened(tmp_path) == opened(table) == WHOLE
+    assert "several splits" not in caplog.text
+    write_csv(tmp_path / "corpus.csv", [("audio_file", "transcription", "split"), *rows[1:], (*rows[0][:2], "test")])
+    assert len(opened(tmp_path)) == len(opened(table)) == len(WHOLE)
+    said = f"have several splits in a column, and all are read: {['train', 'test']}"
+    assert f"the rows of {tmp_path} {said}" in caplog.text and f"the rows of {table} {said}" in caplog.text
+
+
 def test_a_manifest_of_sagemaker_is_read(tmp_path):
     write_clips(tmp_path / "audio")
     rows = [{"source-ref": f"s3://b/{name}", "said": text} for name, text in zip(NAMES, TEXTS, strict=True)]

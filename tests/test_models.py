@@ -214,6 +214,13 @@ def test_weights_that_are_not_those_of_config_json_are_refused(damage, stage, mo
     assert f"the weights of {model} {DAMAGES[damage]}" in complaint(stage, model, world, tmp_path, capsys)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("stage", LOADING_WEIGHTS)
+def test_a_pointer_of_git_lfs_is_called_one(stage, file, model, world, tmp_path, capsys):
+    (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert f"{file} is a pointer of Git LFS: get the file" in complaint(stage, model, world, tmp_path, capsys)
+
+
 @pytest.mark.parametrize("has_config", [True, False])
 @pytest.mark.parametrize("stage", ALL)
 def test_an_adapter_has_to_be_merged_first(stage, has_config, model, world, tmp_path, capsys):
