@@ -328,6 +328,7 @@ def test_sampling_weights_are_the_shares_of_an_epoch():
     first, second = order[order < 100], order[order >= 100]
     assert (len(first), len(second)) == (300, 100)
     assert set(np.bincount(first)) == {3} and len(set(second)) == 100
+    assert np.count_nonzero(np.diff(order < 100)) > 100  # the datasets are mixed
 
 
 @settings(deadline=None)
