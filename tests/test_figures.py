@@ -195,7 +195,7 @@ def test_a_labelling_of_two_processes_counts_the_shards_of_the_other_once(labell
     caplog.set_level("INFO")
     _, output, _ = labelling
     settings = record_of(output / LABELLING_RECORD)["settings"]
-    shards = [output / SHARDS.format(number) for number in range(3)]
+    shards = [output / SHARDS.format(number) for number in (1, 0, 2)]  # the other's has a clip that cannot be used
     split = run_pseudo_labelling.LabelledSplit("default", "train.to_9", shards, output / LABELLING_RECORD, settings)
     args = types.SimpleNamespace(
         dataset_split_name="train[:9]", dataset_name="speech", model_name_or_path="teacher", dtype="float32"
@@ -1229,6 +1229,25 @@ def test_a_page_tells_the_facts_of_its_metrics():
     assert (other["RTFx"], other["Parameters"], "Computed by" in other) == ("unknown", "unknown", False)
 
 
+def test_a_comparison_has_the_evaluations_of_the_same_data_together(tmp_path, monkeypatch):
+    script = run_short_form_eval
+    monkeypatch.setattr(script, "read_evaluation", lambda path: fake_evaluation(name=path.suffixes[0][1:]))
+    for model, split in itertools.product("ab", ("test", "dev")):
+        (tmp_path / model).mkdir(exist_ok=True)
+        (tmp_path / model / f"metric.{split}.json").touch()
+    found = script.read_evaluations([str(tmp_path / model) for model in "ab"])
+    shown = [(evaluation.data[1], evaluation.model) for evaluation in found]
+    assert shown == [("dev", "m"), ("dev", "m (b)"), ("test", "m"), ("test", "m (b)")]
+
+
+def test_equal_clips_of_two_kinds_of_data_stay_apart_in_a_comparison():
+    evaluations = [fake_evaluation(name=name) for name in ("test", "test", "test.long_form")]
+    for evaluation in evaluations:
+        evaluation.predictions = [{"id": "clip", "reference": "はい", "problem": ""}]
+    first, second, long = [(evaluation, evaluation.predictions[0]) for evaluation in evaluations]
+    assert run_short_form_eval.find_versions(evaluations) == [[first, second], [long]]
+
+
 def test_a_comparison_has_a_line_of_figures_for_each_evaluation():
     test = {"difference": -1.234, "low": -2.0, "high": 0.5, "p": 0.0219}
     tests = (None, {}, {"kotoba": test})
@@ -1262,7 +1281,8 @@ def test_a_page_plays_as_many_of_the_worst_clips_as_its_megabytes_hold(monkeypat
     base = {"problem": None, "normalised_reference": "あ", "normalised_hypothesis": "い", "seconds": 1.0}
     clips = [base | {"cer": 10.0}, base | {"cer": 30.0, "seconds": 120.0}, base | {"cer": 90.0, "seconds": 120.1}]
     clips += [base | {"normalised_reference": ""}, base | {"cer": 20.0}, base | {"problem": "broken"}]
-    for megabytes, played in ((0.003, [1, 3, 4]), (0.002999, [1, 3]), (1, [0, 1, 3, 4]), (0, [])):
+    clips += [base | {"normalised_reference": "", "normalised_hypothesis": ""}]  # as it should be
+    for megabytes, played in ((0.003, [1, 3, 4]), (0.002999, [1, 3]), (1, [0, 1, 3, 4, 6]), (0, [])):
         predictions = [dict(clip) for clip in clips]
         script.embed_audio(predictions, lambda row: None, megabytes)
         assert [row for row, prediction in enumerate(predictions) if "audio" in prediction] == played

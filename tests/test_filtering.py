@@ -498,7 +498,10 @@ def test_unusable_rows_are_counted_and_named_and_the_others_are_kept(clips, teac
     assert run(labelled(tmp_path / "bad", rows)) == 0
     assert [row["whisper_transcript"] for row in read(tmp_path / "bad.wer_10.0")] == [good, [*good, good[-1], good[-1]]]
     assert [row["labels"] for row in read(tmp_path / "bad.wer_10.0.vectorized", ["labels"])] == [good, good]
-    assert record(tmp_path / "bad.wer_10.0")["report"]["unusable"] == {
+    report = record(tmp_path / "bad.wer_10.0")["report"]
+    assert report["characters"] == [(5 + 2) * 17, 2 * 17]  # those of rows with a label, whatever their audio
+    assert report["by_reference_length"]["16-31"] == [5 + 2, 2]
+    assert report["unusable"] == {
         "no label": ["no label", "empty label"],
         "label ids outside the vocabulary": ["too large an id", "negative id"],
         "label for another language or task": ["english"],

@@ -115,6 +115,12 @@ def test_every_clip_is_in_one_window_that_keeps_the_limits(clips, seed, seconds,
             assert -1e-9 <= clip.start * 0.02 - end < gap + 0.02
 
 
+def test_a_time_in_whole_steps_of_0_02_s_has_all_of_them():
+    """Also where it is stored a little short of them, as 0.58 is."""
+    assert [script.whole_steps(steps / 50) for steps in range(1501)] == list(range(1501))
+    assert [script.whole_steps(seconds) for seconds in (0.579, 0.599, 29.99)] == [28, 29, 1499]
+
+
 @pytest.mark.parametrize("clips", [330, 1000])
 def test_windows_are_filled_to_90_percent_without_gathering_clips_of_one_length(clips):
     """Clips as long as ReazonSpeech's are after the filter, as many as are kept of 1,000, or as there could be."""

@@ -851,6 +851,16 @@ def test_a_trained_model_on_the_hub_is_replaced_only_when_asked(hub, tiny_teache
     assert Path(hf_hub_download("acme/trained", "model.safetensors")).read_bytes() != b"trained"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_a_model_of_somebody_else_on_the_hub_is_not_replaced(hub, name):
+    repository = f"acme/others-{name.partition('.')[0]}"
+    HfApi().create_repo(repository)
+    script.refuse_other_model(repository, {})
+    HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id=repository)
+    with pytest.raises(SystemExit, match=rf"{repository} has a {name} that this script did not write"):
+        script.refuse_other_model(repository, {})
+
+
 def test_a_student_of_other_settings_on_the_hub_is_replaced_only_when_asked(hub, tiny_teacher, tmp_path, capsys):
     flags = ["--teacher_checkpoint", tiny_teacher, "--push_to_hub", "--hub_model_id", "acme/other-init", "--save_dir"]
     assert script.main([*map(str, flags), str(tmp_path / "init")]) == 0
