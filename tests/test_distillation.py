@@ -1315,8 +1315,9 @@ def test_a_checkpoint_can_be_named_and_starting_afresh_needs_leave(run, command,
     assert metrics(tmp_path / "on", "step") == [5, 6]
     with pytest.raises(SystemExit, match=r"holds later results \(.*metrics\.jsonl"):  # all are of another run
         script.main(command("on", "--resume_from_checkpoint", uninterrupted / "checkpoint-4-epoch-1"))
-    with pytest.raises(SystemExit, match="holds later results"):
-        script.main(command("on", "--resume_from_checkpoint", "False"))
+    for value in ("False", "None"):
+        with pytest.raises(SystemExit, match="holds later results"):
+            script.main(command("on", "--resume_from_checkpoint", value))
     run("on", "--resume_from_checkpoint", "False", "--overwrite_output_dir")
     assert metrics(tmp_path / "on", "step") == [1, 2, 3, 4, 5, 6]
 
@@ -1344,6 +1345,17 @@ def test_a_run_goes_on_with_its_batches_cut_into_other_micro_batches(run, uninte
 def test_without_held_out_data_no_step_is_the_best_and_saved_for_that(run):
     output = run("out", "--eval_steps", 1, "--save_steps", 100, "--max_steps", 3)
     assert checkpoint_names(output) == ["checkpoint-3-epoch-0"]
+
+
+def test_a_finished_model_is_not_made_again_when_its_card_is_edited(run, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    card = tmp_path / "out" / "README.md"
+    card.write_text(card.read_text() + "\nmine\n")
+    weights = tmp_path / "out" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    run("out")
+    assert weights.stat().st_mtime_ns == written
+    assert card.read_text().endswith("\nmine\n")
 
 
 def test_only_the_newest_checkpoints_are_kept_whatever_was_there(run, tmp_path):
