@@ -3741,7 +3741,7 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
     sample_size = teacher.decoder.batch_size * (1 if teacher.model.device.type == "cpu" else PLAN_BATCHES)
     clips = 0
     too_long = 0
-    unusable = 0
+    problems = []
     seconds = 0.0
     size = 0  # bytes
     is_whole = True
@@ -3758,7 +3758,7 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
             if row.clip.problem is None:
                 size += len(row.values[args.audio_column_name]["bytes"])
             else:
-                unusable += 1
+                problems.append(row.clip.problem)
         if time.monotonic() > deadline:
             is_whole = False
             break
@@ -3775,8 +3775,8 @@ def print_input(args: argparse.Namespace, teacher: Teacher) -> tuple[str, int, l
     print(f"input: {args.dataset_name}, {more_than}{clips:,} clips, {length}")
     if too_long:
         print(f"too long: {more_than}{too_long:,}{first} clips are over 30 s: {CUT_CLIPS}")
-    if unusable:
-        print(f"unusable: {more_than}{unusable:,}{first} clips, which are left out")
+    if problems:
+        print(f"unusable: {more_than}{len(problems):,}{first} clips, which are left out; the first: {problems[0]}")
     return more_than, clips, sample
 
 
