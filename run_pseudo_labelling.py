@@ -1421,7 +1421,9 @@ FESTIVAL_TEXTS = "txt.done.data"  # as CMU ARCTIC has it
 TEXT_NAMES = (FESTIVAL_TEXTS, "prompts-original")  # the second is VoxForge's
 FESTIVAL_TEXT = re.compile(r'\(\s*(\S+)\s+"(.*)"\s*\)')
 PHONEMES = re.compile(r"^\s*[\d.]+\s+[\d.]+\s", re.MULTILINE)  # in a .lab file of phonemes: their times
-TEXT_FILES = (".txt", ".lab", ".trn", ".list", ".json", ".csv", ".tsv")  # in audio folders
+CUE = re.compile(r"-->.*\n((?:.+\n?)+)")
+CUES = {".srt": CUE, ".vtt": CUE, ".textgrid": re.compile(r'(?:text|mark) = "((?:[^"]|"")*)"')}  # texts with times
+TEXT_FILES = (".txt", ".lab", ".trn", ".list", ".json", ".csv", ".tsv", *CUES)  # in audio folders
 WITH_TIMES = (".ctm", ".lrc", ".sbv", ".srt", ".stm", ".vtt", ".ass", ".textgrid", ".eaf")  # subtitles and annotations
 NO_FILES = (
     "If its README.md names files that are not there, name the directory of those that are. Raw samples (.pcm) need a "
@@ -1879,6 +1881,9 @@ def listed_texts(file: Path, is_clip: Callable[[str], bool]) -> list[tuple]:
         return FESTIVAL_TEXT.findall(content)
     if file.suffix == ".lab":  # a text, or phonemes and their times
         return [] if PHONEMES.search(content) else [(file.stem, content)]
+    if pattern := CUES.get(file.suffix.lower()):  # the text of a clip, where it is the only one
+        texts = list(filter(str.strip, pattern.findall(content)))
+        return [(file.stem, texts[0].replace('""', '"'))] if len(texts) == 1 else []
     if file.suffix == ".trn":  # of THCHS-30: NAME.wav.trn has the text, its pinyin and its phonemes
         return [(file.stem, lines[0])] if is_audio(file.stem) and len(lines) == 3 else []
     if file.suffix == ".json":  # a clip of Emilia, what a recogniser wrote, or texts by the names of their clips

@@ -944,7 +944,8 @@ def test_all_files_that_whisper_writes_of_a_clip_have_one_text(tmp_path, caplog)
         lines = [text, "はい。"]
         write(tmp_path / f"{stem}.txt", "\n".join(lines) + "\n")
         write(tmp_path / f"{stem}.json", json.dumps({"text": "".join(lines), "segments": [{"text": text}]}))
-        write(tmp_path / f"{stem}.srt", f"1\n00:00:00,000 --> 00:00:01,000\n{text}\n")
+        cues = [f"{number}\n00:00:00,000 --> 00:00:01,000\n{line}\n\n" for number, line in enumerate(lines, 1)]
+        write(tmp_path / f"{stem}.srt", "".join(cues))
         write(tmp_path / f"{stem}.tsv", f"start\tend\ttext\n0\t1000\t{text}\n")
     assert [text for text, *_ in opened(tmp_path)] == [f"{text}はい。" for text in TEXTS]
     assert "left out" not in caplog.text and "several" not in caplog.text
@@ -1020,6 +1021,44 @@ def test_a_pointer_of_git_lfs_is_called_one(name, tiny_teacher, tmp_path):
         assert opened(tmp_path / "data") == [(None, 0.0, f"no audio, but {run_short_form_eval.GET_LFS_FILES}")]
     else:
         assert said.endswith(f"{name} is {run_short_form_eval.GET_LFS_FILES}")
+
+
+TEXTGRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+tiers? <exists>
+size = 1
+item []:
+    item [1]:
+        class = "IntervalTier"
+        name = "sentence"
+        intervals [1]:
+            xmin = 0
+            xmax = 0.1
+            text = ""
+        intervals [2]:
+            xmin = 0.1
+            xmax = 0.4
+            text = "%s"
+"""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"),
+    [
+        (".TextGrid", TEXTGRID),
+        (".srt", "1\n00:00:00,000 --> 00:00:00,500\n%s\n\n"),
+        (".vtt", "WEBVTT\n\n00:00.0 --> 1\n%s"),
+    ],
+)
+def test_the_only_text_in_a_file_of_texts_with_times_is_that_of_its_clip(suffix, form, tmp_path, caplog):
+    write_clips(tmp_path)
+    for stem, text in STEMS:
+        write(tmp_path / f"{stem}{suffix}", (form % text).encode("utf-16"))
+    assert opened(tmp_path) == WHOLE
+    assert "left out" not in caplog.text
+    write(tmp_path / f"clip0{suffix}", form % "はい" + form % "いいえ")
+    assert [text for text, *_ in opened(tmp_path)] == [None, *TEXTS[1:]]
+    assert f"left out: 6 texts with times, such as {tmp_path}" in caplog.text
 
 
 def test_a_column_of_splits_is_named(tmp_path, caplog):
