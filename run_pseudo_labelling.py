@@ -1558,17 +1558,17 @@ def read_cells(path: str, text: str, suffix: str) -> pa.Table:
     return parse_cells(path, text, delimiter, csv.QUOTE_NONE)
 
 
-def text_encoding(path: str | Path) -> str:
-    """UTF-16 where the first bytes of a file say so, as those of Excel's Unicode text, and else UTF-8."""
-    with fsspec.open(str(path), "rb", compression="infer") as file:
-        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """A file's text: UTF-16 where its first bytes say so, as those of Excel's Unicode text, and else UTF-8."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
 
 
 def read_text(path: str) -> str:
     """The text of a file. Raises ValueError where it is not UTF-8."""
     try:
-        with fsspec.open(path, "rt", encoding=text_encoding(path), newline="", compression="infer") as file:
-            return file.read()
+        with fsspec.open(path, "rb", compression="infer") as file:
+            return decode_text(file.read())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): {NOT_UTF8}") from None
 
@@ -1608,8 +1608,8 @@ def is_table(file: Path) -> bool:
     """Whether a file may be a table of clips, as its suffix says, or the tabs in the first line of a .txt file."""
     if file.suffix.lower() != ".txt" or not file.is_file():
         return file.suffix.lower() in MANIFESTS
-    with open(file, encoding=text_encoding(file), errors="replace") as lines:
-        header = lines.readline()
+    with open(file, "rb") as start:
+        header = decode_text(start.read(4096), "replace").partition("\n")[0]
     return "\t" in header and not TIMES.match(header)
 
 
@@ -1868,8 +1868,8 @@ def headless_rows(lines: list[str], is_clip: Callable[[str], bool]) -> list[tupl
 
 def listed_texts(file: Path, is_clip: Callable[[str], bool]) -> list[tuple]:
     """Pairs of name and text: of a file for one clip, its own name and its text; of a list, those of its lines."""
-    content = file.read_text(text_encoding(file), errors="replace")
-    lines = content.splitlines()
+    lines = decode_text(file.read_bytes(), "replace").splitlines()
+    content = "\n".join(lines)
     if file.name == "metadata.csv" and "|" in content:
         return [tuple(line.split("|")[:2]) for line in lines if "|" in line]
     if file.suffix.lower() in (".csv", ".tsv"):
@@ -2030,12 +2030,16 @@ def find_tables(files: list[str], place: Place) -> list[Path]:
     return []
 
 
-def find_clips(names: list[str | None], clips: dict, file: Path, base: str) -> list[str | None]:
-    """The clips that names in a table mean, by paths from the place of the table, or from that of the dataset."""
+def find_clips(names: list[str | None], clips: dict, file: Path, base: str) -> list[str | set[str] | None]:
+    """The clips that names in a table mean, by paths from the place of the table, or from that of the dataset.
+
+    As in `find_clip`, a set is a clip that may be any of them.
+    """
     found = []
     for name in names:
         fitting = [find_clip(clips, directory, name or "") for directory in (file.parent, Path(base))]
-        found.append(next((clip for clip in fitting if isinstance(clip, str)), None))
+        exact = [clip for clip in fitting if isinstance(clip, str)]
+        found.append(next(filter(None, exact + fitting), None))
     return found
 
 
@@ -2059,12 +2063,14 @@ def naming_columns(table: pa.Table, clips: dict, file: Path, base: str) -> Seque
             usable.append(column.name)
     best = ()
     most = 0
-    for columns in itertools.chain(itertools.permutations(usable, 1), itertools.permutations(usable, 2)):
-        number = len({*find_clips(join_paths(first, columns), clips, file, base)} - {None})
+    candidates = [[name] for name in usable]
+    for columns in candidates:
+        found = find_clips(join_paths(first, columns), clips, file, base)
+        number = len({clip for clip in found if isinstance(clip, str)})
         if number > most:
             best, most = columns, number
-        if most == len(first):
-            break
+        if len(columns) == 1 and any(isinstance(clip, set) for clip in found):  # their directories may tell them apart
+            candidates += [[directory, *columns] for directory in usable if directory not in columns]
     return best
 
 
@@ -2106,6 +2112,8 @@ def name_files(
     path_of = {os.path.splitext(path)[0]: path for path in paths} | {path: path for path in paths}
     audio = []
     for name, clip in zip(names, find_clips(names, clips, file, base), strict=True):
+        if isinstance(clip, set):
+            clip = None
         same_kind = f"{clip}{os.path.splitext(name or '')[1]}"  # of a.wav and a.m4a, the one that is named
         audio.append(path_of.get(same_kind) or path_of.get(clip))
     missing = pc.is_null(pa.array(audio, pa.string()))
