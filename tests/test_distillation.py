@@ -329,6 +329,8 @@ def test_sampling_weights_are_the_shares_of_an_epoch():
     assert (len(first), len(second)) == (300, 100)
     assert set(np.bincount(first)) == {3} and len(set(second)) == 100
     assert np.count_nonzero(np.diff(order < 100)) > 100  # the datasets are mixed
+    again = script.epoch_order((100, 300), (3.0, 1.0), 0, 1)
+    assert set(again[again >= 100]) != set(second)  # another part of the larger one
 
 
 @settings(deadline=None)

@@ -1,5 +1,6 @@
 """run_short_form_eval.py: the scorers and figures on strings, then the script on tiny teachers and real files."""
 
+import argparse
 import csv
 import functools
 import importlib.metadata
@@ -566,6 +567,13 @@ def test_the_texts_are_those_that_the_model_gives_for_one_clip_at_a_time(evaluat
         texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
     assert [row["hypothesis"] for row in predictions(evaluated)[:6]] == texts
     assert len(set(texts)) > 2
+
+
+def test_an_empty_reference_can_be_scored_and_a_missing_one_cannot():
+    args = argparse.Namespace(long_form=False, concatenate_audio=False)
+    clip = evaluation.Clip(np.zeros(16_000, np.float32), 16_000, 1.0)
+    assert evaluation.find_problem(clip, "", args) is None
+    assert evaluation.find_problem(clip, None, args) == "no reference"
 
 
 def test_the_space_that_whisper_writes_before_its_text_is_no_part_of_it(tiny_teacher, tmp_path):

@@ -172,6 +172,20 @@ def test_every_flag_of_training_is_a_setting_of_the_run_or_known_to_change_no_we
     assert flags > FREE
 
 
+# What may change from one start of a labelling to the next: it changes no label, or the settings know it otherwise.
+FREE_OF_LABELLING = {
+    *("model_name_or_path", "language", "task", "max_samples"),
+    *("dataset_name", "dataset_config_name", "dataset_split_name", "dataset_dir_suffix", "text_column_name"),
+}
+
+
+def test_every_flag_of_labelling_is_a_setting_of_the_run_or_known_to_change_no_label():
+    groups = {"input", "teacher and labels"}
+    flags = {action.dest for action in flags_of("run_pseudo_labelling") if action.container.title in groups}
+    assert flags - FREE_OF_LABELLING == set(run_pseudo_labelling.SETTINGS) - {"shard_size", "dtype"}  # of "work"
+    assert flags > FREE_OF_LABELLING
+
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 

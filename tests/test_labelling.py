@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import librosa
@@ -422,6 +423,14 @@ def test_a_dry_run_knows_no_time_where_none_of_the_first_clips_can_be_used(tiny_
     assert said["unusable"].startswith("2 clips, which are left out; the first: undecodable audio: Format not")
     assert said["time"] == "unknown, as no clip of the first ones can be used"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_without_a_name_is_listed_by_its_number_in_the_whole_split():
+    args = SimpleNamespace(shard_size=5, id_column_name=None, audio_column_name="audio", return_timestamps=False)
+    teacher = SimpleNamespace(args=args, prefix_length=4)
+    rows = [script.SpeechRow({"audio": None}, script.Clip(problem="no audio"))] * 2
+    notes = script.label_notes(teacher, 3, rows)
+    assert notes["unusable"] == [["row 15", "no audio"], ["row 16", "no audio"]]
 
 
 def test_an_empty_split_gives_an_empty_shard(tiny_teacher, tmp_path):

@@ -119,6 +119,12 @@ def test_limits_of_the_user_go_before_the_usual_ones(tiny_teacher, tmp_path):
     assert len(rows) == 3
 
 
+def test_a_limit_of_zero_is_a_limit(tiny_teacher, tmp_path):
+    dataset = labelled(tiny_teacher, tmp_path / "speech", [FIRST, "自信"], row1={"avg_logprob": 0.0})
+    rows, _ = filtered(tiny_teacher, dataset, "--min_avg_logprob", 0)
+    assert len(rows) == 1
+
+
 def test_phrases_of_one_s_own_are_dropped_as_well(tiny_teacher, tmp_path):
     phrases = tmp_path / "phrases.txt"
     phrases.write_text("\ufeff提供は東京電力です。\n\n。。。\n", encoding="utf-8")
