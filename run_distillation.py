@@ -2040,7 +2040,7 @@ def collect_texts(paths: list[str], place: Place) -> tuple[dict[str, set], dict[
             timed.append(file)
         for name, text in texts:
             near, far = find(file.parent, name)
-            text = " ".join(text.split("\n")).strip()
+            text = text.replace("\n", " ").strip()
             exact = [clip for clip in far if isinstance(clip, str)]
             for clip in exact:
                 far_texts[clip].add(text)
@@ -2139,17 +2139,15 @@ def naming_columns(table: pa.Table, clips: dict, file: Path, base: str) -> Seque
         has_path = pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0
         if has_path or pa.types.is_string(column.type):
             usable.append(column.name)
-    best = ()
-    most = 0
-    candidates = [[name] for name in usable]
-    for columns in candidates:
-        found = find_clips(join_paths(first, columns), clips, file, base)
-        number = len({clip for clip in found if isinstance(clip, str)})
-        if number > most:
-            best, most = columns, number
-        if len(columns) == 1 and any(isinstance(clip, set) for clip in found):  # their directories may tell them apart
-            candidates += [[directory, *columns] for directory in usable if directory not in columns]
-    return best
+    candidates = [(name,) for name in usable]
+    found = {columns: find_clips(join_paths(first, columns), clips, file, base) for columns in candidates}
+    # Where several clips have a name, their directories may tell them apart.
+    shared = [name for (name,), named in found.items() if any(isinstance(clip, set) for clip in named)]
+    pairs = [(directory, name) for name in shared for directory in usable if directory != name]
+    found |= {columns: find_clips(join_paths(first, columns), clips, file, base) for columns in pairs}
+    numbers = {columns: len({clip for clip in named if isinstance(clip, str)}) for columns, named in found.items()}
+    best = max(numbers, key=numbers.get, default=())
+    return best if numbers.get(best) else ()
 
 
 def is_named_after(file: Path, split: str) -> bool:

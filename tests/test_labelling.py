@@ -420,7 +420,9 @@ def test_a_dry_run_knows_no_time_where_none_of_the_first_clips_can_be_used(tiny_
     source = dataset_of([{"name": "a", "audio": b"x"}, {"name": "b", "audio": b""}], tmp_path / "in")
     assert script.main(arguments(tiny_teacher, source, tmp_path / "out", "--dry_run")) == 0
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert said["unusable"].startswith("2 clips, which are left out; the first: undecodable audio: Format not")
+    convert = "Convert it, for example: ffmpeg -i FILE -ar 16000 FILE.flac"
+    problem = f"undecodable audio: Format not recognised. {convert}"
+    assert said["unusable"] == f"2 clips, which are left out; the first: {problem}"
     assert said["time"] == "unknown, as no clip of the first ones can be used"
     assert not (tmp_path / "out").exists()
 
@@ -648,7 +650,8 @@ def test_a_dry_run_counts_the_clips_that_labelling_would_cut_or_leave_out(tiny_t
     script.main(arguments(tiny_teacher, dataset, tmp_path / "new", *TWELVE, "--dry_run"))
     told = capsys.readouterr().out
     assert "too long: 1 clips are over 30 s: only their first 30 s are labelled, and the filter drops them\n" in told
-    assert "unusable: 2 clips, which are left out; the first: undecodable audio: Format not recognised. Conv" in told
+    problem = "undecodable audio: Format not recognised. Convert it, for example: ffmpeg -i FILE -ar 16000 FILE.flac"
+    assert f"unusable: 2 clips, which are left out; the first: {problem}\n" in told
 
 
 def test_a_dry_run_without_the_time_to_read_all_of_the_input_says_so(
@@ -680,7 +683,8 @@ def test_a_dry_run_counts_the_rows_of_a_table_and_guesses_at_what_it_had_no_time
     first = sum((tmp_path / f"{name}.flac").stat().st_size for name in "ab")
     assert f"input: {table}, 6 clips, about {33 * 2 / 3600:.2f} h, about {2 * first / 1e6:.1f} MB\n" in told
     assert "too long: 1 of the first 3 clips are over 30 s: " in told
-    assert "unusable: 1 of the first 3 clips, which are left out; the first: file not found: gone.flac" in told
+    problem = f"file not found: gone.flac (paths count from {tmp_path})"
+    assert f"unusable: 1 of the first 3 clips, which are left out; the first: {problem}\n" in told
     assert "left: 6 clips\n" in told and "time: about " in told
 
 
